@@ -1,0 +1,110 @@
+"""What every script shares: options made from a dataclass, faults told in one sentence, files written whole."""
+import argparse
+import contextlib
+import dataclasses
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+try:
+    import numpy  # noqa: F401
+    import PIL  # noqa: F401
+    import torch  # noqa: F401
+except ModuleNotFoundError as error:
+    print(f"{sys.argv[0]}: {sys.executable} has no {error.name}; use .venv/bin/python, which `make build` makes",
+          file=sys.stderr)
+    sys.exit(2)
+
+
+T = TypeVar("T")
+
+
+class Fault(Exception):
+    """Something the user can mend. The text says what, where, what was got, what was wanted and what to do."""
+
+
+def option(default: object, text: str, **checks: object) -> object:
+    """A field of an options dataclass. Checks: `choices`, `least` (>=), `above` (>), `metavar`, `positional`."""
+    return dataclasses.field(default=default, metadata={"text": text, **checks})
+
+
+def number(kind: type, least: float = -math.inf, above: float = -math.inf) -> Callable:
+    """A converter for argparse that takes finite numbers in a range only."""
+    limit = f" of {least} or more" if least > -math.inf else f" above {above}" if above > -math.inf else ""
+    wanted = ("a whole number" if kind is int else "a number") + limit
+
+    def convert(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"got {text!r}, wanted {wanted}") from None
+        if not (math.isfinite(value) and value >= least and value > above):
+            raise argparse.ArgumentTypeError(f"got {text}, wanted {wanted}")
+        return value
+    return convert
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: {message}; {self.prog} --help lists the options\n")
+
+
+def add(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
+    """Add one field of an options dataclass to a parser; a field without a default is positional."""
+    meta, settings = field.metadata, {}
+    if field.type in (int, float):
+        settings["type"] = number(field.type, meta.get("least", -math.inf), meta.get("above", -math.inf))
+    if field.type is bool:
+        settings["action"] = argparse.BooleanOptionalAction
+    settings |= {key: meta[key] for key in ("choices", "metavar") if key in meta}
+    if meta.get("positional"):
+        parser.add_argument(field.name, help=meta["text"], **settings)
+        return
+    text = meta["text"] + ("" if field.default in (None, False, "") else f" (default: {field.default})")
+    parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **settings)
+
+
+def parse(kind: type[T], argv: list[str] | None, description: str) -> tuple[T, set[str]]:
+    """An options dataclass from a command line, and the names of the options given there.
+
+    Misspelt options and values out of range exit with status 2 and one sentence.
+    """
+    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in dataclasses.fields(kind):
+        add(parser, field)
+    given = vars(parser.parse_args(argv))
+    return kind(**given), set(given)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, advice: str = "choose another place") -> Iterator[Path]:
+    """A name to write to that becomes `path` at the end; until then `path` stays as it was. Raises Fault."""
+    beside = path.with_name(path.name + ".part")
+    try:
+        yield beside
+        os.replace(beside, path)
+    except OSError as error:
+        raise Fault(f"{path}: can't be written ({error.strerror or error}); {advice}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run a script's main; a Fault or a failing file becomes one sentence and exit status 2."""
+    try:
+        sys.exit(main())
+    except Fault as fault:
+        sys.exit(complain(str(fault)))
+    except OSError as error:
+        sys.exit(complain(f"{error.filename or 'file'}: {error.strerror or error}"))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def complain(sentence: str) -> int:
+    print(f"{sys.argv[0]}: {sentence}", file=sys.stderr)
+    return 2

@@ -1,0 +1,56 @@
+"""What the tests share: small batches on disk, and scripts called as from the command line."""
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import options
+import drawn
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+
+
+def png(path: Path) -> tuple[tuple[int, int], dict[str, str]]:
+    """A picture's size and what it says of itself."""
+    with Image.open(path) as picture:
+        return picture.size, picture.text
+
+
+@pytest.fixture(scope="session")
+def batches(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of six batches with 240 horses, birds and airplanes to train on and 60 to test."""
+    folder = tmp_path_factory.mktemp("data") / "small"
+    drawn.write(folder, train=240, test=60)
+    return folder
+
+
+@pytest.fixture
+def own_batches(batches: Path, tmp_path: Path) -> Path:
+    """A copy of the batches that a test may damage."""
+    return Path(shutil.copytree(batches, tmp_path / "own"))
+
+
+@pytest.fixture(autouse=True)
+def no_data_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests read and download what they name, nothing else."""
+    monkeypatch.setenv("REAL_CIFAR10_DIR", os.environ.get("CIFAR10_DIR", ""))
+    monkeypatch.delenv("CIFAR10_DIR", raising=False)
+    monkeypatch.setenv("PEGASUS_CIFAR10_URL", "http://127.0.0.1:9/nothing-listens-here")
+
+
+@pytest.fixture
+def complaint(capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    """Call a script's main that must fail: exit status 2 and one sentence on stderr, which is returned."""
+    def call(main: Callable, *argv: object) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            options.run(lambda: main([str(a) for a in argv]))
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert left.value.code == 2
+        assert "Traceback" not in "".join(lines)
+        assert lines, "no sentence on stderr"
+        return lines[-1]
+    return call

@@ -1,0 +1,52 @@
+import subprocess
+import sys
+
+import sample
+import train
+
+import pytest
+from conftest import ROOT
+
+
+@pytest.mark.parametrize(("argv", "words"), [
+    (["--epochs", "-1"], ["--epochs", "got -1", "1 or more"]),
+    (["--epochs", "2.5"], ["--epochs", "'2.5'", "whole number"]),
+    (["--lr", "nan"], ["--lr", "got nan", "above 0"]),
+    (["--lr", "0"], ["--lr", "got 0", "above 0"]),
+    (["--beta", "inf"], ["--beta", "got inf", "0.0 or more"]),
+    (["--batch-size", "0"], ["--batch-size", "got 0", "1 or more"]),
+    (["--arch", "nonsense"], ["--arch", "nonsense", "mlp"]),
+    (["--epoch", "3"], ["--epoch"]),
+])
+def test_bad_options_are_one_sentence(complaint, argv, words):
+    sentence = complaint(train.main, *argv)
+    assert all(word in sentence for word in words), sentence
+
+
+def test_options_are_told_apart_from_defaults():
+    chosen, given = train.options.parse(train.Options, ["--lr", "2e-3", "--flip"], "")
+    assert given == {"lr", "flip"}
+    assert (chosen.lr, chosen.flip, chosen.batch_size) == (2e-3, True, 128)
+
+
+def test_defaults_are_the_papers_recipe():
+    chosen = train.Options()
+    assert (chosen.arch, chosen.likelihood, chosen.latent, chosen.beta) == ("mlp", "mse", 128, 1.0)
+    assert (chosen.schedule, chosen.lr, chosen.batch_size, chosen.epochs) == ("constant", 1e-3, 128, 300)
+    assert not chosen.flip
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+def test_a_python_without_torch_is_told_which_one_to_use(script):
+    done = subprocess.run([sys.executable, "-S", "-E", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "has no numpy; use .venv/bin/python" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_lists_the_options(capsys):
+    for main in (train.main, sample.main):
+        with pytest.raises(SystemExit) as left:
+            main(["--help"])
+        assert left.value.code == 0
+        assert "--seed" in capsys.readouterr().out
