@@ -1,0 +1,98 @@
+"""Reparameterize and KL in one call, with noise that is a function of its arguments.
+
+    import torch, reparam
+    z, kl = reparam.reparameterize_kl(mu, logvar, torch.tensor(7))  # (B, D), (B,)
+
+Row r, columns 4g to 4g+3 take their normals from one block of Philox4x32-10 (Salmon et al. 2011):
+counter (g low, g high, r low, r high), key (seed low, seed high), 32-bit words; the block's words w0..w3
+become radius(w0) * (cos, sin)(angle(w1)) and radius(w2) * (cos, sin)(angle(w3)) by Box and Muller's method.
+"""
+import math
+
+import torch
+from torch import Tensor
+
+MASK = 0xFFFFFFFF
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+def philox(counter: list, key: list) -> list:
+    """Philox4x32-10: four counter words and two key words to four words, each below 2^32.
+
+    Words are Python ints or int64 tensors; products wrap modulo 2^64, which leaves both halves right.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        c0, c1, c2, c3 = (p1 >> 32 & MASK) ^ c1 ^ k0, p1 & MASK, (p0 >> 32 & MASK) ^ c3 ^ k1, p0 & MASK
+        k0, k1 = k0 + WEYL[0] & MASK, k1 + WEYL[1] & MASK
+    return [c0, c1, c2, c3]
+
+
+def derive_seed(seed: int, step: int, purpose: int) -> int:
+    """A seed for one purpose at one step of a run: key = seed, counter = (step, purpose), as a signed 64-bit int.
+
+    Unlike `seed + step`, neighbouring runs and steps share no noise.
+    """
+    w0, w1, _, _ = philox([step & MASK, step >> 32 & MASK, purpose, 0], [seed & MASK, seed >> 32 & MASK])
+    return (w1 << 32 | w0) - (w1 >> 31 << 64)
+
+
+def words(rows: int, groups: int, seed: Tensor, row_offset: int = 0) -> Tensor:
+    """The 32-bit words of the noise, int64 of shape (rows, groups, 4), on the seed's device."""
+    seed = seed.reshape(())
+    row = torch.arange(row_offset, row_offset + rows, device=seed.device)[:, None]
+    group = torch.arange(groups, device=seed.device)[None, :]
+    counter = [group & MASK, group >> 32, row & MASK, row >> 32 & MASK]
+    return torch.stack(torch.broadcast_tensors(*philox(counter, [seed & MASK, seed >> 32 & MASK])), -1)
+
+
+def normals_from_words(word: Tensor, dtype: torch.dtype) -> Tensor:
+    """Box-Muller: words (..., 4) to normals (..., 4). The radius uses all 32 bits, so |eps| reaches 6.66."""
+    radius = ((word[..., 0::2].to(dtype) + 1) * 2.0**-32).log().mul(-2).clamp(min=0).sqrt()
+    signed = word[..., 1::2] - (word[..., 1::2] >> 31 << 32)  # an angle in [-pi, pi) rounds less
+    angle = signed.to(dtype) * (2 * math.pi * 2.0**-32)
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], -1).flatten(-2)
+
+
+def reference(mu: Tensor, logvar: Tensor, seed: Tensor, row_offset: int = 0) -> tuple[Tensor, Tensor]:
+    """`reparameterize_kl` in plain PyTorch: the oracle of the tests, and the fallback without the extension."""
+    rows, columns = mu.shape
+    dtype = torch.float64 if mu.dtype == torch.float64 else torch.float32
+    eps = normals_from_words(words(rows, (columns + 3) // 4, seed, row_offset), dtype).flatten(1)[:, :columns]
+    m, v = mu.to(dtype), logvar.to(dtype)
+    z = m + (v / 2).exp() * eps
+    kl = (v.exp() + m * m - 1 - v).sum(1) / 2
+    return z.to(mu.dtype), kl
+
+
+def check(mu: Tensor, logvar: Tensor, seed: Tensor) -> None:
+    """Raise an error that names the argument, what it is and what was wanted."""
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    if mu.dim() != 2:
+        raise ValueError(f"mu: got shape {tuple(mu.shape)}, wanted two dimensions (B, D)")
+    if mu.dtype not in dtypes:
+        raise TypeError(f"mu: got {mu.dtype}, wanted one of {', '.join(map(str, dtypes))}")
+    for name in ("shape", "dtype", "device"):
+        if getattr(logvar, name) != getattr(mu, name):
+            raise ValueError(f"logvar: got {name} {getattr(logvar, name)}, wanted mu's {getattr(mu, name)}")
+    if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != mu.device:
+        got = f"{seed.dtype} of {seed.numel()} elements on {seed.device}"
+        raise ValueError(f"seed: got {got}, wanted torch.int64 of one element on {mu.device}")
+
+
+def reparameterize_kl(mu: Tensor, logvar: Tensor, seed: Tensor, row_offset: int = 0) -> tuple[Tensor, Tensor]:
+    """Draw z ~ N(mu, exp(logvar)) and sum KL(N(mu, exp(logvar)) || N(0, I)) per row, in nats.
+
+    Kingma and Welling, Auto-Encoding Variational Bayes (2014), sections 2.4 and appendix B:
+    z = mu + exp(logvar / 2) * eps and kl_i = 1/2 sum_j [exp(logvar) + mu^2 - 1 - logvar].
+
+    mu, logvar: (B, D), float32, float64, bfloat16 or float16, any row stride. seed: int64, one element, same device.
+    row_offset: index of row 0 in the global batch; rows computed apart equal those computed together.
+    Returns z (B, D) in mu's dtype and kl (B,) in float32 (float64 for float64).
+    Raises ValueError or TypeError naming the argument that does not fit.
+    """
+    check(mu, logvar, seed)
+    return reference(mu, logvar, seed, row_offset)
