@@ -1,0 +1,66 @@
+"""A run's log files and its line on the terminal."""
+import csv
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from options import Fault
+
+SPEED = ("epoch", "images_per_second", "seconds")
+
+
+def write(path: Path, columns: tuple[str, ...], rows: list[dict], mode: str = "w") -> None:
+    """Write or (mode "a") append rows to a CSV file; floats get nine significant digits. Raises Fault."""
+    try:
+        with open(path, mode, newline="") as file:
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            if mode == "w":
+                writer.writeheader()
+            writer.writerows({k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    except OSError as error:
+        raise Fault(f"{path}: can't be written ({error.strerror}); the last checkpoint is still there") from None
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
+    minutes, second = divmod(int(seconds + 0.5), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
+
+
+class Progress:
+    """One line that is rewritten on a terminal, or a line an epoch elsewhere; and speed.csv."""
+
+    def __init__(self, epochs: int, images: int, begun: float, speed: Path):
+        """begun: how many images of all epochs were done before this start."""
+        self.epochs, self.images, self.speed = epochs, images, speed
+        self.begun = self.before = begun
+        self.start = self.epoch_start = time.monotonic()
+        self.training, self.shown = 0.0, 0.0
+        self.terminal = sys.stdout.isatty()
+
+    def line(self, epoch: int, done: float, rate: float, numbers: dict[str, float]) -> str:
+        """done: images of all epochs by now; rate: images a second; numbers: what to show."""
+        elapsed = time.monotonic() - self.start
+        left = elapsed / max(done - self.begun, 1) * (self.epochs * self.images - done)
+        values = "  ".join(f"{name} {value:,.2f}" for name, value in numbers.items())
+        return f"epoch {epoch}/{self.epochs}  {values}  {rate:,.0f} images/s  {clock(left)} left"
+
+    def show(self, epoch: int, images: int, numbers: Callable[[], dict[str, float]]) -> None:
+        """Rewrite the terminal's line, at most five times a second. images: of this epoch so far."""
+        now = time.monotonic()
+        self.training = now - self.epoch_start
+        if self.terminal and now - self.shown > 0.2:
+            self.shown, done = now, (epoch - 1) * self.images + images
+            rate = (done - self.before) / max(self.training, 1e-9)
+            print("\r" + self.line(epoch, done, rate, numbers()), end="\033[K", flush=True)
+
+    def end_epoch(self, epoch: int, numbers: dict[str, float]) -> None:
+        """Print the epoch's line and add its speed, training steps alone and seconds of all, to speed.csv."""
+        now, done = time.monotonic(), epoch * self.images
+        rate = (done - self.before) / max(self.training, 1e-9)
+        write(self.speed, SPEED, [dict(zip(SPEED, (epoch, rate, now - self.epoch_start), strict=True))], "a")
+        self.before, self.epoch_start = done, now
+        end = "\n" if epoch == self.epochs or not self.terminal else "\033[K"
+        print(("\r" if self.terminal else "") + self.line(epoch, done, rate, numbers), end=end, flush=True)
