@@ -1,0 +1,85 @@
+"""Where the pictures come from: a folder, the download, or drawn by ourselves."""
+import hashlib
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import cifar10
+import drawn
+from options import Fault
+
+from torch import Tensor
+
+DATA = Path("data")
+BANNER = """
+**********************************************************************
+  DRAWN DATA: CIFAR-10 can't be had here, so this run uses horses and
+  birds drawn by drawn.py. Its pictures are of drawings, not photographs.
+  {reason}
+**********************************************************************
+"""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Training and test pictures: uint8 (n, 3, 32, 32), with positions in `classes` as labels, int64 (n,)."""
+    images: Tensor
+    labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    classes: tuple[str, ...]
+    folder: str
+    name: str    # "drawn", or the last part of the folder's path: what logs and pictures say
+    digest: str  # SHA-256 of all of the above tensors
+
+
+def drawn_folder() -> Path:
+    """The folder of the drawn pictures, which are made at the first call (about 15 seconds)."""
+    folder = DATA / "drawn"
+    if not folder.exists():
+        print(f"drawing 12,000 pictures into {folder}", file=sys.stderr, flush=True)
+        drawn.write(folder)
+    return folder
+
+
+def automatic() -> Path:
+    """$CIFAR10_DIR, else data/cifar-10-batches-bin, else the download, else (nothing answers) the drawn set."""
+    if os.environ.get("CIFAR10_DIR"):
+        return Path(os.environ["CIFAR10_DIR"])
+    folder = DATA / cifar10.FOLDER
+    if folder.is_dir() and not cifar10.missing(folder):
+        return folder
+    try:
+        return cifar10.download(DATA)
+    except cifar10.Unreachable as reason:
+        if folder.is_dir():  # begun by hand: say what it lacks, rather than train on something else
+            return folder
+        print(BANNER.format(reason=reason), file=sys.stderr, flush=True)
+        return drawn_folder()
+
+
+def locate(data: str) -> Path:
+    """The folder of batches behind `--data`: auto, cifar10, drawn, or a folder. Raises Fault."""
+    if data == "auto":
+        return automatic()
+    if data == "cifar10":
+        folder = DATA / cifar10.FOLDER
+        return cifar10.download(DATA) if cifar10.missing(folder) else folder
+    if data == "drawn":
+        return drawn_folder()
+    if not Path(data).is_dir():
+        raise Fault(f"--data: no folder {data}; wanted auto, cifar10, drawn or a folder of CIFAR-10's binary batches")
+    return Path(data)
+
+
+def load(data: str, classes: str) -> Pictures:
+    """All pictures of some classes. Raises Fault for whatever is wrong with them."""
+    cifar10.class_indices(classes)  # before anything is downloaded
+    folder = locate(data)
+    train, test = cifar10.load(folder, classes, cifar10.TRAIN), cifar10.load(folder, classes, cifar10.TEST)
+    digest = hashlib.sha256()
+    for tensor in (*train, *test):
+        digest.update(tensor.numpy())
+    names = tuple(cifar10.CLASSES[i] for i in cifar10.class_indices(classes))
+    return Pictures(*train, *test, names, str(folder.resolve()), folder.resolve().name, digest.hexdigest())
