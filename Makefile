@@ -16,7 +16,7 @@ endif
 
 TRAIN = $(PYTHON) train.py --resume --data $(DATA) --epochs $(EPOCHS) --seed $(SEED)
 
-.PHONY: help build train paper sample test lint clean distclean
+.PHONY: help build train paper sample test lint sanitize cuda-check clean distclean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -28,6 +28,7 @@ $(VENV)/.ready: requirements.txt requirements-dev.txt
 	@touch $@
 
 build: $(READY)  ## virtual environment, packages and extension
+	@$(PYTHON) setup.py -q build_ext --inplace
 
 train: build  ## train in RUN, or go on with the run there
 	$(TRAIN) --run $(RUN) $(ARGS)
@@ -45,6 +46,24 @@ test: build  ## all tests
 
 lint: build  ## ruff
 	$(PYTHON) -m ruff check .
+
+# The op's tests with an extension built under ASan + UBSan, then the CUDA source, verbatim, on the CPU. The tests run
+# on copies in a folder of their own, so that no other build of the extension can be the one that is imported. Leaks
+# are the interpreter's own and not looked for.
+SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1
+sanitize: build  ## the op, and its CUDA source on the CPU, under ASan and UBSan
+	mkdir -p build/sanitize
+	cp -r reparam.py tests build/sanitize
+	PEGASUS_FLAGS="$(SANITIZE)" PEGASUS_CUDA=0 $(PYTHON) setup.py -q build_ext \
+	  --build-lib build/sanitize --build-temp build/sanitize/temp
+	python=$$(command -v $(PYTHON)); python=$$(cd $$(dirname $$python) && pwd)/$$(basename $$python); \
+	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. \
+	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+	  $$python -m pytest -q -c /dev/null --rootdir=. -p no:cacheprovider tests/test_op.py tests/test_reparam.py
+	tests/cuda_on_cpu/run.sh address,undefined build/cuda_on_cpu
+
+cuda-check: build  ## the CUDA source compiles for every architecture, and no kernel spills
+	$(PYTHON) tests/cuda_check.py
 
 clean:  ## what a build leaves
 	rm -rf build *.egg-info *.so .pytest_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__

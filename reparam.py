@@ -6,8 +6,14 @@
 Row r, columns 4g to 4g+3 take their normals from one block of Philox4x32-10 (Salmon et al. 2011):
 counter (g low, g high, r low, r high), key (seed low, seed high), 32-bit words; the block's words w0..w3
 become radius(w0) * (cos, sin)(angle(w1)) and radius(w2) * (cos, sin)(angle(w3)) by Box and Muller's method.
+
+The work is done by the extension `pegasus_op` where it is built (python setup.py build_ext --inplace), otherwise by
+`reference`, to the same noise. PEGASUS_EXTENSION=0 takes the reference anyway; PEGASUS_SIMD=baseline|avx2|avx512
+forces the extension's instruction set, which changes no bit of the result.
 """
 import math
+import os
+import sys
 
 import torch
 from torch import Tensor
@@ -15,6 +21,7 @@ from torch import Tensor
 MASK = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
+UNWANTED = os.environ.get("PEGASUS_EXTENSION", "1") == "0"
 
 
 def philox(counter: list, key: list) -> list:
@@ -75,12 +82,98 @@ def check(mu: Tensor, logvar: Tensor, seed: Tensor) -> None:
         raise ValueError(f"mu: got shape {tuple(mu.shape)}, wanted two dimensions (B, D)")
     if mu.dtype not in dtypes:
         raise TypeError(f"mu: got {mu.dtype}, wanted one of {', '.join(map(str, dtypes))}")
-    for name in ("shape", "dtype", "device"):
+    if logvar.shape != mu.shape:
+        raise ValueError(f"logvar: got shape {tuple(logvar.shape)}, wanted mu's {tuple(mu.shape)}")
+    for name in ("dtype", "device"):
         if getattr(logvar, name) != getattr(mu, name):
             raise ValueError(f"logvar: got {name} {getattr(logvar, name)}, wanted mu's {getattr(mu, name)}")
     if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != mu.device:
         got = f"{seed.dtype} of {seed.numel()} elements on {seed.device}"
         raise ValueError(f"seed: got {got}, wanted torch.int64 of one element on {mu.device}")
+
+
+def load_extension():
+    """The module `pegasus_op`, or None where it is not built or PEGASUS_EXTENSION=0."""
+    if UNWANTED:
+        return None
+    try:
+        import pegasus_op
+    except ModuleNotFoundError:
+        return None
+    return pegasus_op
+
+
+def fake_forward(mu: Tensor, logvar: Tensor, seed: Tensor, row_offset: int = 0) -> tuple[Tensor, Tensor]:
+    """Shapes and dtypes of `reparameterize_kl`, for the compiler."""
+    check(mu, logvar, seed)
+    dtype = torch.float64 if mu.dtype == torch.float64 else torch.float32
+    return mu.new_empty(mu.shape), mu.new_empty(mu.shape[:1], dtype=dtype)
+
+
+def fake_backward(dz: Tensor, dkl: Tensor, mu: Tensor, logvar: Tensor, seed: Tensor,
+                  row_offset: int = 0) -> tuple[Tensor, Tensor]:
+    """Shapes and dtypes of the gradients, for the compiler."""
+    return mu.new_empty(mu.shape), mu.new_empty(mu.shape)
+
+
+def save_inputs(ctx, inputs: tuple, output: tuple | None) -> None:
+    """Keep the inputs and the seed for the backward, which draws the noise again; nothing else of z's size."""
+    ctx.save_for_backward(*inputs[:3])
+    ctx.row_offset = inputs[3]
+
+
+def gradients(ctx, dz: Tensor, dkl: Tensor) -> tuple:
+    """The gradients by mu and logvar; none by seed and row_offset."""
+    backward = torch.ops.pegasus.reparameterize_kl_backward.default
+    return *backward(dz, dkl, *ctx.saved_tensors, ctx.row_offset), None, None
+
+
+def no_second_derivative(ctx, *gradients_of_gradients: Tensor) -> None:
+    """The backward of the backward."""
+    raise RuntimeError("reparameterize_kl: asked for a second derivative, which the extension does not have; "
+                       "PEGASUS_EXTENSION=0 takes the reference, which does")
+
+
+def register() -> None:
+    """Tell torch.library the ops' shapes and derivatives; importing the extension has defined the ops."""
+    torch.library.register_fake("pegasus::reparameterize_kl", fake_forward)
+    torch.library.register_fake("pegasus::reparameterize_kl_backward", fake_backward)
+    torch.library.register_autograd("pegasus::reparameterize_kl", gradients, setup_context=save_inputs)
+    torch.library.register_autograd("pegasus::reparameterize_kl_backward", no_second_derivative)
+
+
+class Fused(torch.autograd.Function):
+    """What register_autograd does for the op, at two thirds of its cost a call: for eager mode alone."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        save_inputs(ctx, inputs, None)
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.pegasus.reparameterize_kl.default(*inputs)
+
+    @staticmethod
+    def backward(ctx, dz, dkl):
+        if torch.is_grad_enabled():  # create_graph=True: through the registered op, which refuses what may follow
+            return gradients(ctx, dz, dkl)
+        with torch._C._AutoDispatchBelowAutograd():
+            return gradients(ctx, dz, dkl)
+
+
+extension = load_extension()
+if extension:
+    register()
+silent = UNWANTED
+
+
+def fallback(mu: Tensor, logvar: Tensor, seed: Tensor, row_offset: int) -> tuple[Tensor, Tensor]:
+    """The checked reference; says once, on stderr, that it stands in for a missing extension."""
+    global silent
+    if not silent and not torch.compiler.is_compiling():
+        silent = True
+        print("reparam: the extension is not built, so its slower PyTorch reference is used; "
+              "`python setup.py build_ext --inplace` builds it.", file=sys.stderr)
+    check(mu, logvar, seed)
+    return reference(mu, logvar, seed, row_offset)
 
 
 def reparameterize_kl(mu: Tensor, logvar: Tensor, seed: Tensor, row_offset: int = 0) -> tuple[Tensor, Tensor]:
@@ -92,7 +185,17 @@ def reparameterize_kl(mu: Tensor, logvar: Tensor, seed: Tensor, row_offset: int 
     mu, logvar: (B, D), float32, float64, bfloat16 or float16, any row stride. seed: int64, one element, same device.
     row_offset: index of row 0 in the global batch; rows computed apart equal those computed together.
     Returns z (B, D) in mu's dtype and kl (B,) in float32 (float64 for float64).
-    Raises ValueError or TypeError naming the argument that does not fit.
+    Raises ValueError or TypeError naming the argument that does not fit. A second derivative is an error.
     """
-    check(mu, logvar, seed)
-    return reference(mu, logvar, seed, row_offset)
+    if extension is None:
+        return fallback(mu, logvar, seed, row_offset)
+    if torch.compiler.is_compiling():
+        return torch.ops.pegasus.reparameterize_kl.default(mu, logvar, seed, row_offset)
+    try:
+        if torch.is_grad_enabled() and (mu.requires_grad or logvar.requires_grad):
+            return Fused.apply(mu, logvar, seed, row_offset)
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.pegasus.reparameterize_kl.default(mu, logvar, seed, row_offset)
+    except RuntimeError:
+        check(mu, logvar, seed)  # the same complaint with a type of its own
+        raise

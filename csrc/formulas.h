@@ -1,0 +1,232 @@
+// The op's formulas, written once: for a float or double (CUDA, tails, float64) and for a vector of floats (CPU).
+//
+//   z = mu + std * eps,  std = exp(logvar / 2),  kl = 1/2 sum [exp(logvar) + mu^2 - 1 - logvar]
+//
+// Layout of the noise: row r, columns 4g to 4g+3 take their normals from one block of Philox4x32-10 (Salmon et al.
+// 2011) with counter (g low, g high, r low, r high) and key (seed low, seed high), in 32-bit words; the block's words
+// w0..w3 become radius(w0) * (cos, sin)(angle(w1)), radius(w2) * (cos, sin)(angle(w3)), after Box and Muller.
+//
+// Float formulas are our own polynomials (minimax, fitted for this file), so that every instruction set that does not
+// contract a * b + c gives the same bits. Everything is static in a namespace of the including file's own: a file
+// compiled for AVX-512 must not lend its copy of a function to the others.
+#pragma once
+#include <math.h>
+#include <stdint.h>
+
+#if defined(__CUDACC__)
+#define PEGASUS_INLINE __host__ __device__ __forceinline__
+#define PEGASUS_UNROLL _Pragma("unroll")
+#else
+#define PEGASUS_INLINE inline __attribute__((always_inline))
+#define PEGASUS_UNROLL _Pragma("GCC unroll 16")
+#endif
+#ifndef PEGASUS_LEVEL
+#define PEGASUS_LEVEL scalar
+#endif
+
+namespace pegasus {
+namespace PEGASUS_LEVEL {
+
+// Lanes<F>: the integers beside F, and what differs between one number and a vector of them.
+template <class F>
+struct Lanes;
+
+template <>
+struct Lanes<float> {
+  using Int = int32_t;
+  using Word = uint32_t;
+  static PEGASUS_INLINE float from_int(int32_t i) { return static_cast<float>(i); }
+  static PEGASUS_INLINE float from_word(uint32_t w) { return static_cast<float>(w); }
+  static PEGASUS_INLINE float root(float x) { return sqrtf(x); }
+};
+
+template <class To, class From>
+static PEGASUS_INLINE To bits(From x) {
+  static_assert(sizeof(To) == sizeof(From), "bits keeps the size");
+  To y;
+  __builtin_memcpy(&y, &x, sizeof y);
+  return y;
+}
+
+// ---- Philox: a counter word sits in the low half of a 64-bit lane; what the high half holds does not matter ----
+
+constexpr uint32_t multiplier0 = 0xD2511F53, multiplier1 = 0xCD9E8D57, weyl0 = 0x9E3779B9, weyl1 = 0xBB67AE85;
+
+template <>
+struct Lanes<uint64_t> {
+  static PEGASUS_INLINE uint64_t multiply(uint64_t a, uint32_t b) { return (a & 0xFFFFFFFF) * b; }
+};
+
+// The round keys of one seed.
+template <class L>
+struct Key {
+  L first[10], second[10];
+  explicit PEGASUS_INLINE Key(uint64_t seed) {
+    uint32_t low = static_cast<uint32_t>(seed), high = static_cast<uint32_t>(seed >> 32);
+    PEGASUS_UNROLL
+    for (int round = 0; round < 10; ++round, low += weyl0, high += weyl1) {
+      first[round] = L{} + uint64_t{low};
+      second[round] = L{} + uint64_t{high};
+    }
+  }
+};
+
+// The blocks of (row, group[i]), by ten rounds on their counters; the one place that knows the counter's layout.
+// Several at a time keep the multipliers busy: the ten rounds of one wait for each other.
+template <int count, class L>
+static PEGASUS_INLINE void noise_blocks(const L group[count], uint64_t row, const Key<L>& key, L word[count][4]) {
+  PEGASUS_UNROLL
+  for (int i = 0; i < count; ++i) {
+    word[i][0] = group[i];
+    word[i][1] = group[i] >> 32;
+    word[i][2] = L{} + row;
+    word[i][3] = L{} + (row >> 32);
+  }
+  PEGASUS_UNROLL
+  for (int round = 0; round < 10; ++round)
+    PEGASUS_UNROLL
+    for (int i = 0; i < count; ++i) {
+      L product0 = Lanes<L>::multiply(word[i][0], multiplier0), product1 = Lanes<L>::multiply(word[i][2], multiplier1);
+      word[i][0] = (product1 >> 32) ^ (word[i][1] ^ key.first[round]);
+      word[i][1] = product1;
+      word[i][2] = (product0 >> 32) ^ (word[i][3] ^ key.second[round]);
+      word[i][3] = product0;
+    }
+}
+
+// ---- float: exp, Box-Muller's radius, sin and cos ----
+
+// exp(x) = 2^n * p(r): infinite and NaN where IEEE's is, zero where that would be a denormal.
+template <class F>
+static PEGASUS_INLINE F exponential(F x) {
+  using Word = typename Lanes<F>::Word;
+  F shifted = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 leaves the nearest integer, n, in the low bits
+  F n = shifted - 12582912.0f;
+  F r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts; the first product is exact
+  F r2 = r * r;
+  F q = (0.00138144672f * r2 + (0.00836878084f * r + 0.0416683927f)) * r2 + (0.166665196f * r + 0.49999994f);
+  F p = (q * r2 + r) + 1.0f;
+  F y = bits<F>(bits<Word>(p) + (bits<Word>(shifted) << 23));
+  y = x < F{} + 88.72284f ? y : x + static_cast<float>(INFINITY);
+  return x < F{} - 87.33654f ? F{} : y;
+}
+
+// sqrt(-2 log u) with u = (word + 1) / 2^32, in (0, 1]: all 32 bits count, so it reaches 6.66.
+template <class F>
+static PEGASUS_INLINE F radius(typename Lanes<F>::Word word) {
+  using Int = typename Lanes<F>::Int;
+  F x = Lanes<F>::from_word(word) + 1.0f;
+  Int exponent = (bits<Int>(x) - 0x3F3504F3) >> 23;  // leaves a mantissa in [sqrt 1/2, sqrt 2)
+  F f = bits<F>(bits<Int>(x) - (exponent << 23)) - 1.0f;
+  F f2 = f * f;
+  F high = (-0.174696867f * f + 0.28615043f) * f2 + (-0.298359483f * f + 0.33141017f);
+  F low = (-0.399241447f * f + 0.500035107f) * f2 + (-0.666679025f * f + 0.99999982f);
+  F q = high * (f2 * f2) + low;  // -2 log(1 + f) = q f^2 - 2 f
+  return Lanes<F>::root(Lanes<F>::from_int(exponent - 32) * -1.38629436f + (q * f2 - (f + f)));
+}
+
+// cos and sin of word * 2 pi / 2^32. The nearest quarter turn is taken off in integers, where that is exact.
+template <class F>
+static PEGASUS_INLINE void cos_sin(typename Lanes<F>::Word word, F& cosine, F& sine) {
+  using Int = typename Lanes<F>::Int;
+  using Word = typename Lanes<F>::Word;
+  Word quarter = (word + 0x20000000u) >> 30;
+  F t = Lanes<F>::from_int(bits<Int>(word - (quarter << 30))) * 1.46291808e-9f;
+  F t2 = t * t;
+  F s = ((-0.000195152825f * t2 + 0.0083321603f) * t2 - 0.166666552f) * (t2 * t) + t;
+  F c = ((2.44331568e-05f * t2 - 0.00138873165f) * t2 + 0.0416666456f) * (t2 * t2) - 0.5f * t2 + 1.0f;
+  Word swap = (bits<Word>(s) ^ bits<Word>(c)) & (Word{} - (quarter & 1u));  // odd quarters exchange the two
+  cosine = bits<F>(bits<Word>(c) ^ swap ^ (((quarter + 1u) & 2u) << 30));
+  sine = bits<F>(bits<Word>(s) ^ swap ^ ((quarter & 2u) << 30));
+}
+
+// ---- the 16-bit formats: widen takes their bits in a 32-bit word, narrow rounds to nearest, ties to even ----
+
+struct Bfloat16Bits {
+  template <class F>
+  static PEGASUS_INLINE F widen(typename Lanes<F>::Word h) {
+    return bits<F>(h << 16);
+  }
+  template <class F>
+  static PEGASUS_INLINE typename Lanes<F>::Word narrow(F value) {
+    using Word = typename Lanes<F>::Word;
+    Word x = bits<Word>(value);
+    Word rounded = (x + 0x7FFFu + ((x >> 16) & 1u)) >> 16;
+    return (x & 0x7FFFFFFFu) > Word{} + 0x7F800000u ? Word{} + 0x7FC0u : rounded;
+  }
+};
+
+struct Float16Bits {
+  template <class F>
+  static PEGASUS_INLINE F widen(typename Lanes<F>::Word h) {
+    using Word = typename Lanes<F>::Word;
+    Word magnitude = h & 0x7FFFu;
+    Word finite = bits<Word>(bits<F>(magnitude << 13) * 0x1p112f);  // denormals too
+    Word special = magnitude >= Word{} + 0x7C00u ? Word{} + 0x7F800000u : Word{};
+    return bits<F>(finite | special | ((h & 0x8000u) << 16));
+  }
+  template <class F>
+  static PEGASUS_INLINE typename Lanes<F>::Word narrow(F value) {
+    using Word = typename Lanes<F>::Word;
+    Word x = bits<Word>(value), magnitude = x & 0x7FFFFFFFu;
+    Word normal = ((magnitude + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13) - (112u << 10);
+    Word denormal = bits<Word>(bits<F>(magnitude) + 0.5f) - 0x3F000000u;  // 1/2 has the step of float16's denormals
+    Word half = magnitude < Word{} + 0x38800000u ? denormal : normal;
+    half = magnitude >= Word{} + 0x47800000u ? Word{} + 0x7C00u : half;
+    half = magnitude > Word{} + 0x7F800000u ? Word{} + 0x7E00u : half;
+    return half | ((x >> 16) & 0x8000u);
+  }
+};
+
+// ---- double: the mathematics library ----
+
+static PEGASUS_INLINE double exponential(double x) { return exp(x); }
+
+template <class F>
+static PEGASUS_INLINE void box_muller(typename Lanes<F>::Word w0, typename Lanes<F>::Word w1, F& first, F& second) {
+  F cosine, sine, r = radius<F>(w0);
+  cos_sin<F>(w1, cosine, sine);
+  first = r * cosine;
+  second = r * sine;
+}
+
+static PEGASUS_INLINE void box_muller(uint32_t w0, uint32_t w1, double& first, double& second) {
+  double r = sqrt(fmax(-2.0 * log((w0 + 1.0) * 0x1p-32), 0.0));
+  double angle = static_cast<int32_t>(w1) * (6.283185307179586477 * 0x1p-32);
+  first = r * cos(angle);
+  second = r * sin(angle);
+}
+
+static PEGASUS_INLINE void box_muller(uint32_t w0, uint32_t w1, float& first, float& second) {
+  box_muller<float>(w0, w1, first, second);
+}
+
+// ---- one element, and one group of four ----
+
+template <class F>
+static PEGASUS_INLINE F forward_element(F mu, F logvar, F eps, F& z) {  // returns the element's share of 2 kl
+  F std = exponential(logvar * (F{} + 0.5f));
+  z = mu + std * eps;
+  return std * std + mu * mu - (F{} + 1.0f) - logvar;
+}
+
+// half_dkl is half the gradient of the row's kl.
+template <class F>
+static PEGASUS_INLINE void backward_element(F mu, F logvar, F eps, F dz, F half_dkl, F& dmu, F& dlogvar) {
+  F std = exponential(logvar * (F{} + 0.5f));
+  dmu = dz + (half_dkl + half_dkl) * mu;
+  dlogvar = dz * std * eps * (F{} + 0.5f) + half_dkl * (std * std - (F{} + 1.0f));
+}
+
+template <class F>
+static PEGASUS_INLINE void normals_of_group(uint64_t group, uint64_t row, uint64_t seed, F eps[4]) {
+  uint64_t word[1][4];
+  noise_blocks<1>(&group, row, Key<uint64_t>(seed), word);
+  uint32_t w0 = static_cast<uint32_t>(word[0][0]), w1 = static_cast<uint32_t>(word[0][1]);
+  uint32_t w2 = static_cast<uint32_t>(word[0][2]), w3 = static_cast<uint32_t>(word[0][3]);
+  box_muller(w0, w1, eps[0], eps[1]);
+  box_muller(w2, w3, eps[2], eps[3]);
+}
+
+}  // namespace PEGASUS_LEVEL
+}  // namespace pegasus

@@ -1,0 +1,280 @@
+// Registration through torch's stable ABI, the checks of arguments, the choice of the instruction set, and
+// the Python module `pegasus_op`, which says what the build holds.
+#include <pybind11/pybind11.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "kernels.h"
+
+#ifndef PEGASUS_CUDA_ARCHITECTURES
+#define PEGASUS_CUDA_ARCHITECTURES ""
+#endif
+
+namespace pegasus {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// ---- instruction sets ----
+
+struct Level {
+  const CpuKernels* kernels;
+  bool supported;
+};
+
+std::vector<Level> levels() {  // lowest first
+#if defined(PEGASUS_X86)
+  __builtin_cpu_init();
+  return {{&baseline::kernels, true},
+          {&avx2::kernels, __builtin_cpu_supports("avx2") != 0},
+          {&avx512::kernels, __builtin_cpu_supports("avx512f") != 0}};
+#else
+  return {{&baseline::kernels, true}};
+#endif
+}
+
+std::string level_names() {
+  std::string names;
+  for (const Level& level : levels()) names += (names.empty() ? "" : ", ") + std::string(level.kernels->level);
+  return names;
+}
+
+const CpuKernels& choose_kernels() {
+  const char* wanted = std::getenv("PEGASUS_SIMD");
+  const CpuKernels* best = nullptr;
+  for (const Level& level : levels()) {
+    if (wanted && *wanted && std::string(wanted) == level.kernels->level) {
+      if (!level.supported)
+        throw std::runtime_error("PEGASUS_SIMD: got " + std::string(wanted) + ", which this processor lacks");
+      return *level.kernels;
+    }
+    if (level.supported) best = level.kernels;
+  }
+  if (wanted && *wanted)
+    throw std::runtime_error("PEGASUS_SIMD: got '" + std::string(wanted) + "', wanted one of " + level_names());
+  return *best;
+}
+
+const CpuKernels& cpu_kernels() {
+  static const CpuKernels& chosen = choose_kernels();
+  return chosen;
+}
+
+// ---- checks ----
+
+std::string name(ScalarType type) {  // as Python says it
+  switch (type) {
+    case ScalarType::Float: return "torch.float32";
+    case ScalarType::Double: return "torch.float64";
+    case ScalarType::BFloat16: return "torch.bfloat16";
+    case ScalarType::Half: return "torch.float16";
+    case ScalarType::Long: return "torch.int64";
+    case ScalarType::Int: return "torch.int32";
+    case ScalarType::Bool: return "torch.bool";
+    default: return std::string("torch.") + torch::headeronly::toString(type);
+  }
+}
+
+std::string shape(const Tensor& t) {
+  std::string text = "(";
+  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
+  return text + (t.dim() == 1 ? ",)" : ")");
+}
+
+std::string device(const Tensor& t) {
+  if (t.is_cpu()) return "cpu";
+  return (t.is_cuda() ? "cuda:" : "device ") + std::to_string(t.get_device_index());
+}
+
+bool same_device(const Tensor& a, const Tensor& b) {
+  return a.device() == b.device();
+}
+
+[[noreturn]] void refuse(const std::string& argument, const std::string& got, const std::string& wanted) {
+  throw std::runtime_error(argument + ": got " + got + ", wanted " + wanted);
+}
+
+bool same_shape(const Tensor& a, const Tensor& b) {
+  return a.dim() == b.dim() && a.size(0) == b.size(0) && (a.dim() < 2 || a.size(1) == b.size(1));
+}
+
+// `argument` is to be what `like` (called `owner`) is: shape, dtype and device.
+void check_like(const Tensor& t, const Tensor& like, const char* argument) {
+  if (!same_shape(t, like)) refuse(argument, "shape " + shape(t), "mu's " + shape(like));
+  if (t.scalar_type() != like.scalar_type())
+    refuse(argument, "dtype " + name(t.scalar_type()), "mu's " + name(like.scalar_type()));
+  if (!same_device(t, like)) refuse(argument, "device " + device(t), "mu's " + device(like));
+}
+
+Dtype check(const Tensor& mu, const Tensor& logvar, const Tensor& seed) {
+  if (mu.dim() != 2) refuse("mu", "shape " + shape(mu), "two dimensions (B, D)");
+  Dtype dtype;
+  switch (mu.scalar_type()) {
+    case ScalarType::Float: dtype = float32; break;
+    case ScalarType::Double: dtype = float64; break;
+    case ScalarType::BFloat16: dtype = bfloat16; break;
+    case ScalarType::Half: dtype = float16; break;
+    default:
+      refuse("mu", name(mu.scalar_type()), "one of torch.float32, torch.float64, torch.bfloat16, torch.float16");
+  }
+  check_like(logvar, mu, "logvar");
+  if (seed.scalar_type() != ScalarType::Long || seed.numel() != 1 || !same_device(seed, mu))
+    refuse("seed", name(seed.scalar_type()) + " of " + std::to_string(seed.numel()) + " elements on " + device(seed),
+           "torch.int64 of one element on " + device(mu));
+  return dtype;
+}
+
+// ---- the two ops ----
+
+// Columns must be adjacent; rows may have any stride.
+Tensor with_adjacent_columns(const Tensor& t) {
+  return t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
+}
+
+// Above some megabytes the first touch of fresh pages costs more than the op's arithmetic: ask for huge ones. Advice
+// only: where the system gives none, nothing changes.
+void ask_for_huge_pages(const Tensor& t) {
+#if defined(__linux__)
+  constexpr uintptr_t huge_page = uintptr_t{1} << 21;
+  const size_t bytes = t.numel() * t.element_size();
+  if (!t.is_cpu() || bytes < 4 * huge_page) return;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr()), end = begin + bytes;
+  const uintptr_t first = (begin + huge_page - 1) / huge_page * huge_page, last = end / huge_page * huge_page;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type, const Tensor& like) {
+  int32_t device_type = 0, dtype = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  if (type != like.scalar_type()) dtype = aoti_torch_dtype_float32();
+  const int64_t strides[2] = {sizes.size() == 2 ? sizes.begin()[1] : 1, 1};
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides, dtype, device_type,
+                                                         like.get_device_index(), &handle));
+  Tensor result(handle);
+  ask_for_huge_pages(result);
+  return result;
+}
+
+Arguments arguments(const Tensor& mu, const Tensor& logvar, const Tensor& seed, int64_t row_offset) {
+  Arguments a{};
+  a.mu = mu.data_ptr();
+  a.logvar = logvar.data_ptr();
+  a.seed = static_cast<const int64_t*>(seed.data_ptr());
+  a.rows = mu.size(0);
+  a.columns = mu.size(1);
+  a.row_offset = row_offset;
+  a.mu_stride = mu.stride(0);
+  a.logvar_stride = logvar.stride(0);
+  return a;
+}
+
+// A thread is worth waking for this many elements, about 15 us of work.
+constexpr int64_t elements_per_thread = 16384;
+
+void run_on_cpu(RangeKernel kernel, const Arguments& a) {
+  const int64_t grain = std::max<int64_t>(1, elements_per_thread / std::max<int64_t>(1, a.columns));
+  torch::stable::parallel_for(0, a.rows, grain, [&](int64_t first, int64_t last) { kernel(a, first, last); });
+}
+
+#if defined(PEGASUS_CUDA)
+void run_on_cuda(int (*launch)(const Arguments&, Dtype, void*), const Arguments& a, Dtype dtype, int32_t index) {
+  if (a.rows == 0) return;  // a grid may not be empty
+  torch::stable::accelerator::DeviceGuard guard(index);
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+  if (int error = launch(a, dtype, stream))
+    throw std::runtime_error(std::string("reparameterize_kl: CUDA did not launch the kernel: ") + cuda_message(error));
+}
+#endif
+
+void run(bool forward, const Arguments& a, Dtype dtype, const Tensor& mu) {
+#if defined(PEGASUS_CUDA)
+  if (mu.is_cuda()) return run_on_cuda(forward ? cuda_forward : cuda_backward, a, dtype, mu.get_device_index());
+#endif
+  (void)mu;
+  run_on_cpu((forward ? cpu_kernels().forward : cpu_kernels().backward)[dtype], a);
+}
+
+std::tuple<Tensor, Tensor> reparameterize_kl(const Tensor& mu, const Tensor& logvar, const Tensor& seed,
+                                             int64_t row_offset) {
+  const Dtype dtype = check(mu, logvar, seed);
+  const Tensor m = with_adjacent_columns(mu), v = with_adjacent_columns(logvar);
+  Tensor z = empty({mu.size(0), mu.size(1)}, mu.scalar_type(), mu);
+  Tensor kl = empty({mu.size(0)}, dtype == float64 ? ScalarType::Double : ScalarType::Float, mu);
+  Arguments a = arguments(m, v, seed, row_offset);
+  a.z = z.data_ptr();
+  a.kl = kl.data_ptr();
+  run(true, a, dtype, mu);
+  return {z, kl};
+}
+
+std::tuple<Tensor, Tensor> reparameterize_kl_backward(const Tensor& dz, const Tensor& dkl, const Tensor& mu,
+                                                      const Tensor& logvar, const Tensor& seed, int64_t row_offset) {
+  const Dtype dtype = check(mu, logvar, seed);
+  check_like(dz, mu, "dz");
+  const ScalarType kl_type = dtype == float64 ? ScalarType::Double : ScalarType::Float;
+  if (dkl.dim() != 1 || dkl.size(0) != mu.size(0) || dkl.scalar_type() != kl_type || !same_device(dkl, mu))
+    refuse("dkl", name(dkl.scalar_type()) + " of shape " + shape(dkl) + " on " + device(dkl),
+           name(kl_type) + " of shape (" + std::to_string(mu.size(0)) + ",) on " + device(mu));
+  const Tensor m = with_adjacent_columns(mu), v = with_adjacent_columns(logvar), g = with_adjacent_columns(dz);
+  Tensor dmu = empty({mu.size(0), mu.size(1)}, mu.scalar_type(), mu);
+  Tensor dlogvar = empty({mu.size(0), mu.size(1)}, mu.scalar_type(), mu);
+  Arguments a = arguments(m, v, seed, row_offset);
+  a.dz = g.data_ptr();
+  a.dkl = dkl.data_ptr();
+  a.dz_stride = g.stride(0);
+  a.dkl_stride = dkl.stride(0);
+  a.dmu = dmu.data_ptr();
+  a.dlogvar = dlogvar.data_ptr();
+  run(false, a, dtype, mu);
+  return {dmu, dlogvar};
+}
+
+STABLE_TORCH_LIBRARY(pegasus, m) {
+  m.def("reparameterize_kl(Tensor mu, Tensor logvar, Tensor seed, SymInt row_offset=0) -> (Tensor z, Tensor kl)");
+  m.def(
+      "reparameterize_kl_backward(Tensor dz, Tensor dkl, Tensor mu, Tensor logvar, Tensor seed, SymInt row_offset=0)"
+      " -> (Tensor dmu, Tensor dlogvar)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pegasus, CPU, m) {
+  m.impl("reparameterize_kl", TORCH_BOX(&reparameterize_kl));
+  m.impl("reparameterize_kl_backward", TORCH_BOX(&reparameterize_kl_backward));
+}
+
+#if defined(PEGASUS_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(pegasus, CUDA, m) {
+  m.impl("reparameterize_kl", TORCH_BOX(&reparameterize_kl));
+  m.impl("reparameterize_kl_backward", TORCH_BOX(&reparameterize_kl_backward));
+}
+#endif
+
+}  // namespace
+}  // namespace pegasus
+
+PYBIND11_MODULE(pegasus_op, module) {
+  module.doc() = "The compiled op behind reparam.py; importing it registers torch.ops.pegasus.";
+  pybind11::list names;
+  for (const auto& level : pegasus::levels()) names.append(level.kernels->level);
+  module.attr("simd_levels") = pybind11::tuple(names);
+  module.attr("simd_level") = pegasus::cpu_kernels().level;
+  module.attr("cuda_architectures") = PEGASUS_CUDA_ARCHITECTURES;
+}

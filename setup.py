@@ -1,0 +1,120 @@
+"""Builds the extension `pegasus_op` and installs it with reparam.py.
+
+    python setup.py build_ext --inplace     # here, for the scripts of this folder
+    pip install --no-build-isolation .      # `import reparam` in another project, with the torch that is installed
+
+Needs a C++20 compiler. CUDA kernels are built where both torch and a CUDA toolkit have CUDA; PEGASUS_CUDA=0 or 1
+overrides, TORCH_CUDA_ARCH_LIST chooses architectures. PEGASUS_FLAGS adds compiler and linker flags (for sanitizers).
+Without a compiler nothing is built and reparam.py uses its PyTorch reference, which is slower and the same otherwise.
+"""
+import os
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.modified import newer_group
+
+ROOT = Path(__file__).resolve().parent
+TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of torch 2.10 and later
+# No contraction of a * b + c: every instruction set is to give the same bits.
+KERNEL = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-Wno-maybe-uninitialized"]
+LEVELS = {"baseline": [], "avx2": ["-mavx2"], "avx512": ["-mavx512f"]}
+ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0", "12.0")
+
+
+def x86() -> bool:
+    """Whether the levels above the baseline can be compiled."""
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
+def nvcc() -> str | None:
+    """The CUDA compiler to use, or None: then the extension has no CUDA kernels."""
+    import torch
+
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    path = shutil.which("nvcc", path=f"{home}/bin" if home else None) or shutil.which("nvcc")
+    wanted = os.environ.get("PEGASUS_CUDA", "1" if torch.version.cuda else "0")
+    if wanted not in ("0", "1"):
+        raise SystemExit(f"PEGASUS_CUDA: got {wanted!r}, wanted 0 or 1")
+    if wanted == "1" and path is None and "PEGASUS_CUDA" in os.environ:
+        raise SystemExit("PEGASUS_CUDA=1: no nvcc found on PATH or under CUDA_HOME")
+    return path if wanted == "1" else None
+
+
+def architectures(compiler: str) -> list[str]:
+    """Compute capabilities such as "90" or "90a": TORCH_CUDA_ARCH_LIST's, else ours that the toolkit knows."""
+    wanted = [a for a in re.split(r"[ ;]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "")) if a]
+    if wanted:
+        return [a.removesuffix("+PTX").replace(".", "") for a in wanted]
+    known = subprocess.run([compiler, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    return [a.replace(".", "") for a in ARCHITECTURES if f"sm_{a.replace('.', '')}" in known]
+
+
+def architecture_flags(names: list[str]) -> list[str]:
+    """Code for each architecture, and PTX of the last for those to come."""
+    code = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
+    return [*code, f"-gencode=arch=compute_{names[-1]},code=compute_{names[-1]}"]
+
+
+class BuildOp(build_ext):
+    """Compiles csrc/cpu.cpp once for each instruction set, and reparam.cu with nvcc; skips what is up to date."""
+
+    def build_extension(self, extension: Extension) -> None:
+        target = Path(self.get_ext_fullpath(extension.name))
+        if not self.force and not newer_group(extension.depends, str(target)):
+            print(f"{target.name} is up to date")
+            return
+        import pybind11
+        from torch.utils.cpp_extension import include_paths, library_paths
+
+        self.flags = ["-std=c++20", "-g0", *os.environ.get("PEGASUS_FLAGS", "").split()]
+        self.includes = [*include_paths(), pybind11.get_include(), *self.compiler.include_dirs]
+        cuda = nvcc()
+        objects, macros = self.cpu_objects(), [TARGET, *(["-DPEGASUS_X86"] if x86() else [])]
+        libraries, library_directories = ["torch", "torch_cpu", "c10"], library_paths()
+        if cuda:
+            names = architectures(cuda)
+            objects.append(self.cuda_object(cuda, names))
+            macros += ["-DPEGASUS_CUDA", "-DUSE_CUDA", f'-DPEGASUS_CUDA_ARCHITECTURES="{" ".join(names)}"']
+            libraries += ["torch_cuda", "cudart"]
+            library_directories.append(str(Path(cuda).resolve().parent.parent / "lib64"))
+        objects += self.compile("module.cpp", "module", ["-O2", "-fvisibility=hidden", *macros])
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.compiler.link_shared_object(
+            objects, str(target), libraries=libraries, library_dirs=library_directories,
+            extra_postargs=self.flags[1:], target_lang="c++")
+
+    def compile(self, source: str, folder: str, flags: list[str]) -> list[str]:
+        return self.compiler.compile([f"csrc/{source}"], output_dir=str(Path(self.build_temp) / folder),
+                                     include_dirs=self.includes, extra_postargs=[*self.flags, *flags])
+
+    def cpu_objects(self) -> list[str]:
+        levels = LEVELS if x86() else {"baseline": []}
+        return [self.compile("cpu.cpp", level, [*KERNEL, f"-DPEGASUS_LEVEL={level}", *flags])[0]
+                for level, flags in levels.items()]
+
+    def cuda_object(self, compiler: str, names: list[str]) -> str:
+        result = Path(self.build_temp) / "reparam.cu.o"
+        result.parent.mkdir(parents=True, exist_ok=True)
+        self.spawn([compiler, "-std=c++20", "-O3", "-Xcompiler", "-fPIC", *architecture_flags(names),
+                    "-c", "csrc/reparam.cu", "-o", str(result)])
+        return str(result)
+
+    def run(self) -> None:
+        compiler = os.environ.get("CXX", "c++").split()[0]
+        if not (shutil.which(compiler) or shutil.which("g++")):
+            print(f"No C++ compiler ({compiler}) was found: the extension is not built, and reparam.py uses its "
+                  "PyTorch reference, which is slower and the same otherwise.")
+            self.extensions = []
+            return
+        os.environ.setdefault("CXX", compiler if shutil.which(compiler) else "g++")
+        super().run()
+
+
+sources = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").iterdir())]
+setup(name="pegasus-op", version="0.1.0", py_modules=["reparam"], cmdclass={"build_ext": BuildOp},
+      ext_modules=[Extension("pegasus_op", ["csrc/module.cpp"], depends=[*sources, "setup.py"], language="c++")])

@@ -1,0 +1,261 @@
+"""The extension against the reference: values, gradients, bits, special values, autograd and the compiler."""
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import reparam
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+if reparam.extension is None:
+    pytest.skip("the extension is not built, or PEGASUS_EXTENSION=0", allow_module_level=True)
+
+ROOT = Path(__file__).resolve().parent.parent
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-12, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+FORWARD = torch.ops.pegasus.reparameterize_kl.default
+BACKWARD = torch.ops.pegasus.reparameterize_kl_backward.default
+SANITIZED = "LD_PRELOAD" in os.environ  # children and compilers are slow or upset under a sanitizer
+
+
+def draw(rows: int, columns: int, dtype: torch.dtype, extra: int = 0) -> tuple[torch.Tensor, ...]:
+    """mu, logvar, dz (rows, columns) with rows `extra` elements further apart, dkl, seed."""
+    generator = torch.Generator().manual_seed(rows * 1000 + columns)
+    parts = (torch.randn(rows, columns + extra, generator=generator).to(dtype)[:, :columns] for _ in range(3))
+    dkl = torch.randn(rows, generator=generator, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    return *parts, dkl, torch.tensor(77)
+
+
+def results(function, mu, logvar, dz, dkl, seed, row_offset=0) -> tuple[torch.Tensor, ...]:
+    """z, kl, dmu, dlogvar."""
+    mu, logvar = mu.detach().requires_grad_(), logvar.detach().requires_grad_()
+    z, kl = function(mu, logvar, seed, row_offset)
+    return z.detach(), kl.detach(), *torch.autograd.grad((z, kl), (mu, logvar), (dz, dkl))
+
+
+def agree(got, wanted, dtype, columns):
+    for name, g, w in zip(("z", "kl", "dmu", "dlogvar"), got, wanted, strict=True):
+        step = TOLERANCE[dtype if name != "kl" or dtype == torch.float64 else torch.float32]
+        assert g.dtype == w.dtype and g.shape == w.shape
+        torch.testing.assert_close(g, w, rtol=step, atol=step * (max(1, columns) ** 0.5 if name == "kl" else 1),
+                                   equal_nan=True, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [1, 4, 31, 32, 128, 130, 1000])
+def test_values_and_gradients(columns, dtype):
+    arguments = draw(6, columns, dtype, extra=3)
+    agree(results(reparam.reparameterize_kl, *arguments), results(reparam.reference, *arguments), dtype, columns)
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(rows=st.integers(0, 9), columns=st.integers(0, 300), extra=st.integers(0, 5), dtype=st.sampled_from(DTYPES),
+       offset=st.sampled_from([0, 1, 2**32 - 4, 2**62]), transposed=st.booleans(), chunked=st.booleans())
+def test_any_shape_stride_and_dtype(rows, columns, extra, dtype, offset, transposed, chunked):
+    mu, logvar, dz, dkl, seed = draw(rows, columns, dtype, extra)
+    if chunked:  # an encoder's two halves
+        mu, logvar = torch.cat([mu, logvar], 1).chunk(2, 1) if columns else (mu, logvar)
+    if transposed:
+        logvar, dz = logvar.t().contiguous().t(), dz.t().contiguous().t()
+    got = results(reparam.reparameterize_kl, mu, logvar, dz, dkl, seed, offset)
+    agree(got, results(reparam.reference, mu, logvar, dz, dkl, seed, offset), dtype, columns)
+
+
+SPECIAL = [0.0, -0.0, float("inf"), float("-inf"), float("nan"), 1e-30, 90.0, -90.0, 180.0, -180.0, 1e20, -1e20, 3e38]
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(mu=st.lists(st.sampled_from(SPECIAL), min_size=5, max_size=5), dz=st.sampled_from([0.0, 1.0, -2.0]),
+       logvar=st.lists(st.sampled_from(SPECIAL), min_size=5, max_size=5), dkl=st.sampled_from([0.0, 1.0, -3.0]),
+       columns=st.sampled_from([5, 65]), dtype=st.sampled_from(DTYPES))
+def test_special_values_pass_as_in_eager(mu, logvar, dz, dkl, columns, dtype):
+    kl_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    mu, logvar = (torch.tensor(x).repeat(columns // 5).to(dtype)[None, :] for x in (mu, logvar))
+    arguments = (mu, logvar, torch.full_like(mu, dz), torch.tensor([dkl], dtype=kl_dtype), torch.tensor(3))
+    agree(results(reparam.reparameterize_kl, *arguments), results(reparam.reference, *arguments), dtype, columns)
+
+
+def test_exp_where_float32_ends():
+    logvar = torch.tensor([[177.0, 178.0, 180.0, float("inf"), -200.0, float("-inf"), float("nan"), 0.0]])
+    mu, seed = torch.zeros_like(logvar), torch.tensor(3)
+    z = reparam.reparameterize_kl(mu, logvar, seed)[0] / reparam.reparameterize_kl(mu, mu, seed)[0]
+    torch.testing.assert_close(z, (logvar / 2).exp(), rtol=1e-5, atol=1e-37, equal_nan=True)
+
+
+CHILD = """if True:
+    import hashlib, sys, torch, reparam
+    rows, columns, threads = map(int, sys.argv[1:])
+    torch.set_num_threads(threads)
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        if dtype == torch.float32 or rows < 10000:
+            x = [torch.randn(rows, columns, generator=generator).to(dtype) for _ in range(3)]
+            kl_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+            dkl = torch.randn(rows, generator=generator, dtype=kl_dtype)
+            out = (*torch.ops.pegasus.reparameterize_kl(x[0], x[1], torch.tensor(5)),
+                   *torch.ops.pegasus.reparameterize_kl_backward(x[2], dkl, x[0], x[1], torch.tensor(5)))
+            for t in out:
+                print(dtype, hashlib.sha256(t.view(torch.uint8).numpy().tobytes()).hexdigest())
+    print(reparam.extension.simd_level, file=sys.stderr)
+"""
+
+
+def digests(level: str, threads: int, rows: int, columns: int) -> str:
+    result = subprocess.run([sys.executable, "-c", CHILD, str(rows), str(columns), str(threads)], text=True,
+                            cwd=ROOT, capture_output=True, env={**os.environ, "PEGASUS_SIMD": level})
+    if "which this processor lacks" in result.stderr:
+        pytest.skip(f"this processor lacks {level}")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.strip() == level
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def baseline_digests() -> str:
+    return digests("baseline", 1, *SIZE)
+
+
+SIZE = tuple(map(int, os.environ.get("PEGASUS_BITS", "517x201").split("x")))  # 49752x201: 10^7 values of each result
+
+
+@pytest.mark.parametrize(("level", "threads"),
+                         [("baseline", 3), ("avx2", 1), ("avx2", 2), ("avx512", 1), ("avx512", 3)])
+def test_bits_do_not_depend_on_instruction_set_or_threads(level, threads, baseline_digests):
+    if level not in reparam.extension.simd_levels:
+        pytest.skip(f"the build has no {level}")
+    assert digests(level, threads, *SIZE) == baseline_digests
+    assert len(set(baseline_digests.split("\n"))) == baseline_digests.count("\n") + 1  # all results differ
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("flush", [False, True])
+def test_bits_do_not_depend_on_the_threads_float_state(threads, flush):
+    before, was = torch.get_num_threads(), torch.tensor(1e-39) * 1 != 0
+    mu, logvar, dz, dkl, seed = draw(700, 131, torch.float32)
+    mu[:, ::3] *= 1e-38  # denormals, which the state would flush to zero
+    dz[:, ::2] *= 1e-38
+    wanted = hashlib.sha256(b"".join(t.numpy().tobytes() for t in run_raw(mu, logvar, dz, dkl, seed))).digest()
+    try:
+        torch.set_num_threads(threads)
+        torch.set_flush_denormal(flush)
+        got = run_raw(mu, logvar, dz, dkl, seed)
+    finally:
+        torch.set_flush_denormal(not was)
+        torch.set_num_threads(before)
+    assert hashlib.sha256(b"".join(t.numpy().tobytes() for t in got)).digest() == wanted
+
+
+def run_raw(mu, logvar, dz, dkl, seed):
+    return *FORWARD(mu, logvar, seed), *BACKWARD(dz, dkl, mu, logvar, seed)
+
+
+def test_batch_splits_change_no_bit_of_the_gradients():
+    mu, logvar, dz, dkl, seed = draw(10, 77, torch.float32)
+    whole = results(reparam.reparameterize_kl, mu, logvar, dz, dkl, seed, 9)
+    parts = [results(reparam.reparameterize_kl, mu[s], logvar[s], dz[s], dkl[s], seed, 9 + s.start)
+             for s in (slice(0, 1), slice(1, 8), slice(8, 10))]
+    for i, w in enumerate(whole):
+        assert torch.equal(w, torch.cat([p[i] for p in parts]))
+
+
+@pytest.mark.parametrize(("setting", "message"), [("sse9", "PEGASUS_SIMD: got 'sse9', wanted one of baseline")])
+def test_a_bad_level_is_an_error(setting, message):
+    result = subprocess.run([sys.executable, "-c", "import reparam"], text=True, capture_output=True, cwd=ROOT,
+                            env={**os.environ, "PEGASUS_SIMD": setting})
+    assert result.returncode != 0 and message in result.stderr
+
+
+def test_the_build_says_what_it_holds():
+    assert reparam.extension.simd_levels[0] == "baseline"
+    assert reparam.extension.simd_level in reparam.extension.simd_levels
+    assert isinstance(reparam.extension.cuda_architectures, str)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_for_backward_are_the_inputs_and_the_seed(dtype):
+    mu, logvar, _, _, seed = draw(4, 8, dtype)
+    mu, logvar, saved = mu.clone().requires_grad_(), logvar.clone().requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        reparam.reparameterize_kl(mu, logvar, seed)
+    assert [t.data_ptr() for t in saved] == [t.data_ptr() for t in (mu, logvar, seed)]
+
+
+@pytest.mark.parametrize("function", [reparam.reparameterize_kl, FORWARD])
+def test_a_second_derivative_is_an_error(function):
+    mu, logvar, _, _, seed = draw(2, 4, torch.float64)
+    mu.requires_grad_(), logvar.requires_grad_()
+    z, kl = function(mu, logvar, seed)
+    first, = torch.autograd.grad(z.pow(2).sum() + kl.sum(), mu, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_opcheck(grad):
+    for dtype in (torch.float32, torch.bfloat16):
+        mu, logvar, dz, dkl, seed = draw(3, 6, dtype, extra=2)
+        mu, logvar = mu.clone().requires_grad_(grad), logvar.clone().requires_grad_(grad)
+        torch.library.opcheck(FORWARD, (mu, logvar, seed, 4))
+        if not grad:  # the derivative of the backward is an error by design
+            torch.library.opcheck(BACKWARD, (dz, dkl, mu, logvar, seed, 4))
+
+
+@pytest.mark.skipif(SANITIZED, reason="torch.compile's compiler does not run under a sanitizer")
+def test_compiles_whole_with_one_graph_for_all_batch_sizes():
+    @torch.compile(fullgraph=True, dynamic=True)
+    def loss(mu, logvar, seed, row_offset):
+        z, kl = reparam.reparameterize_kl(mu * 2, logvar, seed, row_offset)
+        return (z.sin().sum(1) + kl).sum()
+
+    for rows, offset in ((4, 0), (6, 10)):
+        gradients = []
+        for function in (loss, loss._torchdynamo_orig_callable):
+            mu, logvar, _, _, seed = draw(rows, 12, torch.float32)
+            mu.requires_grad_(), logvar.requires_grad_()
+            value = function(mu, logvar, seed, offset)
+            gradients.append((value, *torch.autograd.grad(value, (mu, logvar))))
+        torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
+
+
+def test_only_one_input_requires_grad_and_unused_outputs():
+    mu, logvar, dz, dkl, seed = draw(3, 5, torch.float64)
+    for use in (0, 1):
+        for which in (0, 1):
+            got, wanted = [], []
+            for function, out in ((reparam.reparameterize_kl, got), (reparam.reference, wanted)):
+                x = [mu.clone(), logvar.clone()]
+                x[which].requires_grad_()
+                output = function(*x, seed)[use]
+                out.append(torch.autograd.grad(output, x[which], (dz, dkl)[use])[0])
+            torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("name", ["dz", "dkl"])
+def test_the_backward_checks_its_arguments(name):
+    mu, logvar, dz, dkl, seed = draw(3, 5, torch.float32)
+    bad = dict(dz=dz, dkl=dkl) | {name: torch.zeros(2)}
+    with pytest.raises(RuntimeError, match=f"{name}: got .*, wanted "):
+        BACKWARD(bad["dz"], bad["dkl"], mu, logvar, seed)
+
+
+def test_the_fused_noise_is_the_references():
+    """Every column of a long row, so every lane of every instruction set, draws the reference's words."""
+    zeros = torch.zeros(3, 1027, dtype=torch.float64)
+    for dtype in (torch.float64, torch.float32):
+        eps = FORWARD(zeros.to(dtype), zeros.to(dtype), torch.tensor(2**63 - 1), 2**33)[0]
+        wanted = reparam.normals_from_words(reparam.words(3, 257, torch.tensor(2**63 - 1), 2**33), dtype)
+        torch.testing.assert_close(eps, wanted.flatten(1)[:, :1027], rtol=0, atol=3e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [1, 31, 128, 2051])
+def test_cuda_agrees_with_the_cpu(columns, dtype):
+    arguments = draw(6, columns, dtype, extra=3)
+    got = results(reparam.reparameterize_kl, *(a.cuda() for a in arguments))
+    agree([g.cpu() for g in got], results(reparam.reparameterize_kl, *arguments), dtype, columns)
