@@ -1,13 +1,16 @@
 """What the tests share: small batches on disk, and scripts called as from the command line."""
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small work, and a busy neighbour makes two threads slower than one
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import options
 import drawn
 
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
@@ -39,6 +42,13 @@ def no_data_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REAL_CIFAR10_DIR", os.environ.get("CIFAR10_DIR", ""))
     monkeypatch.delenv("CIFAR10_DIR", raising=False)
     monkeypatch.setenv("PEGASUS_CIFAR10_URL", "http://127.0.0.1:9/nothing-listens-here")
+
+
+@pytest.fixture(autouse=True)
+def own_float_state() -> Iterator[None]:
+    """Training flushes denormals to zero; the next test does not."""
+    yield
+    torch.set_flush_denormal(False)
 
 
 @pytest.fixture
