@@ -60,6 +60,12 @@ def architecture_flags(names: list[str]) -> list[str]:
     return [*code, f"-gencode=arch=compute_{names[-1]},code=compute_{names[-1]}"]
 
 
+def cuda_library_directories(compiler: str) -> list[str]:
+    """Where nvcc itself would look for libcudart; its own path may be a wrapper's."""
+    said = subprocess.run([compiler, "--dryrun", "csrc/reparam.cu"], capture_output=True, text=True).stderr
+    return re.findall(r'-L([^"\s]+)', next((line for line in said.splitlines() if "LIBRARIES=" in line), ""))
+
+
 class BuildOp(build_ext):
     """Compiles csrc/cpu.cpp once for each instruction set, and reparam.cu with nvcc; skips what is up to date."""
 
@@ -81,7 +87,7 @@ class BuildOp(build_ext):
             objects.append(self.cuda_object(cuda, names))
             macros += ["-DPEGASUS_CUDA", "-DUSE_CUDA", f'-DPEGASUS_CUDA_ARCHITECTURES="{" ".join(names)}"']
             libraries += ["torch_cuda", "cudart"]
-            library_directories.append(str(Path(cuda).resolve().parent.parent / "lib64"))
+            library_directories += cuda_library_directories(cuda)
         objects += self.compile("module.cpp", "module", ["-O2", "-fvisibility=hidden", *macros])
         target.parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object(
