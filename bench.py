@@ -96,6 +96,7 @@ def medians(candidates: dict[str, Callable], seconds: float, device: str) -> tup
 def time_op(shape: tuple[int, int], dtype: torch.dtype, threads: int, seconds: float, device: str) -> dict:
     """One row of the table: forward and forward + backward of each candidate, in microseconds."""
     torch.set_num_threads(threads)
+    torch._dynamo.reset()  # or a later row passes its limit of recompilations, and "compiled" is quietly eager
     mu, logvar, dz, dkl, seed = tensors(shape, dtype, device)
     with_mu, with_logvar = mu.clone().requires_grad_(), logvar.clone().requires_grad_()
     functions = {"op": reparam.reparameterize_kl, "eager": eager, "compiled": torch.compile(eager)}

@@ -12,10 +12,12 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import BaseError, CCompilerError
 from setuptools.modified import newer_group
 
 ROOT = Path(__file__).resolve().parent
@@ -113,12 +115,19 @@ class BuildOp(build_ext):
     def run(self) -> None:
         compiler = os.environ.get("CXX", "c++").split()[0]
         if not (shutil.which(compiler) or shutil.which("g++")):
-            print(f"No C++ compiler ({compiler}) was found: the extension is not built, and reparam.py uses its "
-                  "PyTorch reference, which is slower and the same otherwise.")
-            self.extensions = []
+            self.go_without(f"no C++ compiler ({compiler}) was found")
             return
         os.environ.setdefault("CXX", compiler if shutil.which(compiler) else "g++")
-        super().run()
+        try:
+            super().run()
+        except (BaseError, CCompilerError):
+            self.go_without(f"{compiler} failed, see above; a C++20 compiler is needed")
+
+    def go_without(self, reason: str) -> None:
+        """Leave the extension out, which is a slower project and not a broken one."""
+        print(f"The extension is not built: {reason}. reparam.py uses its PyTorch reference, which is slower and the "
+              "same otherwise.", file=sys.stderr)
+        self.extensions = []
 
 
 sources = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").iterdir())]
