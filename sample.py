@@ -4,12 +4,14 @@
     python sample.py runs/pegasus/last.pt out.png --mode morph     # rows from a horse to a bird
     python sample.py runs/pegasus/last.pt out.png --best 8         # the 8 most Pegasus-like of 64, enlarged
 """
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import options
 import checkpoint
 import pictures
+import reparam
 import vae
 from options import Fault, option
 
@@ -72,15 +74,21 @@ def two_means(found: Trained) -> tuple[Tensor, Tensor]:
 
 
 def latents(found: Trained, mode: str, n: int, seed: int, temperature: float, columns: int) -> Tensor:
-    """Latents (n, latent). Row i depends on (seed, i) alone; in `morph` a whole row of the sheet shares its noise."""
+    """Latents (n, latent). Row i depends on (seed, i) alone; in `morph` on its place in a row of the sheet instead."""
+    if mode == "morph":
+        return morph(found, n, seed, temperature, columns)
     eps = temperature * vae.noise(n, found.model.latent, seed)
-    if mode == "prior":
-        return eps
+    return eps if mode == "prior" else sum(two_means(found)) / 2 + eps
+
+
+def morph(found: Trained, n: int, seed: int, temperature: float, columns: int) -> Tensor:
+    """Rows of latents from a draw around the first class mean to one around the second, noise on an arc between."""
     first, second = two_means(found)
-    if mode == "pegasus":
-        return (first + second) / 2 + eps
-    along = torch.linspace(0, 1, columns).repeat(n // columns + 1)[:n, None]  # 0, the first class, to 1, the second
-    return torch.lerp(first, second, along) + eps[torch.arange(n) // columns]
+    row, along = torch.arange(n) // columns, torch.arange(n) % columns / max(columns - 1, 1)
+    start, end = (vae.noise(int(row[-1]) + 1, found.model.latent, reparam.derive_seed(seed, side, 0))[row]
+                  for side in range(2))
+    angle = along[:, None] * math.pi / 2  # straight lines would pass where there is less noise than anywhere else
+    return torch.lerp(first, second, along[:, None]) + temperature * (angle.cos() * start + angle.sin() * end)
 
 
 def likeness(found: Trained, z: Tensor) -> Tensor:

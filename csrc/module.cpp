@@ -186,8 +186,8 @@ Arguments arguments(const Tensor& mu, const Tensor& logvar, const Tensor& seed, 
   return a;
 }
 
-// A thread is worth waking for this many elements, about 15 us of work.
-constexpr int64_t elements_per_thread = 16384;
+// A thread is worth waking for this many elements, 10 to 20 us of work.
+constexpr int64_t elements_per_thread = 8192;
 
 void run_on_cpu(RangeKernel kernel, const Arguments& a) {
   const int64_t grain = std::max<int64_t>(1, elements_per_thread / std::max<int64_t>(1, a.columns));

@@ -59,6 +59,16 @@ def test_pegasus_is_between_the_class_means_and_morph_goes_from_one_to_the_other
     torch.testing.assert_close(path[[3, 7, 11]], found.means[1:].expand(3, -1))
 
 
+def test_morph_keeps_its_ends_and_its_amount_of_noise(last):
+    found = sample.load(last)
+    path = sample.latents(found, "morph", 400, 0, 1.0, 8).view(50, 8, -1)
+    assert path[:7].equal(sample.latents(found, "morph", 56, 0, 1.0, 8).view(7, 8, -1))
+    along = torch.arange(8) / 7
+    spread = (path - torch.lerp(*found.means, along[:, None])).std((0, 2))
+    torch.testing.assert_close(spread, torch.ones(8), rtol=0.05, atol=0)
+    assert not path[:, 0].allclose(path[:, -1], atol=0.5)
+
+
 def test_best_are_the_nearest_to_both_means(last):
     found = sample.load(last)
     z = sample.latents(found, "pegasus", 64, 3, 1.0, 8)
