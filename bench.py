@@ -4,170 +4,192 @@
     python bench.py op --shapes 128x128 --dtypes float32      # a quick look
     python bench.py op --json op.json                         # every figure, for a machine
     python bench.py op --device cuda                          # the same on a GPU
+    python bench.py train --data auto                         # epochs of both networks against the usual loop
+    python bench.py train --arch mlp --sizes                  # and against batch, data and latent size
 
-Every figure is the median of runs that take turns: one of each candidate, then one of each again. "eager" is the op
-as people write it (randn_like, exp, mul, sum), "compiled" the same under torch.compile, "clone" the time to copy one
-input: memory's own speed. Times are in microseconds. Results are checked against the reference before timing.
+`op`: every figure is the median of runs that take turns: one of each candidate, then one of each again. "eager" is
+the op as people write it (randn_like, exp, mul, sum), "compiled" the same under torch.compile, "clone" the time to
+copy one input: memory's own speed. Times are in microseconds. Results are checked against the reference before timing.
+
+`train`: images a second of whole epochs, medians of rounds that take turns. "usual" is the loop people copy (float32,
+a DataLoader that converts picture by picture, default Adam, the same network and threads, the better of 0 and 2
+workers); "floor" the time of the step's matrix products or convolutions alone, forward and backward, in the precision
+that `train.py` would choose, plus one pass of fused Adam.
 """
 import argparse
+import copy
+import dataclasses
 import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
+import tempfile
 import time
 from collections.abc import Callable
 
-import reparam
+import options
+import bench_op
+import log
+import recipe
+import source
+import train
+import vae
+from bench_op import eager, machine
+from group import Group
 
 import torch
-from torch import Tensor
-
-SHAPES = ("128x128", "128x512", "1024x128", "8192x128", "65536x128")
-LARGE_MMAP = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=4294967296"  # keep freed memory
+from torch import Tensor, nn
 
 
-def eager(mu: Tensor, logvar: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
-    """Reparameterize and KL as people write them; the generator is torch's own, so `seed` goes unused."""
-    std = torch.exp(0.5 * logvar)
-    z = mu + std * torch.randn_like(std)
-    return z, 0.5 * (logvar.exp() + mu.pow(2) - 1 - logvar).sum(1)
+class Usual(torch.utils.data.Dataset):
+    """Pictures converted one by one, as torchvision's transforms do it."""
+
+    def __init__(self, images: Tensor):
+        self.images = images.permute(0, 2, 3, 1).contiguous().numpy()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return torch.from_numpy(self.images[i]).permute(2, 0, 1).contiguous().float().div(255)
 
 
-def tensors(shape: tuple[int, int], dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
-    """mu, logvar, dz of `shape`, dkl (B,) and a seed."""
-    generator = torch.Generator().manual_seed(0)
-    mu, logvar, dz = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
-    return mu, logvar, dz, torch.ones(shape[0], device=device), torch.tensor(7, device=device)
+def usual_loss(model: vae.VAE, x: Tensor) -> Tensor:
+    """The objective as people write it."""
+    mu, logvar = model.encoder(x).flatten(1).chunk(2, 1)
+    z, kl = eager(mu, logvar, None)
+    sse = (x - torch.sigmoid(model.decoder(z.unflatten(1, model.shape)))).pow(2).flatten(1).sum(1)
+    return (model.distortion(sse, sse.detach().mean() / vae.PIXELS) + kl).mean()
 
 
-def gradients(function: Callable, mu: Tensor, logvar: Tensor, seed: Tensor, dz: Tensor, dkl: Tensor) -> tuple:
-    """The outputs' gradients by mu and logvar, which must require them."""
-    z, kl = function(mu, logvar, seed)
-    return torch.autograd.grad((z, kl), (mu, logvar), (dz, dkl.to(kl.dtype)))
+def usual_epoch(model: vae.VAE, optimizer: torch.optim.Adam, loader: torch.utils.data.DataLoader) -> None:
+    for x in loader:
+        loss = usual_loss(model, x)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
 
-def check(shape: tuple[int, int], dtype: torch.dtype, device: str) -> None:
-    """Stop with an error unless the op agrees with the reference, values and gradients, on up to 4096 rows."""
-    mu, logvar, dz, dkl, seed = tensors((min(shape[0], 4096), shape[1]), dtype, device)
-    mu, logvar = mu.requires_grad_(), logvar.requires_grad_()
-    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}[dtype]
-    for function in (reparam.reparameterize_kl, torch.compile(reparam.reparameterize_kl, fullgraph=True)):
-        got = *function(mu, logvar, seed), *gradients(function, mu, logvar, seed, dz, dkl)
-        wanted = (*reparam.reference(mu, logvar, seed),
-                  *gradients(reparam.reference, mu, logvar, seed, dz, dkl))
-        for name, g, w in zip(("z", "kl", "dmu", "dlogvar"), got, wanted, strict=True):
-            torch.testing.assert_close(g, w, rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+def our_epoch(training: train.Training) -> None:
+    """The training part of an epoch as `train.py` runs it: no test, no log, no checkpoint."""
+    quiet = log.Progress(1, len(training.images), 0, training.folder / "speed.csv", quiet=True)
+    training.step = 0
+    training.totals.zero_()
+    training.train_epoch(quiet)
 
 
-def saved_bytes(function: Callable, mu: Tensor, logvar: Tensor, seed: Tensor) -> int:
-    """Bytes of the distinct tensors that autograd keeps for the backward."""
-    kept = {}
+def floor_step(training: train.Training, x: Tensor) -> Callable[[], None]:
+    """A function that does the matrix products or convolutions of one step, and Adam's pass over memory, alone."""
+    dtype = torch.bfloat16 if training.options.precision == "bfloat16" else torch.float32
+    products = [m for m in training.model.modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.ConvTranspose2d)]
+    copies, layers = {m: copy.deepcopy(m).to(dtype) for m in products}, []
 
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.data_ptr(), tensor.shape] = tensor.nbytes
-        return tensor
+    def keep(layer: nn.Module, inputs: tuple, output: Tensor) -> None:
+        x = inputs[0].detach().to(dtype).requires_grad_(bool(layers))  # the first needs no gradient of the pictures
+        layers.append((copies[layer], x, torch.randn_like(output, dtype=dtype)))
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        function(mu, logvar, seed)
-    return sum(kept.values())
+    hooks = [m.register_forward_hook(keep) for m in products]
+    training.model(x, torch.tensor(0))
+    for hook in hooks:
+        hook.remove()
+    optimizer = torch.optim.Adam(training.parameters, 1e-9, fused=True)
+
+    def step() -> None:
+        for layer, inputs, gradient in layers:
+            wanted = [layer.weight] + ([inputs] if inputs.requires_grad else [])
+            torch.autograd.grad(layer(inputs), wanted, gradient)
+        optimizer.step()
+    return step
 
 
-def medians(candidates: dict[str, Callable], seconds: float, device: str) -> tuple[dict[str, float], int]:
-    """Median microseconds of each candidate, run in turns for about `seconds`, and the number of runs."""
+def time_training(chosen: recipe.Options, data: source.Pictures, rounds: int, against: bool = True) -> dict:
+    """Images a second of our epochs and, with `against`, of the usual loop and of the floor."""
+    training = train.Training(chosen, data, None, Group("cpu"))
+    n, batch = len(data.images), chosen.batch_size
+    candidates = {"ours": lambda: our_epoch(training)}
+    if against:
+        for workers in (0, 2):
+            model = vae.VAE(chosen.arch, chosen.likelihood, chosen.latent)
+            loader = torch.utils.data.DataLoader(Usual(data.images), batch, shuffle=True, num_workers=workers)
+            optimizer = torch.optim.Adam(model.parameters(), chosen.lr)
+            candidates[f"usual, {workers} workers"] = lambda a=(model, optimizer, loader): usual_epoch(*a)
+        step = floor_step(training, vae.from_bytes(data.images[:batch]))
+        candidates["floor"] = lambda: [step() for _ in range(training.steps)]
     times = {name: [] for name in candidates}
-    for _ in range(3):
-        for run in candidates.values():
-            run()
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times["clone"]) < 7:
+    for _ in range(rounds):
         for name, run in candidates.items():
-            if device != "cpu":
-                torch.cuda.synchronize()
             start = time.perf_counter()
             run()
-            if device != "cpu":
-                torch.cuda.synchronize()
-            times[name].append((time.perf_counter() - start) * 1e6)
-    return {name: statistics.median(t) for name, t in times.items()}, len(times["clone"])
+            times[name].append(time.perf_counter() - start)
+    return {name: n / statistics.median(t) for name, t in times.items()}
 
 
-def time_op(shape: tuple[int, int], dtype: torch.dtype, threads: int, seconds: float, device: str) -> dict:
-    """One row of the table: forward and forward + backward of each candidate, in microseconds."""
-    torch.set_num_threads(threads)
-    torch._dynamo.reset()  # or a later row passes its limit of recompilations, and "compiled" is quietly eager
-    mu, logvar, dz, dkl, seed = tensors(shape, dtype, device)
-    with_mu, with_logvar = mu.clone().requires_grad_(), logvar.clone().requires_grad_()
-    functions = {"op": reparam.reparameterize_kl, "eager": eager, "compiled": torch.compile(eager)}
-    candidates = {"clone": mu.clone}
-    for name, function in functions.items():
-        candidates[f"{name} forward"] = lambda f=function: f(mu, logvar, seed)
-        candidates[f"{name} both"] = lambda f=function: gradients(f, with_mu, with_logvar, seed, dz, dkl)
-    result, runs = medians(candidates, seconds, device)
-    saved = {f"{name} saved": saved_bytes(functions[name], with_mu, with_logvar, seed) for name in ("op", "eager")}
-    return {"shape": shape, "dtype": str(dtype)[6:], "threads": threads, "runs": runs, **result, **saved}
+def part(data: source.Pictures, n: int) -> source.Pictures:
+    """The first n training pictures, again from the start where there are fewer."""
+    rows = torch.arange(n) % len(data.images)
+    return dataclasses.replace(data, images=data.images[rows], labels=data.labels[rows])
 
 
-def machine(device: str) -> str:
-    """The hardware and software that the figures belong to."""
-    model = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as file:
-            model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), model)
-    level = reparam.extension.simd_level if reparam.extension else "no extension: the reference"
-    gpu = f", {torch.cuda.get_device_name()}" if device != "cpu" else ""
-    return f"{model}, {os.cpu_count()} cores{gpu}; torch {torch.__version__}; SIMD level {level}"
+def variants(base: recipe.Options, images: int, sizes: bool) -> list[tuple[dict, int]]:
+    """Changes of options, and numbers of pictures, to time."""
+    batches = [({"batch_size": size}, images) for size in (32, 256, 1024)]
+    latents = [({"latent": size}, images) for size in (("32", "512") if base.arch == "mlp" else ("8x8x4", "128"))]
+    return [({}, images), *([*batches, *latents, ({}, 5_000), ({}, 50_000)] if sizes else [])]
 
 
-def show(row: dict) -> None:
-    """Print a row of the table."""
-    ratio = {f"{name} {part}": row[f"{name} {part}"] / row[f"op {part}"]
-             for name in ("eager", "compiled") for part in ("forward", "both")}
-    print(f"{'x'.join(map(str, row['shape'])):>10} {row['dtype']:>8} {row['threads']:>3} | {row['op forward']:9.0f} "
-          f"{ratio['eager forward']:6.1f}x {ratio['compiled forward']:6.1f}x {row['op forward'] / row['clone']:6.2f} | "
-          f"{row['op both']:9.0f} {ratio['eager both']:6.1f}x {ratio['compiled both']:6.1f}x | "
-          f"{row['op saved']:>11,} {row['eager saved']:>11,} | {row['runs']:>5}", flush=True)
+def train_command(chosen: argparse.Namespace) -> None:
+    """The subcommand `train`."""
+    torch.set_flush_denormal(True)
+    data, rows = source.load(chosen.data, "horse,bird"), []
+    for arch in chosen.arch:
+        base = recipe.resolve(recipe.Options(arch=arch, latent=chosen.latent if arch == "conv" else "128",
+                                             run=tempfile.mkdtemp(), threads=chosen.threads))
+        torch.set_num_threads(base.threads)
+        print(f"{arch}, latent {base.latent}, {base.threads} threads, {base.precision}, {chosen.rounds} rounds; "
+              f"{machine('cpu')}", flush=True)
+        for changes, n in variants(base, chosen.images, chosen.sizes):
+            against = not changes and n == chosen.images
+            speeds = time_training(dataclasses.replace(base, **changes), part(data, n), chosen.rounds, against)
+            rows.append({"arch": arch, **changes, "images": n, **speeds})
+            show_training(rows[-1])
+    if chosen.json:
+        with open(chosen.json, "w") as file:
+            json.dump({"machine": machine("cpu"), "rows": rows}, file, indent=1)
 
 
-def op(options: argparse.Namespace) -> None:
-    """The subcommand `op`."""
-    print(machine(options.device) + ("; freed memory kept" if "GLIBC_TUNABLES" in os.environ else ""))
-    print("                          |   forward   eager compiled  /clone |      both   eager compiled | "
-          "saved, bytes       eager |  runs")
-    rows = []
-    for dtype in options.dtypes:
-        for shape in options.shapes:
-            size = tuple(int(n) for n in shape.split("x"))
-            check(size, getattr(torch, dtype), options.device)
-            for threads in options.threads:
-                rows.append(time_op(size, getattr(torch, dtype), threads, options.seconds, options.device))
-                show(rows[-1])
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump({"machine": machine(options.device), "rows": rows}, file, indent=1)
-    if options.shapes[-1] == SHAPES[-1] and options.device == "cpu" and "GLIBC_TUNABLES" not in os.environ:
-        print(f"\nAgain with freed memory kept by the process (GLIBC_TUNABLES={LARGE_MMAP}):", flush=True)
-        subprocess.run([sys.executable, __file__, "op", "--shapes", SHAPES[-1], "--seconds", str(options.seconds),
-                        "--threads", *map(str, options.threads), "--dtypes", *options.dtypes],
-                       env={**os.environ, "GLIBC_TUNABLES": LARGE_MMAP}, check=True)
+def show_training(row: dict) -> None:
+    """Print images a second, and the ratios that count."""
+    print("  " + ", ".join(f"{key} {value:,.0f}" if isinstance(value, float) else f"{key} {value}"
+                           for key, value in row.items()), flush=True)
+    if "floor" in row:
+        usual = max(row["usual, 0 workers"], row["usual, 2 workers"])
+        print(f"  {row['ours'] / usual:.2f} times the usual loop's speed; {row['floor'] / row['ours']:.2f} times the "
+              "floor's time", flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("op", help="the fused op against eager, compiled eager and clone")
-    command.add_argument("--shapes", nargs="+", default=SHAPES, metavar="BxD")
+    command.add_argument("--shapes", nargs="+", default=bench_op.SHAPES, metavar="BxD")
     command.add_argument("--dtypes", nargs="+", default=("float32", "bfloat16"),
                          choices=("float32", "bfloat16", "float16", "float64"))
     command.add_argument("--threads", nargs="+", type=int, default=(1, 2))
     command.add_argument("--seconds", type=float, default=3.0, help="a row takes about this long")
     command.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     command.add_argument("--json", metavar="FILE", help="write every figure to this file")
-    command.set_defaults(run=op)
-    options = parser.parse_args(argv)
-    options.run(options)
+    command.set_defaults(run=bench_op.op)
+    command = commands.add_parser("train", help="whole epochs against the usual loop and the step's floor")
+    command.add_argument("--data", default="auto", help="as in train.py")
+    command.add_argument("--arch", nargs="+", default=("mlp", "conv"), choices=tuple(vae.NETWORKS))
+    command.add_argument("--latent", default="8x8x8", help="of conv")
+    command.add_argument("--images", type=int, default=10_000)
+    command.add_argument("--rounds", type=int, default=3)
+    command.add_argument("--threads", type=int, default=0)
+    command.add_argument("--sizes", action="store_true", help="also other batch, data and latent sizes")
+    command.add_argument("--json", metavar="FILE", help="write every figure to this file")
+    command.set_defaults(run=train_command)
+    chosen = parser.parse_args(argv)
+    chosen.run(chosen)
 
 
 if __name__ == "__main__":
-    main()
+    options.run(main)
