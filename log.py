@@ -32,13 +32,13 @@ def clock(seconds: float) -> str:
 class Progress:
     """One line that is rewritten on a terminal, or a line an epoch elsewhere; and speed.csv."""
 
-    def __init__(self, epochs: int, images: int, begun: float, speed: Path):
+    def __init__(self, epochs: int, images: int, begun: float, speed: Path, quiet: bool = False):
         """begun: how many images of all epochs were done before this start."""
         self.epochs, self.images, self.speed = epochs, images, speed
         self.begun = self.before = begun
         self.start = self.epoch_start = time.monotonic()
         self.training, self.shown = 0.0, 0.0
-        self.terminal = sys.stdout.isatty()
+        self.terminal, self.quiet = sys.stdout.isatty() and not quiet, quiet
 
     def line(self, epoch: int, done: float, rate: float, numbers: dict[str, float]) -> str:
         """done: images of all epochs by now; rate: images a second; numbers: what to show."""
@@ -58,6 +58,8 @@ class Progress:
 
     def end_epoch(self, epoch: int, numbers: dict[str, float]) -> None:
         """Print the epoch's line and add its speed, training steps alone and seconds of all, to speed.csv."""
+        if self.quiet:
+            return
         now, done = time.monotonic(), epoch * self.images
         rate = (done - self.before) / max(self.training, 1e-9)
         write(self.speed, SPEED, [dict(zip(SPEED, (epoch, rate, now - self.epoch_start), strict=True))], "a")

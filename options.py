@@ -5,6 +5,7 @@ import dataclasses
 import math
 import os
 import sys
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -55,9 +56,10 @@ class Parser(argparse.ArgumentParser):
 def add(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
     """Add one field of an options dataclass to a parser; a field without a default is positional."""
     meta, settings = field.metadata, {}
-    if field.type in (int, float):
-        settings["type"] = number(field.type, meta.get("least", -math.inf), meta.get("above", -math.inf))
-    if field.type is bool:
+    kind = field.type.__args__[0] if isinstance(field.type, types.UnionType) else field.type  # X | None is X
+    if kind in (int, float):
+        settings["type"] = number(kind, meta.get("least", -math.inf), meta.get("above", -math.inf))
+    if kind is bool:
         settings["action"] = argparse.BooleanOptionalAction
     settings |= {key: meta[key] for key in ("choices", "metavar") if key in meta}
     if meta.get("positional"):

@@ -10,90 +10,28 @@ import json
 import math
 import signal
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import options
 import checkpoint
 import log
 import pictures
+import recipe
 import reparam
 import sample
 import source
 import vae
-from options import Fault, option
+from options import Fault
+from group import Group
+from recipe import Options
 
 import torch
 from torch import Tensor
 
 ORDER, FLIP, NOISE, TEST = range(4)  # purposes of the seeds derived from the run's
 COLUMNS = ("epoch", "train_loss", "train_rate", "train_distortion", "test_loss", "test_rate", "test_distortion",
-           "test_sse", "data")
-FREE = {"epochs", "run", "resume", "overwrite", "threads", "device", "save_seconds"}  # may change on resume
-
-
-@dataclass(frozen=True)
-class Options:
-    data: str = option("auto", "auto ($CIFAR10_DIR, data/cifar-10-batches-bin, the download, else drawn pictures), "
-                       "cifar10 (the download), drawn, or a folder of CIFAR-10's binary batches")
-    classes: str = option("horse,bird", "CIFAR-10 classes, separated by commas; the first two make the Pegasus")
-    arch: str = option("mlp", "network; mlp is the paper's", choices=tuple(vae.NETWORKS))
-    likelihood: str = option("mse", "distortion; mse is the paper's squared error", choices=tuple(vae.LIKELIHOODS))
-    latent: int = option(128, "latent dimensions", least=1)
-    beta: float = option(1.0, "weight of the rate in the loss", least=0.0)
-    schedule: str = option("constant", "learning rate over the run", choices=("constant", "onecycle"))
-    epochs: int = option(300, "passes over the training pictures", least=1)
-    batch_size: int = option(128, "pictures a step", least=1)
-    lr: float = option(1e-3, "Adam's learning rate, under onecycle its peak", above=0.0)
-    flip: bool = option(False, "mirror half of the pictures")
-    seed: int = option(0, "decides everything random")
-    run: str = option("runs/pegasus", "folder of the run")
-    resume: bool = option(False, "go on with the run in the folder, or start it")
-    overwrite: bool = option(False, "begin anew in a folder that holds a run")
-    threads: int = option(0, "CPU threads; 0 is one a core", least=0)
-    precision: str = option("auto", "of matrix products; auto is bfloat16 where the processor computes with it",
-                            choices=("auto", "float32", "bfloat16"))
-    device: str = option("auto", "auto is cuda where there is one", choices=("auto", "cpu", "cuda"))
-    save_seconds: float = option(60.0, "seconds between checkpoints", least=0.0)
-
-
-def resolve(chosen: Options) -> Options:
-    """Options with every `auto` decided for this machine."""
-    device = chosen.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device == "cuda" and not torch.cuda.is_available():
-        raise Fault("--device: got cuda, but torch finds no CUDA device; use --device cpu")
-    fast = torch.cuda.is_bf16_supported() if device == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    precision = ("bfloat16" if fast else "float32") if chosen.precision == "auto" else chosen.precision
-    return replace(chosen, device=device, precision=precision, threads=chosen.threads or torch.get_num_threads())
-
-
-def settle(chosen: Options, given: set[str], state: dict | None) -> Options:
-    """The options of this start: on resume the run's own, except those that may change. Raises Fault for others."""
-    if state is None:
-        return resolve(chosen)
-    stored = state["config"]
-    for name in sorted(given - FREE - {"data"}):
-        got = getattr(chosen, name)
-        if got not in (stored[name], "auto"):
-            flag = name.replace("_", "-")
-            raise Fault(f"--{flag}: got {got}, but the run in {chosen.run} has {stored[name]}; leave it, use another "
-                        "--run, or --overwrite")
-    free = {name: getattr(chosen, name) for name in FREE & (given | {"run", "resume", "overwrite"})}
-    return resolve(replace(Options(**stored), **free, **({"data": chosen.data} if chosen.data != "auto" else {})))
-
-
-def learning_rate(chosen: Options, progress: float) -> float:
-    """The learning rate when `progress`, 0 to 1, of the run is done.
-
-    onecycle: a tenth of the run up from a 25th of the peak, then half a cosine down (Smith and Topin 2018).
-    """
-    if chosen.schedule == "constant":
-        return chosen.lr
-    if progress < 0.1:
-        return chosen.lr * (0.04 + 0.96 * progress / 0.1)
-    return chosen.lr * (0.5 + 0.5 * math.cos(math.pi * (progress - 0.1) / 0.9))
+           "test_sse", "bits_per_dim", "data")
 
 
 def epoch_order(seed: int, epoch: int, n: int) -> Tensor:
@@ -117,16 +55,18 @@ def gather(images: Tensor, rows: Tensor, mirrored: Tensor | None) -> Tensor:
 class Training:
     """A run: model, optimizer, how far it is, and its folder."""
 
-    def __init__(self, chosen: Options, data: source.Pictures, state: dict | None):
-        self.options, self.folder, self.data = chosen, Path(chosen.run), data
+    def __init__(self, chosen: Options, data: source.Pictures, state: dict | None, workers: Group):
+        self.options, self.folder, self.data, self.workers = chosen, Path(chosen.run), data, workers
         self.images, self.labels = data.images.to(chosen.device), data.labels.to(chosen.device)
         self.test_images = data.test_images.to(chosen.device)
         torch.manual_seed(chosen.seed)
         self.model = vae.VAE(chosen.arch, chosen.likelihood, chosen.latent).to(chosen.device)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), chosen.lr, fused=True)
+        self.parameters = list(self.model.parameters())
+        self.optimizer = torch.optim.Adam(self.parameters, chosen.lr, fused=True)
         self.epoch, self.step, self.history = 0, 0, []  # step: of the epoch that is under way
         self.totals = torch.zeros(3, dtype=torch.float64, device=chosen.device)  # of that epoch so far
-        self.stop, self.saved = 0, time.monotonic()  # the signal that asks to leave; when last.pt was written
+        self.asked, self.stop = 0, 0  # the signal that asks this process to leave; once all of them know, to all
+        self.saved = time.monotonic()
         self.steps = math.ceil(len(self.images) / chosen.batch_size)  # an epoch
         if state:
             self.restore(state)
@@ -156,18 +96,38 @@ class Training:
     def seed(self, step: int, purpose: int) -> Tensor:
         return torch.tensor(reparam.derive_seed(self.options.seed, step, purpose), device=self.options.device)
 
-    def train_step(self, x: Tensor) -> None:
-        """One step of Adam on a batch (B, 3, 32, 32), added to the epoch's totals."""
-        done = self.epoch * self.steps + self.step
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.options, done / (self.options.epochs * self.steps))
+    def backward(self, x: Tensor, batch: int, first: int, step: int) -> Tensor:
+        """Gradients from this process's images (b, 3, 32, 32), rows `first` on of a batch of so many rows.
+
+        Returns their sums of distortion, rate and squared error. The squared error of all processes sets the
+        variance, else they would train another objective.
+        """
         with self.autocast():
-            terms = self.model(x, self.seed(done, NOISE))
-        loss = (terms.distortion + self.options.beta * terms.rate).mean()
+            # convolutions take no empty batch: a process without rows computes one and counts none
+            terms = self.model(x if len(x) else x.new_zeros(1, *vae.IMAGE), self.seed(step, NOISE), first)
+        terms = vae.Terms(*(term[:len(x)] for term in terms))
+        shared = torch.stack([terms.sse.detach().sum(), terms.sse.new_tensor(self.asked > 0)])
+        sse, asked = self.workers.total(shared)
+        if self.workers.size == 1:  # without looking at `asked`, for which a GPU would have to finish first
+            self.stop = self.asked
+        elif asked > 0:
+            self.stop = self.asked or signal.SIGTERM
+        distortion = self.model.distortion(terms.sse, sse / (batch * vae.PIXELS))
+        ((distortion + self.options.beta * terms.rate).sum() / batch).backward()
+        return torch.stack([distortion.detach().sum(), terms.rate.detach().sum(), terms.sse.detach().sum()])
+
+    def train_step(self, rows: Tensor, mirrored: Tensor | None) -> None:
+        """One step of Adam on some rows of the images, added to the epoch's totals."""
+        done = self.epoch * self.steps + self.step
+        for settings in self.optimizer.param_groups:
+            settings["lr"] = recipe.learning_rate(self.options, done / (self.options.epochs * self.steps))
+        share = self.workers.share(len(rows))
+        x = gather(self.images, rows[share], None if mirrored is None else mirrored[share])
         self.optimizer.zero_grad()
-        loss.backward()
+        sums = self.backward(x, len(rows), share.start, done)
+        self.workers.total_gradients(self.parameters)
         self.optimizer.step()
-        self.totals += torch.stack([term.detach().sum() for term in terms])
+        self.totals += self.workers.total(sums)
         self.step += 1
 
     def numbers(self, images: int) -> dict[str, float]:
@@ -184,40 +144,48 @@ class Training:
             if time.monotonic() - self.saved >= chosen.save_seconds:
                 self.save()
             part = slice(self.step * chosen.batch_size, (self.step + 1) * chosen.batch_size)
-            self.train_step(gather(self.images, order[part], None if mirrored is None else mirrored[part]))
+            self.train_step(order[part], None if mirrored is None else mirrored[part])
             done = min(part.stop, n)
             progress.show(self.epoch + 1, done, lambda done=done: self.numbers(done))
 
     @torch.no_grad()
-    def test(self, batch_size: int = 500) -> list[float]:
-        """Mean distortion, rate and squared error of the test pictures, with the same noise every time."""
-        total, first = torch.zeros(3, dtype=torch.float64, device=self.options.device), 0
-        for part in self.test_images.split(batch_size):
+    def test(self, batch_size: int = 500) -> tuple[float, ...]:
+        """Mean distortion, rate, squared error and bits/dim of the test pictures, with the same noise every time."""
+        share, totals = self.workers.share(len(self.test_images)), torch.zeros_like(self.totals[:2])
+        for first in range(share.start, share.stop, batch_size):
+            part = self.test_images[first:min(first + batch_size, share.stop)]
             with self.autocast():
                 terms = self.model(vae.from_bytes(part), self.seed(0, TEST), first)
-            total, first = total + torch.stack([term.sum() for term in terms]), first + len(part)
-        return (total / first).tolist()
+            totals += torch.stack([terms.rate.sum(), terms.sse.sum()])
+        rate, sse = self.workers.total(totals) / len(self.test_images)
+        variance = self.model.variance.double()
+        numbers = self.model.distortion(sse, variance), rate, sse, vae.bits_per_dim(sse, rate, variance)
+        return tuple(number.item() for number in numbers)
 
     def end_epoch(self, progress: log.Progress) -> None:
-        """Test, add a row to the history and to log.csv, begin the next epoch."""
-        train, test = self.numbers(len(self.images)), self.test()
-        values = (*train.values(), test[0] + self.options.beta * test[1], test[1], test[0], test[2])
+        """Measure the variance, test, add a row to the history and to log.csv, begin the next epoch."""
+        train = self.numbers(len(self.images))
+        self.model.variance.copy_(self.totals[2] / (len(self.images) * vae.PIXELS))
+        distortion, rate, sse, bits = self.test()
+        values = (*train.values(), distortion + self.options.beta * rate, rate, distortion, sse, bits)
         if not math.isfinite(sum(values)):
             raise Fault(f"{self.folder}: the loss is no longer finite in epoch {self.epoch + 1}; what was saved last "
                         "is still there; begin again with a lower --lr")
         row = dict(zip(COLUMNS, (self.epoch + 1, *values, self.data.name), strict=True))
         self.history.append(row)
-        log.write(self.folder / "log.csv", COLUMNS, [row], "a")
+        if self.workers.leads:
+            log.write(self.folder / "log.csv", COLUMNS, [row], "a")
         self.epoch, self.step = self.epoch + 1, 0
         self.totals.zero_()
-        progress.end_epoch(self.epoch, train | {"test loss": values[3]})
+        progress.end_epoch(self.epoch, train | {"test loss": values[3], "bits/dim": bits})
 
     def save(self) -> None:
         """Checkpoint and pictures."""
-        state = self.state()
-        checkpoint.save(self.folder / "last.pt", state)
-        self.draw(sample.trained(state, self.model))
         self.saved = time.monotonic()
+        if self.workers.leads:
+            state = self.state()
+            checkpoint.save(self.folder / "last.pt", state)
+            self.draw(sample.trained(state, self.model))
 
     @torch.no_grad()
     def draw(self, found: sample.Trained) -> None:
@@ -241,18 +209,20 @@ class Training:
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self.ask_to_stop)
         begun = self.epoch * len(self.images) + self.step * self.options.batch_size
-        progress = log.Progress(self.options.epochs, len(self.images), begun, self.folder / "speed.csv")
+        progress = log.Progress(self.options.epochs, len(self.images), begun, self.folder / "speed.csv",
+                                quiet=not self.workers.leads)
         while self.epoch < self.options.epochs and not self.stop:
             self.train_epoch(progress)
             if self.step == self.steps:
                 self.end_epoch(progress)
         self.save()
-        left = f"stopped in epoch {self.epoch + 1}; --resume goes on" if self.stop else f"{self.epoch} epochs done"
-        print(f"{left}: {self.folder}/last.pt and pictures")
+        if self.workers.leads:
+            left = f"stopped in epoch {self.epoch + 1}; --resume goes on" if self.stop else f"{self.epoch} epochs done"
+            print(f"{left}: {self.folder}/last.pt and pictures")
         return 128 + self.stop if self.stop else 0
 
     def ask_to_stop(self, signum: int, _frame: object) -> None:
-        self.stop = signum
+        self.asked = signum
         signal.signal(signum, signal.SIG_DFL)  # a second one is not asked twice
 
 
@@ -291,19 +261,25 @@ def write_run(training: Training) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     chosen, given = options.parse(Options, argv, __doc__)
-    state = open_run(chosen)
-    chosen = settle(chosen, given, state)
+    workers = Group(recipe.device(chosen))
+    if workers.restarts:
+        chosen = replace(chosen, resume=True, overwrite=False)
+    state = workers.first(lambda: open_run(chosen))
+    chosen = recipe.settle(chosen, given, state)
     torch.set_num_threads(chosen.threads)
     torch.set_flush_denormal(True)  # numbers below 1e-38 can cost 5 to 40 times as long
     stored = state["data"]["folder"] if state and chosen.data == "auto" else chosen.data
-    data = source.load(stored, chosen.classes)
+    data = workers.first(lambda: source.load(stored, chosen.classes))
     if state:
         check_resume(state, chosen, data)
-    training = Training(chosen, data, state)
-    write_run(training)
-    print(f"{len(data.images):,} pictures ({', '.join(data.classes)}) from {data.name}, {chosen.arch}, "
-          f"{chosen.precision}, {chosen.threads} threads, {chosen.device}; to {chosen.run}")
-    return training.train()
+    training = Training(chosen, data, state, workers)
+    if workers.leads:
+        write_run(training)
+        print(f"{len(data.images):,} pictures ({', '.join(data.classes)}) from {data.name}, {chosen.arch}, "
+              f"{chosen.precision}, {chosen.threads} threads, {chosen.device}; to {chosen.run}")
+    status = training.train()
+    workers.leave()
+    return status
 
 
 if __name__ == "__main__":

@@ -4,10 +4,14 @@ The paper is "Winged Horses with a Vanilla Variational Auto encoder"; its model 
 Auto-Encoding Variational Bayes (2014) with a squared error:
 
     loss(x) = sum (x - xhat)^2 + KL(N(mu, exp(logvar)) || N(0, I)),  xhat = decoder(z),  z ~ N(mu, exp(logvar))
+
+Better pictures come from the calibrated likelihood and a convolutional network (`gaussian`, `conv`).
 """
+import math
 from typing import NamedTuple
 
 import reparam
+from options import Fault
 
 import torch
 from torch import Tensor, nn
@@ -17,54 +21,109 @@ PIXELS = 3072
 
 
 class Terms(NamedTuple):
-    """The parts of the objective for each image, float32 (B,)."""
-    distortion: Tensor  # nats; under `mse` the squared error itself
-    rate: Tensor        # nats
-    sse: Tensor         # sum over an image's 3,072 values in [0, 1] of the squared error
+    """What the objective is made of, for each image, float32 (B,)."""
+    rate: Tensor  # nats
+    sse: Tensor   # squared error summed over an image's 3,072 values in [0, 1]
 
 
-def mlp(latent: int) -> tuple[nn.Module, nn.Module]:
+def latent_shape(latent: str) -> tuple[int, ...]:
+    """`128` to (128,), a vector; `8x8x4` (rows, columns, channels) to (4, 8, 8), a grid. Raises Fault."""
+    try:
+        sizes = [int(size) for size in latent.split("x")]
+    except ValueError:
+        sizes = []
+    if len(sizes) not in (1, 3) or min(sizes) < 1 or sizes[:-1] not in ([], [8, 8]):
+        raise Fault(f"--latent: got {latent!r}, wanted a number of dimensions, as in 128, or a grid, as in 8x8x8")
+    return (sizes[-1], *sizes[:-1])
+
+
+def mlp(shape: tuple[int, ...]) -> tuple[nn.Module, nn.Module]:
     """The paper's network: 3072 -> 512 ReLU -> (mu, logvar), latent -> 512 ReLU -> 3072 logits."""
-    encoder = nn.Sequential(nn.Flatten(), nn.Linear(PIXELS, 512), nn.ReLU(), nn.Linear(512, 2 * latent))
-    decoder = nn.Sequential(nn.Linear(latent, 512), nn.ReLU(), nn.Linear(512, PIXELS), nn.Unflatten(1, IMAGE))
+    if len(shape) > 1:
+        raise Fault("--latent: a grid needs --arch conv; wanted a number of dimensions, as in 128")
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(PIXELS, 512), nn.ReLU(), nn.Linear(512, 2 * shape[0]))
+    decoder = nn.Sequential(nn.Linear(shape[0], 512), nn.ReLU(), nn.Linear(512, PIXELS), nn.Unflatten(1, IMAGE))
     return encoder, decoder
 
 
-def squared_error(sse: Tensor) -> Tensor:
+class Residual(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), (B, channels, h, w)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.body = nn.Sequential(*(layer for _ in range(2) for layer in (
+            nn.GroupNorm(8, channels), nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+def conv(shape: tuple[int, ...], fine: int = 48, coarse: int = 96) -> tuple[nn.Module, nn.Module]:
+    """A small residual network with `fine` channels at 16 x 16 and `coarse` at 8 x 8, where a grid of latents lies.
+
+    A vector of latents is one linear layer away from 8 x 8 x 8 numbers at each end.
+    """
+    channels = shape[0] if len(shape) == 3 else 8
+    encoder = [nn.PixelUnshuffle(2), nn.Conv2d(12, fine, 3, padding=1), Residual(fine),
+               nn.Conv2d(fine, coarse, 2, 2), Residual(coarse),
+               nn.GroupNorm(8, coarse), nn.SiLU(), nn.Conv2d(coarse, 2 * channels, 1)]
+    decoder = [nn.Conv2d(channels, coarse, 3, padding=1), Residual(coarse), nn.ConvTranspose2d(coarse, fine, 2, 2),
+               Residual(fine), nn.GroupNorm(8, fine), nn.SiLU(), nn.Conv2d(fine, 12, 3, padding=1), nn.PixelShuffle(2)]
+    if len(shape) == 1:
+        encoder += [nn.Flatten(), nn.Linear(128 * channels, 2 * shape[0])]
+        decoder = [nn.Linear(shape[0], 64 * channels), nn.Unflatten(1, (channels, 8, 8)), *decoder]
+    return nn.Sequential(*encoder), nn.Sequential(*decoder)
+
+
+def squared_error(sse: Tensor, variance: Tensor) -> Tensor:
     """The paper's distortion: the squared error as it is, which fixes a pixel's variance at 1/2."""
     return sse
 
 
-NETWORKS = {"mlp": mlp}
-LIKELIHOODS = {"mse": squared_error}
+def gaussian(sse: Tensor, variance: Tensor) -> Tensor:
+    """-log N(x; xhat, variance I) in nats an image, (B,), with one variance for all pixels.
+
+    At the batch's mean squared error, the optimum, this is sigma-VAE's objective (Rybkin et al. 2021, section 3).
+    """
+    return sse / (2 * variance) + PIXELS / 2 * torch.log(2 * math.pi * variance)
+
+
+def bits_per_dim(sse: Tensor, rate: Tensor, variance: Tensor) -> Tensor:
+    """Bits for each of an image's 3,072 bytes at a pixel variance, up to the binning of pixels."""
+    return ((gaussian(sse, variance) + rate) / PIXELS + math.log(256)) / math.log(2)
+
+
+NETWORKS = {"mlp": mlp, "conv": conv}
+LIKELIHOODS = {"mse": squared_error, "gaussian": gaussian}
 
 
 class VAE(nn.Module):
     """An encoder to a diagonal Gaussian posterior, a decoder to the mean image, a standard normal prior."""
 
-    def __init__(self, arch: str = "mlp", likelihood: str = "mse", latent: int = 128):
+    def __init__(self, arch: str = "mlp", likelihood: str = "mse", latent: str = "128"):
         super().__init__()
-        self.latent = latent
-        self.encoder, self.decoder = NETWORKS[arch](latent)
-        self.likelihood = LIKELIHOODS[likelihood]
+        self.shape = latent_shape(latent)
+        self.latent = math.prod(self.shape)
+        self.encoder, self.decoder = NETWORKS[arch](self.shape)
+        self.distortion = LIKELIHOODS[likelihood]  # (sse, variance) to nats
+        self.register_buffer("variance", torch.tensor(0.5))  # of a pixel, as last measured on the training set
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, 32, 32) in [0, 1] to the posterior's mu and logvar, float32 (B, latent)."""
-        mu, logvar = self.encoder(x).float().chunk(2, 1)
+        mu, logvar = self.encoder(x).float().flatten(1).chunk(2, 1)
         return mu, logvar
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents (B, latent) to mean images, float32 (B, 3, 32, 32) in [0, 1]."""
-        return self.decoder(z).float().sigmoid()
+        return self.decoder(z.unflatten(1, self.shape)).float().sigmoid()
 
     def forward(self, x: Tensor, seed: Tensor, row_offset: int = 0) -> Terms:
-        """The objective's terms with one posterior sample for each image (B, 3, 32, 32).
+        """Rate and squared error with one posterior sample for each image (B, 3, 32, 32).
 
         seed, row_offset: the sample's noise, as in `reparam.reparameterize_kl`.
         """
         z, rate = reparam.reparameterize_kl(*self.encode(x), seed, row_offset)
-        sse = (x - self.decode(z)).square().flatten(1).sum(1)
-        return Terms(self.likelihood(sse), rate, sse)
+        return Terms(rate, (x - self.decode(z)).square().flatten(1).sum(1))
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """Images decoded again from their posterior means, (B, 3, 32, 32)."""

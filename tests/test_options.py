@@ -1,6 +1,7 @@
 import subprocess
 import sys
 
+import recipe
 import sample
 import train
 
@@ -29,11 +30,16 @@ def test_options_are_told_apart_from_defaults():
     assert (chosen.lr, chosen.flip, chosen.batch_size) == (2e-3, True, 128)
 
 
-def test_defaults_are_the_papers_recipe():
-    chosen = train.Options()
-    assert (chosen.arch, chosen.likelihood, chosen.latent, chosen.beta) == ("mlp", "mse", 128, 1.0)
+def test_mlps_defaults_are_the_papers_recipe():
+    chosen = recipe.resolve(recipe.Options(arch="mlp"))
+    assert (chosen.likelihood, chosen.latent, chosen.beta, chosen.flip) == ("mse", "128", 1.0, False)
     assert (chosen.schedule, chosen.lr, chosen.batch_size, chosen.epochs) == ("constant", 1e-3, 128, 300)
-    assert not chosen.flip
+
+
+def test_what_is_given_stands_beside_defaults():
+    chosen = recipe.resolve(recipe.Options(arch="mlp", lr=0.5, flip=True))
+    assert (chosen.lr, chosen.flip, chosen.schedule) == (0.5, True, "constant")
+    assert recipe.resolve(recipe.Options(arch="conv")).likelihood == "gaussian"
 
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py"])

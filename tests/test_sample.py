@@ -16,7 +16,7 @@ def last(batches, tmp_path_factory):
     """A checkpoint whose data is gone."""
     folder = tmp_path_factory.mktemp("sample")
     shutil.copytree(batches, folder / "gone")
-    train.main(["--data", str(folder / "gone"), "--run", str(folder / "run"), "--epochs", "1"])
+    train.main(["--data", str(folder / "gone"), "--run", str(folder / "run"), "--epochs", "1", "--arch", "mlp"])
     shutil.rmtree(folder / "gone")
     return folder / "run" / "last.pt"
 
@@ -83,7 +83,8 @@ def test_best_is_enlarged(last, tmp_path):
 
 
 def test_one_class_has_nothing_to_mix(batches, tmp_path, complaint):
-    train.main(["--data", str(batches), "--run", str(tmp_path / "r"), "--epochs", "1", "--classes", "horse"])
+    argv = ("--data", batches, "--run", tmp_path / "r", "--epochs", 1, "--arch", "mlp", "--classes", "horse")
+    train.main([str(a) for a in argv])
     last, out = tmp_path / "r" / "last.pt", tmp_path / "o.png"
     assert "--mode prior" in complaint(sample.main, last, out)
     assert not out.exists()

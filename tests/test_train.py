@@ -3,12 +3,14 @@ import csv
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import checkpoint
+import recipe
 import sample
 import train
 
@@ -20,7 +22,7 @@ PICTURES = ("curves.png", "samples.png", "reconstructions.png", "pegasus.png")
 
 
 def trained(folder: Path, *argv: object) -> int:
-    return train.main([str(a) for a in ("--run", folder, "--batch-size", 50, *argv)])
+    return train.main([str(a) for a in ("--run", folder, "--batch-size", 50, "--arch", "mlp", *argv)])
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +59,7 @@ def test_a_runs_folder(run, batches):
         parts = float(row["test_rate"]) + float(row["test_distortion"])
         assert float(row["test_loss"]) == pytest.approx(parts, rel=1e-6)
         assert row["test_sse"] == row["test_distortion"]
+        assert 5 < float(row["bits_per_dim"]) < 9
         assert row["data"] == batches.name
     assert [row["epoch"] for row in rows(run / "speed.csv")] == ["1", "2", "3", "4"]
     assert json.loads((run / "config.json").read_text())["schedule"] == "onecycle"
@@ -83,7 +86,7 @@ def test_the_same_seed_gives_the_same_run_and_another_another(run, batches, tmp_
 
 def start(folder: Path, batches: Path, *argv: object) -> subprocess.Popen:
     command = [sys.executable, "train.py", "--run", folder, "--data", batches, "--batch-size", 50, "--resume",
-               "--flip", "--epochs", 40, "--save-seconds", 0.3, *argv]
+               "--arch", "mlp", "--flip", "--epochs", 24, "--save-seconds", 0.5, *argv]
     return subprocess.Popen([str(c) for c in command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                             text=True)
 
@@ -92,13 +95,13 @@ def interrupted(folder: Path, batches: Path, signum: int) -> int:
     """Train until there are some rows in the log, send a signal, return the exit status."""
     process, log = start(folder, batches), folder / "log.csv"
     before = len(log.read_text().splitlines()) if log.exists() else 1
-    while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= before + 5
+    while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= before + 3
                                           and (folder / "last.pt").exists()):
         time.sleep(0.005)
     process.send_signal(signum)
     process.communicate(timeout=60)
     assert (folder / "last.pt").exists()
-    assert checkpoint.load(folder / "last.pt")["epochs_done"] < 40, "the run was over before the signal"
+    assert checkpoint.load(folder / "last.pt")["epochs_done"] < 24, "the run was over before the signal"
     return process.returncode
 
 
@@ -152,7 +155,7 @@ def test_a_folder_that_cannot_be_written(batches, tmp_path, complaint):
 
 
 def test_a_diverging_run_stops_and_says_so(batches, tmp_path, complaint):
-    sentence = complaint(train.main, "--data", batches, "--run", tmp_path / "r", "--lr", 1e9, "--epochs", 2)
+    sentence = complaint(train.main, "--data", batches, "--run", tmp_path / "r", "--arch", "mlp", "--lr", 1e9)
     assert "no longer finite in epoch" in sentence
     assert "lower --lr" in sentence
 
@@ -171,10 +174,55 @@ def test_without_network_and_data_the_drawn_set_is_announced_everywhere(batches,
         assert png(tmp_path / "r" / name)[1]["data"] == "drawn"
 
 
+def curves(folder: Path) -> list[list[float]]:
+    return [[float(row[key]) for key in train.COLUMNS[1:-1]] for row in rows(folder / "log.csv")]
+
+
+def workers(n: int, folder: Path, batches: Path, *argv: object) -> subprocess.Popen:
+    """Start n processes that train together in float32, on batches of 38: uneven shares, and 2 rows in the last."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", n, "--master-port", free_port(),
+               "--max-restarts", 1, "--", "train.py", "--run", folder, "--data", batches, "--batch-size", 38,
+               "--arch", "conv", "--latent", "8x8x2", "--precision", "float32", "--threads", 1, *argv]
+    return subprocess.Popen([str(c) for c in command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def test_any_number_of_processes_follows_the_same_curve(batches, tmp_path):
+    """Also where the last step leaves the third process without a row."""
+    for n in (1, 2, 3):
+        process = workers(n, tmp_path / str(n), batches, "--epochs", 2)
+        output = process.communicate(timeout=240)[0]
+        assert process.returncode == 0, output
+    for n in (2, 3):
+        torch.testing.assert_close(curves(tmp_path / str(n)), curves(tmp_path / "1"), rtol=1e-4, atol=0)
+
+
+def test_a_lost_worker_is_replaced_and_the_curve_stays(batches, tmp_path):
+    whole = workers(2, tmp_path / "whole", batches, "--epochs", 4)
+    assert whole.communicate(timeout=240)[0]
+    broken = workers(2, tmp_path / "broken", batches, "--epochs", 4, "--save-seconds", 1)
+    log = tmp_path / "broken" / "log.csv"
+    while not (log.exists() and len(log.read_text().splitlines()) > 1 and (log.parent / "last.pt").exists()):
+        assert broken.poll() is None
+        time.sleep(0.01)
+    children = subprocess.run(["pgrep", "-P", str(broken.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    output = broken.communicate(timeout=240)[0]
+    assert broken.returncode == 0, output
+    assert "exitcode: -9" in output
+    torch.testing.assert_close(curves(tmp_path / "broken"), curves(tmp_path / "whole"), rtol=1e-4, atol=0)
+
+
 def test_learning_rates():
-    constant, onecycle = train.Options(lr=0.5), train.Options(lr=0.5, schedule="onecycle")
-    assert {train.learning_rate(constant, p) for p in (0, 0.3, 1)} == {0.5}
-    rates = [train.learning_rate(onecycle, p / 100) for p in range(101)]
+    constant, onecycle = recipe.Options(lr=0.5, schedule="constant"), recipe.Options(lr=0.5, schedule="onecycle")
+    assert {recipe.learning_rate(constant, p) for p in (0, 0.3, 1)} == {0.5}
+    rates = [recipe.learning_rate(onecycle, p / 100) for p in range(101)]
     assert rates[0] == pytest.approx(0.02)
     assert max(rates) == rates[10] == pytest.approx(0.5)
     assert rates[100] == pytest.approx(0, abs=1e-9)

@@ -1,0 +1,67 @@
+"""Processes that train one model together, as `torchrun` starts them; alone, a group of one.
+
+    torchrun --nproc-per-node 2 -- train.py --run runs/two      # without `--` torchrun takes --run for its own
+
+Each process takes its contiguous rows of every batch. What one process computes for all comes as plain sums, so any
+number of processes, also uneven shares of a batch, follow the same curve up to float rounding.
+"""
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Group:
+    """This process's place among those that torchrun started."""
+
+    def __init__(self, device: str):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.leads = self.rank == 0
+        self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # of the group, after a lost process
+        if self.size > 1:
+            self.join("nccl" if device == "cuda" else "gloo")
+
+    def join(self, backend: str) -> None:
+        """Meet the others; apart from the addresses that a lost group left in a store that torchrun keeps."""
+        if backend == "nccl":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        store, rank, size = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"start {self.restarts}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+
+    def share(self, n: int) -> slice:
+        """The contiguous part of n rows that is this process's."""
+        return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def total_gradients(self, parameters: list[Tensor]) -> None:
+        """Sum gradients over all processes, in one piece; a process without rows has none and adds zeros."""
+        if self.size == 1:
+            return
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = self.total(torch.cat([grad.flatten() for grad in grads]))
+        for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            p.grad = part.view_as(p)
+
+    def first(self, work: Callable[[], T]) -> T:
+        """Do something in process 0 before it is done in the others, who then find the files it made."""
+        if self.size > 1 and self.rank > 0:
+            dist.barrier()
+        done = work()
+        if self.size > 1 and self.rank == 0:
+            dist.barrier()
+        return done
+
+    def leave(self) -> None:
+        if self.size > 1:
+            dist.destroy_process_group()
