@@ -62,7 +62,7 @@ def load(path: Path) -> Trained:
         model = vae.VAE(config["arch"], config["likelihood"], config["latent"])
         model.load_state_dict(state["model"])
         return trained(state, model)
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (AttributeError, KeyError, TypeError, RuntimeError) as error:
         raise Fault(f"{path}: a checkpoint of another version ({error}); train again, or use that version") from None
 
 
