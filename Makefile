@@ -53,7 +53,7 @@ lint: build  ## ruff
 SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1
 sanitize: build  ## the op, and its CUDA source on the CPU, under ASan and UBSan
 	mkdir -p build/sanitize
-	cp -r reparam.py tests build/sanitize
+	cp -r *.py tests build/sanitize
 	PEGASUS_FLAGS="$(SANITIZE)" PEGASUS_CUDA=0 $(PYTHON) setup.py -q build_ext \
 	  --build-lib build/sanitize --build-temp build/sanitize/temp
 	python=$$(command -v $(PYTHON)); python=$$(cd $$(dirname $$python) && pwd)/$$(basename $$python); \
