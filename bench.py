@@ -5,7 +5,7 @@
     python bench.py op --json op.json                         # every figure, for a machine
     python bench.py op --device cuda                          # the same on a GPU
     python bench.py train --data auto                         # epochs of both networks against the usual loop
-    python bench.py train --arch mlp --sizes                  # and against batch, data and latent size
+    python bench.py train --arch mlp --sizes                  # and against batch, data and latent size, and processes
 
 `op`: every figure is the median of runs that take turns: one of each candidate, then one of each again. "eager" is
 the op as people write it (randn_like, exp, mul, sum), "compiled" the same under torch.compile, "clone" the time to
@@ -18,12 +18,16 @@ that `train.py` would choose, plus one pass of fused Adam.
 """
 import argparse
 import copy
+import csv
 import dataclasses
 import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import options
 import bench_op
@@ -135,6 +139,16 @@ def variants(base: recipe.Options, images: int, sizes: bool) -> list[tuple[dict,
     return [({}, images), *([*batches, *latents, ({}, 5_000), ({}, 50_000)] if sizes else [])]
 
 
+def processes_speed(base: recipe.Options, data: str, processes: int) -> float:
+    """Images a second of so many processes of one thread each: the best of three epochs on all pictures."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, "--",
+               Path(__file__).with_name("train.py"), "--data", data, "--arch", base.arch, "--latent", base.latent,
+               "--epochs", 3, "--threads", 1, "--run", base.run, "--overwrite"]
+    subprocess.run([str(word) for word in command], check=True, capture_output=True)
+    with open(Path(base.run) / "speed.csv") as file:
+        return max(float(row["images_per_second"]) for row in csv.DictReader(file))
+
+
 def train_command(chosen: argparse.Namespace) -> None:
     """The subcommand `train`."""
     torch.set_flush_denormal(True)
@@ -149,6 +163,9 @@ def train_command(chosen: argparse.Namespace) -> None:
             against = not changes and n == chosen.images
             speeds = time_training(dataclasses.replace(base, **changes), part(data, n), chosen.rounds, against)
             rows.append({"arch": arch, **changes, "images": n, **speeds})
+            show_training(rows[-1])
+        for count in (1, 2) if chosen.sizes else ():
+            rows.append({"arch": arch, "processes": count, "ours": processes_speed(base, chosen.data, count)})
             show_training(rows[-1])
     if chosen.json:
         with open(chosen.json, "w") as file:
@@ -184,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("--images", type=int, default=10_000)
     command.add_argument("--rounds", type=int, default=3)
     command.add_argument("--threads", type=int, default=0)
-    command.add_argument("--sizes", action="store_true", help="also other batch, data and latent sizes")
+    command.add_argument("--sizes", action="store_true", help="also other batch, data and latent sizes, and processes")
     command.add_argument("--json", metavar="FILE", help="write every figure to this file")
     command.set_defaults(run=train_command)
     chosen = parser.parse_args(argv)

@@ -17,7 +17,7 @@ class Options:
     data: str = option("auto", "auto ($CIFAR10_DIR, data/cifar-10-batches-bin, the download, else drawn pictures), "
                        "cifar10 (the download), drawn, or a folder of CIFAR-10's binary batches")
     classes: str = option("horse,bird", "CIFAR-10 classes, separated by commas; the first two make the Pegasus")
-    arch: str = option("mlp", "network: the paper's, or a small residual one", choices=tuple(vae.NETWORKS))
+    arch: str = option("conv", "network: a small residual one, or the paper's (mlp)", choices=tuple(vae.NETWORKS))
     likelihood: str | None = option(None, "distortion: the paper's squared error, or the calibrated Gaussian; by "
                                     "default mse for mlp, gaussian for conv", choices=tuple(vae.LIKELIHOODS))
     latent: str = option("128", "latent dimensions, or under conv a grid of rows, columns and channels: 8x8x8")

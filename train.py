@@ -1,8 +1,8 @@
 """Train a variational autoencoder on CIFAR-10's horses and birds.
 
-    python train.py                                        # the paper's recipe, 300 epochs, to runs/pegasus
-    python train.py --resume                               # goes on where that stopped, to the same bits
-    python train.py --run runs/other --schedule onecycle --lr 2e-3 --flip
+    python train.py                               # a convolutional network, 300 epochs, to runs/pegasus
+    python train.py --resume                      # goes on where that stopped, to the same bits
+    python train.py --run runs/paper --arch mlp   # the paper's recipe
 
 A run's folder holds last.pt, log.csv (nats and squared error an image), speed.csv, config.json and pictures.
 """
