@@ -58,7 +58,7 @@ class Residual(nn.Module):
         return x + self.body(x)
 
 
-def conv(shape: tuple[int, ...], fine: int = 48, coarse: int = 96) -> tuple[nn.Module, nn.Module]:
+def conv(shape: tuple[int, ...], fine: int = 64, coarse: int = 64) -> tuple[nn.Module, nn.Module]:
     """A small residual network with `fine` channels at 16 x 16 and `coarse` at 8 x 8, where a grid of latents lies.
 
     A vector of latents is one linear layer away from 8 x 8 x 8 numbers at each end.
