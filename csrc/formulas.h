@@ -4,7 +4,7 @@
 //
 // Layout of the noise: row r, columns 4g to 4g+3 take their normals from one block of Philox4x32-10 (Salmon et al.
 // 2011) with counter (g low, g high, r low, r high) and key (seed low, seed high), in 32-bit words; the block's words
-// w0..w3 become radius(w0) * (cos, sin)(angle(w1)), radius(w2) * (cos, sin)(angle(w3)), after Box and Muller.
+// w0..w3 become radius(w0) * direction(w1), radius(w2) * direction(w3), two normals each, after Box and Muller.
 //
 // Float formulas are our own polynomials (minimax, fitted for this file), so that every instruction set that does not
 // contract a * b + c gives the same bits. Everything is static in a namespace of the including file's own: a file
@@ -94,7 +94,7 @@ static PEGASUS_INLINE void noise_blocks(const L group[count], uint64_t row, cons
     }
 }
 
-// ---- float: exp, Box-Muller's radius, sin and cos ----
+// ---- float: exp, Box-Muller's radius and direction ----
 
 // exp(x) = 2^n * p(r): infinite and NaN where IEEE's is, zero where that would be a denormal.
 template <class F>
@@ -125,19 +125,20 @@ static PEGASUS_INLINE F radius(typename Lanes<F>::Word word) {
   return Lanes<F>::root(Lanes<F>::from_int(exponent - 32) * -1.38629436f + (q * f2 - (f + f)));
 }
 
-// cos and sin of word * 2 pi / 2^32. The nearest quarter turn is taken off in integers, where that is exact.
+// A point of the unit circle. The low 30 bits are an angle within an eighth of a turn to either side of zero; bit 31 is
+// the sign of its cosine, and bit 30 exchanges cosine and sine: together they reach all four quarters.
 template <class F>
-static PEGASUS_INLINE void cos_sin(typename Lanes<F>::Word word, F& cosine, F& sine) {
+static PEGASUS_INLINE void direction(typename Lanes<F>::Word word, F& first, F& second) {
   using Int = typename Lanes<F>::Int;
   using Word = typename Lanes<F>::Word;
-  Word quarter = (word + 0x20000000u) >> 30;
-  F t = Lanes<F>::from_int(bits<Int>(word - (quarter << 30))) * 1.46291808e-9f;
+  F t = Lanes<F>::from_int(bits<Int>(word << 2)) * 3.6572952e-10f;  // pi / 2^33
   F t2 = t * t;
   F s = ((-0.000195152825f * t2 + 0.0083321603f) * t2 - 0.166666552f) * (t2 * t) + t;
   F c = ((2.44331568e-05f * t2 - 0.00138873165f) * t2 + 0.0416666456f) * (t2 * t2) - 0.5f * t2 + 1.0f;
-  Word swap = (bits<Word>(s) ^ bits<Word>(c)) & (Word{} - (quarter & 1u));  // odd quarters exchange the two
-  cosine = bits<F>(bits<Word>(c) ^ swap ^ (((quarter + 1u) & 2u) << 30));
-  sine = bits<F>(bits<Word>(s) ^ swap ^ ((quarter & 2u) << 30));
+  Word cosine = bits<Word>(c) ^ (word & 0x80000000u);
+  Word swap = (bits<Word>(s) ^ cosine) & bits<Word>(bits<Int>(word << 1) >> 31);
+  first = bits<F>(cosine ^ swap);
+  second = bits<F>(bits<Word>(s) ^ swap);
 }
 
 // ---- the 16-bit formats: widen takes their bits in a 32-bit word, narrow rounds to nearest, ties to even ----
@@ -184,17 +185,18 @@ static PEGASUS_INLINE double exponential(double x) { return exp(x); }
 
 template <class F>
 static PEGASUS_INLINE void box_muller(typename Lanes<F>::Word w0, typename Lanes<F>::Word w1, F& first, F& second) {
-  F cosine, sine, r = radius<F>(w0);
-  cos_sin<F>(w1, cosine, sine);
-  first = r * cosine;
-  second = r * sine;
+  F r = radius<F>(w0);
+  direction<F>(w1, first, second);
+  first = r * first;
+  second = r * second;
 }
 
 static PEGASUS_INLINE void box_muller(uint32_t w0, uint32_t w1, double& first, double& second) {
   double r = sqrt(fmax(-2.0 * log((w0 + 1.0) * 0x1p-32), 0.0));
-  double angle = static_cast<int32_t>(w1) * (6.283185307179586477 * 0x1p-32);
-  first = r * cos(angle);
-  second = r * sin(angle);
+  double t = static_cast<int32_t>(w1 << 2) * (1.5707963267948966 * 0x1p-32);
+  double cosine = w1 >> 31 ? -cos(t) : cos(t), sine = sin(t);
+  first = r * (w1 & 0x40000000u ? sine : cosine);
+  second = r * (w1 & 0x40000000u ? cosine : sine);
 }
 
 static PEGASUS_INLINE void box_muller(uint32_t w0, uint32_t w1, float& first, float& second) {

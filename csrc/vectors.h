@@ -68,8 +68,12 @@ struct Lanes<Vector> {
   using Int = Integers;
   using Word = Words;
   static PEGASUS_INLINE Vector from_int(Integers i) { return __builtin_convertvector(i, Vector); }
-  static PEGASUS_INLINE Vector from_word(Words w) {  // rounds once; AVX-512 alone has an instruction for it
+  static PEGASUS_INLINE Vector from_word(Words w) {  // rounds once; only AVX-512 has an instruction for it
+#if defined(__AVX512F__)
+    return _mm512_cvtepu32_ps((__m512i)w);
+#else
     return from_int(bits<Integers>(w >> 16)) * 65536.0f + from_int(bits<Integers>(w & 0xFFFFu));
+#endif
   }
   static PEGASUS_INLINE Vector root(Vector x) { return PEGASUS_LEVEL::root(x); }
 };

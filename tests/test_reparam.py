@@ -63,6 +63,13 @@ def test_extreme_words(dtype):
     torch.testing.assert_close(eps, wanted, rtol=0, atol=2e-6)
 
 
+def test_even_words_go_evenly_around_the_circle():
+    points = reparam.direction((torch.arange(4096) << 20) + 2**19, torch.float64)
+    angles = torch.atan2(points[:, 1], points[:, 0]).sort().values
+    torch.testing.assert_close(points.norm(dim=1), torch.ones(4096, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(angles.diff(), torch.full((4095,), math.pi / 2048, dtype=torch.float64))
+
+
 def test_the_formulas():
     mu, logvar, seed = inputs(3, 5, torch.float64)
     z, kl = reparam.reparameterize_kl(mu, logvar, seed)
