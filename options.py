@@ -28,13 +28,15 @@ class Fault(Exception):
 
 
 def option(default: object, text: str, **checks: object) -> object:
-    """A field of an options dataclass. Checks: `choices`, `least` (>=), `above` (>), `metavar`, `positional`."""
+    """A field of an options dataclass. Checks: `choices`, `least` (>=), `most` (<=), `above` (>), `metavar`,
+    `positional`."""
     return dataclasses.field(default=default, metadata={"text": text, **checks})
 
 
-def number(kind: type, least: float = -math.inf, above: float = -math.inf) -> Callable:
+def number(kind: type, least: float = -math.inf, above: float = -math.inf, most: float = math.inf) -> Callable:
     """A converter for argparse that takes finite numbers in a range only."""
     limit = f" of {least} or more" if least > -math.inf else f" above {above}" if above > -math.inf else ""
+    limit = f" from {least} to {most}" if most < math.inf else limit
     wanted = ("a whole number" if kind is int else "a number") + limit
 
     def convert(text: str) -> int | float:
@@ -42,7 +44,7 @@ def number(kind: type, least: float = -math.inf, above: float = -math.inf) -> Ca
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"got {text!r}, wanted {wanted}") from None
-        if not (math.isfinite(value) and value >= least and value > above):
+        if not (math.isfinite(value) and most >= value >= least and value > above):
             raise argparse.ArgumentTypeError(f"got {text}, wanted {wanted}")
         return value
     return convert
@@ -58,7 +60,8 @@ def add(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
     meta, settings = field.metadata, {}
     kind = field.type.__args__[0] if isinstance(field.type, types.UnionType) else field.type  # X | None is X
     if kind in (int, float):
-        settings["type"] = number(kind, meta.get("least", -math.inf), meta.get("above", -math.inf))
+        settings["type"] = number(kind, meta.get("least", -math.inf), meta.get("above", -math.inf),
+                                  meta.get("most", math.inf))
     if kind is bool:
         settings["action"] = argparse.BooleanOptionalAction
     settings |= {key: meta[key] for key in ("choices", "metavar") if key in meta}

@@ -1,8 +1,9 @@
 """Draw pictures from a checkpoint, which is all that is needed.
 
     python sample.py runs/pegasus/last.pt out.png                  # 64 Pegasi
+    python sample.py runs/pegasus/last.pt out.png --mode horse     # 64 horses
     python sample.py runs/pegasus/last.pt out.png --mode morph     # rows from a horse to a bird
-    python sample.py runs/pegasus/last.pt out.png --best 8         # the 8 most Pegasus-like of 64, enlarged
+    python sample.py runs/pegasus/last.pt out.png --best 8 --coat white  # the 8 most Pegasus-like of 64, enlarged
 """
 import math
 from dataclasses import dataclass
@@ -10,37 +11,39 @@ from pathlib import Path
 
 import options
 import checkpoint
+import density
 import pictures
 import reparam
 import vae
 from options import Fault, option
+from density import Gaussian
 
 import torch
 from PIL import Image
 from torch import Tensor
-
-MODES = ("pegasus", "prior", "morph")
 
 
 @dataclass(frozen=True)
 class Options:
     checkpoint: str = option("", "a checkpoint, as `make train` writes to runs/", positional=True)
     out: str = option("", "the PNG to write", positional=True)
-    mode: str = option("pegasus", "pegasus: between a horse and a bird; prior: whatever the model makes of noise; "
-                       "morph: rows from a horse to a bird", choices=MODES)
+    mode: str = option("pegasus", "pegasus: both horse and bird; morph: rows from a horse to a bird; the name of one "
+                       "of the run's classes; prior: whatever the model makes of noise")
     best: int = option(0, "keep this many, the most Pegasus-like, enlarged; 0 keeps all", least=0)
     n: int = option(64, "how many pictures to draw", least=1)
+    blend: float = option(0.5, "how much of the first class a Pegasus has, 0 to 1", least=0.0, most=1.0)
+    coat: str = option("any", "the horse's", choices=("any", *density.COATS))
+    temperature: float = option(1.0, "standard deviation of the noise", least=0.0)
     columns: int = option(8, "pictures in a row", least=1)
     scale: int = option(4, "pixels for each pixel of a picture", least=1)
     seed: int = option(0, "picture i is a function of the model, the seed and i alone")
-    temperature: float = option(1.0, "standard deviation of the noise", least=0.0)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A model and what is known of it: the class means of its latents, and what its pictures should say."""
+    """A model and what is known of it: its classes' latents, and what its pictures should say."""
     model: vae.VAE
-    means: Tensor  # (classes, latent)
+    densities: dict[str, Gaussian]  # of each class, and of the first one's coats
     classes: tuple[str, ...]
     about: dict[str, object]
 
@@ -48,10 +51,12 @@ class Trained:
 def trained(state: dict, model: vae.VAE) -> Trained:
     """A model with what a run's state says of it; the digest is that of equal models everywhere."""
     config = {key: state["config"][key] for key in ("arch", "likelihood", "latent")} | {"classes": state["classes"]}
-    tensors = model.state_dict() | {"latent means": state["means"]}
-    about = {"Software": "Pegasus VAE", "model": checkpoint.digest(tensors, config),
+    densities = {name: Gaussian(*fitted) for name, fitted in state["densities"].items()}
+    fitted = {f"{part} of {name}": tensor for name, gaussian in densities.items()
+              for part, tensor in gaussian._asdict().items()}
+    about = {"Software": "Pegasus VAE", "model": checkpoint.digest(model.state_dict() | fitted, config),
              "epochs": f"{state['epoch']:g}", "data": state["data"]["name"]}
-    return Trained(model, state["means"].float(), tuple(state["classes"]), about)
+    return Trained(model, densities, tuple(state["classes"]), about)
 
 
 def load(path: Path) -> Trained:
@@ -66,44 +71,73 @@ def load(path: Path) -> Trained:
         raise Fault(f"{path}: a checkpoint of another version ({error}); train again, or use that version") from None
 
 
-def two_means(found: Trained) -> tuple[Tensor, Tensor]:
-    """The latent means of the first two classes, by default horse and bird."""
-    if len(found.classes) < 2:
-        raise Fault(f"--mode: this model knows {found.classes[0]} only and there is nothing to mix; use --mode prior")
-    return found.means[0], found.means[1]
+def modes(found: Trained) -> tuple[str, ...]:
+    """What `--mode` may be for a model: a Pegasus needs two classes."""
+    return (*(("pegasus", "morph") if len(found.classes) > 1 else ()), *found.classes, "prior")
 
 
-def latents(found: Trained, mode: str, n: int, seed: int, temperature: float, columns: int) -> Tensor:
+def check(found: Trained, chosen: Options) -> None:
+    """Raise Fault for a mode or a coat that the model doesn't have."""
+    if chosen.mode not in modes(found):
+        raise Fault(f"--mode: got {chosen.mode}, wanted one of {', '.join(modes(found))}, which is what this model "
+                    f"of {', '.join(found.classes)} can draw")
+    coated = ("pegasus", "morph", found.classes[0])
+    if chosen.coat != "any" and chosen.mode not in coated:
+        raise Fault(f"--coat: got {chosen.coat} with --mode {chosen.mode}, which has no {found.classes[0]}; leave it, "
+                    f"or use one of the modes {', '.join(mode for mode in coated if mode in modes(found))}")
+
+
+def two_sides(found: Trained, coat: str) -> tuple[Gaussian, Gaussian]:
+    """The first two classes, by default horse, of the coat asked for, and bird."""
+    first = found.classes[0] if coat == "any" else f"{coat} {found.classes[0]}"
+    return found.densities[first], found.densities[found.classes[1]]
+
+
+def source(found: Trained, chosen: Options) -> Gaussian:
+    """What the latents of a mode are drawn from, `morph` apart."""
+    if chosen.mode == "prior":
+        return Gaussian(torch.zeros(found.model.latent), torch.eye(found.model.latent))
+    if chosen.mode == "pegasus":
+        return density.product(*two_sides(found, chosen.coat), chosen.blend)
+    return found.densities[chosen.mode if chosen.coat == "any" else f"{chosen.coat} {chosen.mode}"]
+
+
+def latents(found: Trained, chosen: Options) -> Tensor:
     """Latents (n, latent). Row i depends on (seed, i) alone; in `morph` on its place in a row of the sheet instead."""
-    if mode == "morph":
-        return morph(found, n, seed, temperature, columns)
-    eps = temperature * vae.noise(n, found.model.latent, seed)
-    return eps if mode == "prior" else sum(two_means(found)) / 2 + eps
+    if chosen.mode == "morph":
+        return morph(found, chosen)
+    return density.draw(source(found, chosen), vae.noise(chosen.n, found.model.latent, chosen.seed), chosen.temperature)
 
 
-def morph(found: Trained, n: int, seed: int, temperature: float, columns: int) -> Tensor:
-    """Rows of latents from a draw around the first class mean to one around the second, noise on an arc between."""
-    first, second = two_means(found)
-    row, along = torch.arange(n) // columns, torch.arange(n) % columns / max(columns - 1, 1)
-    start, end = (vae.noise(int(row[-1]) + 1, found.model.latent, reparam.derive_seed(seed, side, 0))[row]
-                  for side in range(2))
+def morph(found: Trained, chosen: Options) -> Tensor:
+    """Rows of latents from a draw of the first class to one of the second: means on a line, noise on an arc."""
+    columns = chosen.columns
+    row, along = torch.arange(chosen.n) // columns, torch.arange(chosen.n) % columns / max(columns - 1, 1)
     angle = along[:, None] * math.pi / 2  # straight lines would pass where there is less noise than anywhere else
-    return torch.lerp(first, second, along[:, None]) + temperature * (angle.cos() * start + angle.sin() * end)
+    first, second = two_sides(found, chosen.coat)
+    z = torch.lerp(first.mean, second.mean, along[:, None])
+    for side, (gaussian, weight) in enumerate(((first, angle.cos()), (second, angle.sin()))):
+        seed = reparam.derive_seed(chosen.seed, side, 0)
+        eps = vae.noise(int(row[-1]) + 1, found.model.latent, seed)[row]
+        z += weight * density.draw(gaussian._replace(mean=torch.zeros_like(gaussian.mean)), eps, chosen.temperature)
+    return z
 
 
-def likeness(found: Trained, z: Tensor) -> Tensor:
-    """How Pegasus-like latents (n, latent) are, (n,): minus the distance to the farther of the two class means."""
-    first, second = two_means(found)
-    return -torch.maximum((z - first).norm(dim=1), (z - second).norm(dim=1))
+def likeness(found: Trained, z: Tensor, coat: str) -> Tensor:
+    """How Pegasus-like latents (n, latent) are, (n,): their density under whichever of the two classes gives less."""
+    first, second = two_sides(found, coat)
+    return torch.minimum(density.log_density(first, z), density.log_density(second, z))
 
 
 @torch.no_grad()
-def draw(found: Trained, mode: str = "pegasus", n: int = 64, seed: int = 0, temperature: float = 1.0,
-         columns: int = 8, best: int = 0) -> Tensor:
+def draw(found: Trained, chosen: Options = Options()) -> Tensor:  # noqa: B008  frozen
     """Images (n or best, 3, 32, 32) in [0, 1]; with `best`, that many of the n, the most Pegasus-like first."""
-    z = latents(found, mode, n, seed, temperature, columns)
-    if best:
-        z = z[likeness(found, z).argsort(descending=True, stable=True)[:best]]
+    check(found, chosen)
+    z = latents(found, chosen)
+    if chosen.best:
+        if len(found.classes) < 2:
+            raise Fault(f"--best: a Pegasus needs two classes, this model knows {found.classes[0]} only; leave it")
+        z = z[likeness(found, z, chosen.coat).argsort(descending=True, stable=True)[:chosen.best]]
     return found.model.decode(z)
 
 
@@ -116,9 +150,9 @@ def page(images: Tensor, about: dict[str, object], columns: int = 8, scale: int 
 def main(argv: list[str] | None = None) -> None:
     chosen, given = options.parse(Options, argv, __doc__)
     found = load(Path(chosen.checkpoint))
-    images = draw(found, chosen.mode, chosen.n, chosen.seed, chosen.temperature, chosen.columns, chosen.best)
+    images = draw(found, chosen)
     scale = 2 * chosen.scale if chosen.best and "scale" not in given else chosen.scale
-    about = found.about | {"mode": chosen.mode, "seed": chosen.seed, "temperature": chosen.temperature}
+    about = found.about | {key: getattr(chosen, key) for key in ("mode", "seed", "temperature", "blend", "coat")}
     pictures.save(page(images, about, chosen.columns, scale), Path(chosen.out), about)
     what = f"the best {len(images)} of {chosen.n} pictures" if chosen.best else f"{len(images)} pictures"
     print(f"{chosen.out}: {what}, {', '.join(f'{key} {value}' for key, value in list(about.items())[1:])}")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import options
 import checkpoint
+import density
 import log
 import pictures
 import recipe
@@ -66,7 +67,7 @@ class Training:
         self.epoch, self.step, self.history = 0, 0, []  # step: of the epoch that is under way
         self.totals = torch.zeros(3, dtype=torch.float64, device=chosen.device)  # of that epoch so far
         self.asked, self.stop = 0, 0  # the signal that asks this process to leave; once all of them know, to all
-        self.saved = time.monotonic()
+        self.saved, self.refit, self.fitted = time.monotonic(), 0.0, {}  # when; the densities last fitted
         self.steps = math.ceil(len(self.images) / chosen.batch_size)  # an epoch
         if state:
             self.restore(state)
@@ -84,14 +85,20 @@ class Training:
         return {"config": asdict(self.options), "classes": list(self.data.classes), "data": data,
                 "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "epoch": self.epoch + self.step / self.steps, "epochs_done": self.epoch, "step": self.step,
-                "totals": self.totals, "history": self.history, "rng": torch.get_rng_state(), "means": self.means()}
+                "totals": self.totals, "history": self.history, "rng": torch.get_rng_state(),
+                "densities": self.densities()}
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.options.device, torch.bfloat16, enabled=self.options.precision == "bfloat16")
 
-    def means(self) -> Tensor:
-        with self.autocast():
-            return vae.class_means(self.model, self.images, self.labels, len(self.data.classes)).cpu()
+    def densities(self) -> dict[str, list[Tensor]]:
+        """The classes' latents: at the end of the model as it is, before that anew when it costs 1 % of the time."""
+        begun = time.monotonic()
+        if self.stop or self.epoch == self.options.epochs or begun >= self.refit:
+            with self.autocast():
+                self.fitted = density.fit_classes(self.model, self.images, self.labels, self.data.classes)
+            self.refit = time.monotonic() + 100 * (time.monotonic() - begun)
+        return self.fitted
 
     def seed(self, step: int, purpose: int) -> Tensor:
         return torch.tensor(reparam.derive_seed(self.options.seed, step, purpose), device=self.options.device)
@@ -197,7 +204,7 @@ class Training:
             pictures.save(pictures.curves(self.history, words), self.folder / "curves.png", about)
         x = vae.from_bytes(self.test_images[:32]).view(-1, 8, *vae.IMAGE)
         pairs = torch.stack([x, self.model.reconstruct(x.flatten(0, 1)).view(x.shape)], 1).flatten(0, 2)
-        sheets = {"reconstructions": pairs, "samples": sample.draw(found, "prior")}
+        sheets = {"reconstructions": pairs, "samples": sample.draw(found, sample.Options(mode="prior"))}
         if len(self.data.classes) > 1:
             sheets["pegasus"] = sample.draw(found)
         for name, images in sheets.items():

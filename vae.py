@@ -139,12 +139,3 @@ def noise(n: int, latent: int, seed: int, first: int = 0) -> Tensor:
     """Standard normals (n, latent); row i is a function of (seed, first + i) alone."""
     zeros = torch.zeros(n, latent)
     return reparam.reparameterize_kl(zeros, zeros, torch.tensor(seed), first)[0]
-
-
-@torch.no_grad()
-def class_means(model: VAE, images: Tensor, labels: Tensor, classes: int, batch_size: int = 1000) -> Tensor:
-    """Mean of mu over the images (n, 3, 32, 32, bytes) of each class, float64 (classes, latent)."""
-    totals = torch.zeros(classes, model.latent, dtype=torch.float64, device=images.device)
-    for part, label in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-        totals.index_add_(0, label, model.encode(from_bytes(part))[0].double())
-    return totals / torch.bincount(labels, minlength=classes)[:, None]

@@ -1,8 +1,11 @@
+import math
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
+import density
 import sample
 import train
 
@@ -32,49 +35,85 @@ def test_twice_the_same_bytes_from_the_checkpoint_alone(last, tmp_path):
     assert png(tmp_path / "a.png")[0] == (8 * 132 + 4, 8 * 132 + 4)
 
 
-@pytest.mark.parametrize("mode", sample.MODES)
+MODES = ("pegasus", "morph", "horse", "bird", "prior")
+
+
+def latents(found, mode, n=64, seed=0, **more):
+    return sample.latents(found, sample.Options(mode=mode, n=n, seed=seed, **more))
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_modes_and_what_their_pictures_say(last, tmp_path, mode):
     out = tmp_path / "out.png"
     sample.main([str(last), str(out), "--mode", mode, "--n", "6", "--columns", "3", "--scale", "1", "--seed", "5"])
     size, about = png(out)
     assert size == (3 * 36 + 4, 2 * 36 + 4)
-    assert (about["mode"], about["seed"], about["data"]) == (mode, "5", "gone")
+    assert (about["mode"], about["seed"], about["data"], about["coat"]) == (mode, "5", "gone", "any")
     assert len(about["model"]) == 16
 
 
 def test_image_i_depends_on_seed_and_i_alone(last):
     found = sample.load(last)
-    for mode in ("prior", "pegasus"):
-        z = sample.latents(found, mode, 64, seed=1, temperature=1.0, columns=8)
-        assert z[:4].equal(sample.latents(found, mode, 4, seed=1, temperature=1.0, columns=2))
-        assert not z.equal(sample.latents(found, mode, 64, seed=2, temperature=1.0, columns=8))
+    for mode in ("prior", "pegasus", "horse"):
+        z = latents(found, mode, seed=1)
+        assert z[:4].equal(latents(found, mode, 4, seed=1, columns=2))
+        assert not z.equal(latents(found, mode, seed=2))
 
 
-def test_pegasus_is_between_the_class_means_and_morph_goes_from_one_to_the_other(last):
+def test_modes_draw_from_their_densities(last):
+    """Without noise the mean of the density; noise as wide as the density, here by its log-density."""
     found = sample.load(last)
-    still = sample.latents(found, "pegasus", 2, 0, 0.0, 8)
-    torch.testing.assert_close(still[0], found.means.mean(0))
-    path = sample.latents(found, "morph", 12, 0, 0.0, 4)
-    torch.testing.assert_close(path[[0, 4, 8]], found.means[:1].expand(3, -1))
-    torch.testing.assert_close(path[[3, 7, 11]], found.means[1:].expand(3, -1))
+    horse, bird, white = (found.densities[name] for name in ("horse", "bird", "white horse"))
+    wanted = {"horse": horse, "bird": bird, "pegasus": density.product(horse, bird)}
+    for mode, gaussian in wanted.items():
+        torch.testing.assert_close(latents(found, mode, 1, temperature=0.0)[0], gaussian.mean.float())
+        eps = torch.linalg.solve(density.root(gaussian), (latents(found, mode, 2000) - gaussian.mean).double().T)
+        assert eps.std().item() == pytest.approx(1, abs=0.01)
+    pegasus = latents(found, "pegasus", 1, temperature=0.0, blend=0.8, coat="white")[0]
+    torch.testing.assert_close(pegasus, density.product(white, bird, 0.8).mean.float())
+    torch.testing.assert_close(latents(found, "horse", 1, temperature=0.0, coat="white")[0], white.mean)
+    assert latents(found, "prior", 500).std().item() == pytest.approx(1, abs=0.02)
+
+
+def test_morph_goes_from_one_class_to_the_other(last):
+    found = sample.load(last)
+    path = latents(found, "morph", 12, temperature=0.0, columns=4)
+    torch.testing.assert_close(path[[0, 4, 8]], found.densities["horse"].mean.expand(3, -1))
+    torch.testing.assert_close(path[[3, 7, 11]], found.densities["bird"].mean.expand(3, -1))
 
 
 def test_morph_keeps_its_ends_and_its_amount_of_noise(last):
     found = sample.load(last)
-    path = sample.latents(found, "morph", 400, 0, 1.0, 8).view(50, 8, -1)
-    assert path[:7].equal(sample.latents(found, "morph", 56, 0, 1.0, 8).view(7, 8, -1))
-    along = torch.arange(8) / 7
-    spread = (path - torch.lerp(*found.means, along[:, None])).std((0, 2))
-    torch.testing.assert_close(spread, torch.ones(8), rtol=0.05, atol=0)
+    path = latents(found, "morph", 4000).view(500, 8, -1)
+    assert path[:7].equal(latents(found, "morph", 56).view(7, 8, -1))
+    horse, bird = (found.densities[name] for name in ("horse", "bird"))
+    for k in range(8):
+        along = torch.tensor(k / 7)
+        gaussian = [torch.lerp(a, b, (along * math.pi / 2).sin()**2) for a, b in zip(horse, bird, strict=True)]
+        noise = path[:, k] - torch.lerp(horse.mean, bird.mean, along)
+        eps = torch.linalg.solve(density.root(density.Gaussian(*gaussian)), noise.double().T)
+        assert eps.std().item() == pytest.approx(1, abs=0.02)
     assert not path[:, 0].allclose(path[:, -1], atol=0.5)
 
 
-def test_best_are_the_nearest_to_both_means(last):
+def test_best_are_likely_under_both_classes(last):
     found = sample.load(last)
-    z = sample.latents(found, "pegasus", 64, 3, 1.0, 8)
-    far = torch.cdist(z, found.means).max(1).values
-    images = sample.draw(found, "pegasus", 64, 3, best=5)
-    assert images.equal(found.model.decode(z[far.argsort()[:5]]).detach())
+    chosen = sample.Options(n=64, seed=3)
+    z = sample.latents(found, chosen)
+    both = [density.log_density(found.densities[name], z) for name in found.classes]
+    order = torch.stack(both).amin(0).argsort(descending=True)
+    images = sample.draw(found, replace(chosen, best=5))
+    assert images.equal(found.model.decode(z[order[:5]]).detach())
+
+
+def test_options_that_a_model_does_not_have(last, tmp_path, complaint):
+    out = tmp_path / "o.png"
+    assert "got pony, wanted one of pegasus, morph, horse, bird, prior" in complaint(sample.main, last, out, "--mode",
+                                                                                     "pony")
+    for mode in ("bird", "prior"):
+        assert "--coat: got white" in complaint(sample.main, last, out, "--coat", "white", "--mode", mode)
+    assert "wanted a number from 0.0 to 1.0" in complaint(sample.main, last, out, "--blend", 1.5)
+    assert not out.exists()
 
 
 def test_best_is_enlarged(last, tmp_path):
@@ -86,9 +125,10 @@ def test_one_class_has_nothing_to_mix(batches, tmp_path, complaint):
     argv = ("--data", batches, "--run", tmp_path / "r", "--epochs", 1, "--arch", "mlp", "--classes", "horse")
     train.main([str(a) for a in argv])
     last, out = tmp_path / "r" / "last.pt", tmp_path / "o.png"
-    assert "--mode prior" in complaint(sample.main, last, out)
+    assert "wanted one of horse, prior" in complaint(sample.main, last, out)
+    assert "a Pegasus needs two classes" in complaint(sample.main, last, out, "--mode", "horse", "--best", 3)
     assert not out.exists()
-    sample.main([str(last), str(out), "--mode", "prior"])
+    sample.main([str(last), str(out), "--mode", "horse", "--coat", "dark"])
     assert out.exists()
 
 

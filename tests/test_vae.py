@@ -116,15 +116,6 @@ def test_latents_that_make_no_sense(latent):
         vae.VAE("mlp", "mse", "8x8x8")
 
 
-def test_class_means(model):
-    images = torch.randint(0, 256, (7, 3, 32, 32), dtype=torch.uint8)
-    labels = torch.tensor([0, 1, 0, 0, 1, 2, 2])
-    means = vae.class_means(model, images, labels, 3, batch_size=2)
-    mu = model.encode(images / 255)[0].double().detach()
-    for c in range(3):
-        torch.testing.assert_close(means[c], mu[labels == c].mean(0), rtol=1e-5, atol=1e-6)
-
-
 def test_noise_of_an_image_depends_on_its_number_alone():
     whole = vae.noise(64, 128, seed=3)
     assert whole[7:9].equal(vae.noise(2, 128, seed=3, first=7))
