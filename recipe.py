@@ -9,7 +9,7 @@ import torch
 
 RECIPES = {"mlp": {"likelihood": "mse", "schedule": "constant", "lr": 1e-3, "flip": False},  # the paper's
            "conv": {"likelihood": "gaussian", "schedule": "onecycle", "lr": 2e-3, "flip": True}}
-FREE = {"epochs", "run", "resume", "overwrite", "threads", "device", "save_seconds"}  # may change on resume
+FREE = {"judge", "epochs", "run", "resume", "overwrite", "threads", "device", "save_seconds"}  # may change on resume
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Options:
     run: str = option("runs/pegasus", "folder of the run")
     resume: bool = option(False, "go on with the run in the folder, or start it")
     overwrite: bool = option(False, "begin anew in a folder that holds a run")
+    judge: bool = option(True, "put into the checkpoint the judge that --best asks; trained once for each data set")
     threads: int = option(0, "CPU threads; 0 is one a core", least=0)
     precision: str = option("auto", "of matrix products; auto is bfloat16 where the processor computes with it",
                             choices=("auto", "float32", "bfloat16"))

@@ -12,6 +12,7 @@ from pathlib import Path
 import options
 import checkpoint
 import density
+import judge
 import pictures
 import reparam
 import vae
@@ -46,6 +47,7 @@ class Trained:
     densities: dict[str, Gaussian]  # of each class, and of the first one's coats
     classes: tuple[str, ...]
     about: dict[str, object]
+    judge: judge.Judge | None
 
 
 def trained(state: dict, model: vae.VAE) -> Trained:
@@ -56,7 +58,8 @@ def trained(state: dict, model: vae.VAE) -> Trained:
               for part, tensor in gaussian._asdict().items()}
     about = {"Software": "Pegasus VAE", "model": checkpoint.digest(model.state_dict() | fitted, config),
              "epochs": f"{state['epoch']:g}", "data": state["data"]["name"]}
-    return Trained(model, densities, tuple(state["classes"]), about)
+    asked = judge.from_state(state["judge"]) if state.get("judge") else None
+    return Trained(model, densities, tuple(state["classes"]), about, asked)
 
 
 def load(path: Path) -> Trained:
@@ -129,16 +132,31 @@ def likeness(found: Trained, z: Tensor, coat: str) -> Tensor:
     return torch.minimum(density.log_density(first, z), density.log_density(second, z))
 
 
+def ranking(found: Trained, z: Tensor, images: Tensor, coat: str) -> Tensor:
+    """What `--best` goes by, (n,), for latents and their images: the judge's score where there is one, and the coat.
+
+    With a coat, the sum of an image's ranks by score and by brightness: neither has a unit that the other knows.
+    """
+    if len(found.classes) < 2:
+        raise Fault(f"--best: a Pegasus needs two classes, this model knows {found.classes[0]} only; leave it")
+    score = likeness(found, z, coat)
+    if found.judge:
+        score = judge.pegasus_score(judge.classify(found.judge, images)[0], found.classes)
+    if coat == "any":
+        return score
+    light = density.brightness(images) * (1 if coat == "white" else -1)
+    return score.argsort(stable=True).argsort() + light.argsort(stable=True).argsort()
+
+
 @torch.no_grad()
 def draw(found: Trained, chosen: Options = Options()) -> Tensor:  # noqa: B008  frozen
     """Images (n or best, 3, 32, 32) in [0, 1]; with `best`, that many of the n, the most Pegasus-like first."""
     check(found, chosen)
     z = latents(found, chosen)
+    images = found.model.decode(z)
     if chosen.best:
-        if len(found.classes) < 2:
-            raise Fault(f"--best: a Pegasus needs two classes, this model knows {found.classes[0]} only; leave it")
-        z = z[likeness(found, z, chosen.coat).argsort(descending=True, stable=True)[:chosen.best]]
-    return found.model.decode(z)
+        return images[ranking(found, z, images, chosen.coat).argsort(descending=True, stable=True)[:chosen.best]]
+    return images
 
 
 def page(images: Tensor, about: dict[str, object], columns: int = 8, scale: int = 4) -> Image.Image:

@@ -16,6 +16,7 @@ from pathlib import Path
 import options
 import checkpoint
 import density
+import judge
 import log
 import pictures
 import recipe
@@ -69,6 +70,7 @@ class Training:
         self.asked, self.stop = 0, 0  # the signal that asks this process to leave; once all of them know, to all
         self.saved, self.refit, self.fitted = time.monotonic(), 0.0, {}  # when; the densities last fitted
         self.steps = math.ceil(len(self.images) / chosen.batch_size)  # an epoch
+        self.judge = state.get("judge") if state else None  # its state: trained beforehand, and only carried along
         if state:
             self.restore(state)
 
@@ -86,7 +88,7 @@ class Training:
                 "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "epoch": self.epoch + self.step / self.steps, "epochs_done": self.epoch, "step": self.step,
                 "totals": self.totals, "history": self.history, "rng": torch.get_rng_state(),
-                "densities": self.densities()}
+                "densities": self.densities(), "judge": self.judge}
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.options.device, torch.bfloat16, enabled=self.options.precision == "bfloat16")
@@ -281,6 +283,8 @@ def main(argv: list[str] | None = None) -> int:
         check_resume(state, chosen, data)
     training = Training(chosen, data, state, workers)
     if workers.leads:
+        if chosen.judge and not training.judge:
+            training.judge = judge.get(Path(data.folder), 0, chosen.device, chosen.precision)
         write_run(training)
         print(f"{len(data.images):,} pictures ({', '.join(data.classes)}) from {data.name}, {chosen.arch}, "
               f"{chosen.precision}, {chosen.threads} threads, {chosen.device}; to {chosen.run}")

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 
 import density
+import judge
 import sample
 import train
 
@@ -96,14 +97,37 @@ def test_morph_keeps_its_ends_and_its_amount_of_noise(last):
     assert not path[:, 0].allclose(path[:, -1], atol=0.5)
 
 
-def test_best_are_likely_under_both_classes(last):
-    found = sample.load(last)
+def test_without_a_judge_best_are_likely_under_both_classes(last):
+    found = replace(sample.load(last), judge=None)
     chosen = sample.Options(n=64, seed=3)
     z = sample.latents(found, chosen)
     both = [density.log_density(found.densities[name], z) for name in found.classes]
     order = torch.stack(both).amin(0).argsort(descending=True)
     images = sample.draw(found, replace(chosen, best=5))
     assert images.equal(found.model.decode(z[order[:5]]).detach())
+
+
+def test_likeness_is_the_density_under_the_class_that_gives_less(last):
+    found = sample.load(last)
+    sides = {name: density.Gaussian(torch.full((128,), mean), torch.eye(128)) for name, mean in
+             (("horse", 1.0), ("bird", -1.0))}
+    z = torch.tensor([[1.0], [0.1], [-0.5]]).expand(3, 128)  # a horse, in between, rather a bird
+    assert sample.likeness(replace(found, densities=sides), z, "any").argsort(descending=True).tolist() == [1, 2, 0]
+
+
+def test_best_have_the_judges_score_and_the_coat(last):
+    found = sample.load(last)
+    chosen = sample.Options(n=64, seed=3)
+    images = sample.draw(found, chosen)
+    score = judge.pegasus_score(judge.classify(found.judge, images)[0], found.classes)
+    assert sample.draw(found, replace(chosen, best=5)).equal(images[score.argsort(descending=True)[:5]])
+    for coat, sign in (("white", 1), ("dark", -1)):
+        images = sample.draw(found, replace(chosen, coat=coat))
+        best = sample.draw(found, replace(chosen, coat=coat, best=8))
+        light, like = (torch.stack([measure(best).mean(), measure(images).mean()]) for measure in (
+            density.brightness, lambda x: judge.pegasus_score(judge.classify(found.judge, x)[0], found.classes)))
+        assert sign * (light[0] - light[1]) > 0
+        assert like[0] > like[1]
 
 
 def test_options_that_a_model_does_not_have(last, tmp_path, complaint):

@@ -1,0 +1,221 @@
+"""A small classifier of all classes of the data: how Pegasus-like a picture is, and features to compare sets of them.
+
+    python judge.py data/cifar-10-batches-bin     # trains it, or finds it where it was kept, and tests it
+
+A residual network of 540,000 weights, kept as float16 (1.1 MB) beside the data and in each checkpoint. `sample.py
+--best` chooses by the one of seed 0, `evaluate.py` reports by another: who chooses is not asked how good the choice is.
+"""
+import hashlib
+import sys
+import time
+from pathlib import Path
+
+import options
+import checkpoint
+import cifar10
+import log
+import recipe
+from options import Fault
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+FEATURES, EPOCHS, BATCH, PEAK = 112, 10, 256, 0.2
+VERSION = 1  # of network and training: what an earlier one made is made anew
+LIKE = {"bird": ("bird", "airplane")}  # wings spread against the sky are an airplane to most classifiers
+
+
+def layers(before: int, after: int) -> list[nn.Module]:
+    return [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+
+
+class Residual(nn.Module):
+    """relu(x + norm(conv(relu(norm(conv(x)))))), (B, channels, h, w)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.body = nn.Sequential(*layers(channels, channels), *layers(channels, channels)[:2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.relu(x + self.body(x))
+
+
+class Judge(nn.Module):
+    """Images (B, 3, 32, 32) in [0, 1] to logits of CIFAR-10's ten classes (B, 10)."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.PixelUnshuffle(2), *layers(12, 48), *layers(48, 96), nn.MaxPool2d(2),
+                                  Residual(96), *layers(96, FEATURES), nn.MaxPool2d(2), Residual(FEATURES),
+                                  nn.AdaptiveMaxPool2d(1), nn.Flatten())
+        self.head = nn.Linear(FEATURES, len(cifar10.CLASSES))
+        self.to(memory_format=torch.channels_last)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Images (B, 3, 32, 32) in [0, 1] to (B, 112)."""
+        return self.body((4 * x - 1.9).contiguous(memory_format=torch.channels_last))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+
+@torch.no_grad()
+def classify(judge: Judge, images: Tensor, batch_size: int = 500) -> tuple[Tensor, Tensor]:
+    """Probabilities (n, 10) and features (n, 112) of images (n, 3, 32, 32), bytes or in [0, 1]."""
+    features = torch.cat([judge.features(part / 255 if part.dtype == torch.uint8 else part).float()
+                          for part in images.split(batch_size)])
+    return judge.head(features).softmax(1), features
+
+
+def pegasus_score(probabilities: Tensor, classes: tuple[str, ...]) -> Tensor:
+    """sqrt(p_horse (p_bird + p_airplane)), or what it is for a run's first two classes: (n, 10) to (n,), 0.5 at most.
+
+    A mere blur scores too, so read it beside the Frechet distance.
+    """
+    sides = [[cifar10.CLASSES.index(like) for like in LIKE.get(name, (name,))] for name in classes[:2]]
+    first, second = (probabilities[:, side].sum(1) for side in sides)
+    return (first * second).sqrt()
+
+
+def frechet(a: Tensor, b: Tensor) -> float:
+    """The Frechet distance between Gaussians fitted to two sets of features, (n, d) and (m, d).
+
+    |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Dowson and Landau 1982), in float64. It is called FID only when
+    the features are Inception's.
+    """
+    a, b = a.double(), b.double()
+    values, vectors = torch.linalg.eigh(a.T.cov())
+    half = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(half @ b.T.cov() @ half).clamp(min=0).sqrt().sum()
+    gap = (a.mean(0) - b.mean(0)).square().sum()
+    return (gap + a.var(0).sum() + b.var(0).sum() - 2 * cross).item()
+
+
+def learning_rate(progress: float) -> float:
+    """A fifth of the training up to the peak, then down on a straight line."""
+    return PEAK * min(progress / 0.2, (1 - progress) / 0.8) + 1e-4
+
+
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Bytes (B, 3, 32, 32) to [0, 1], shifted by up to two pixels together, half of them mirrored."""
+    down, right = torch.randint(0, 5, (2,), generator=generator).tolist()
+    mirrored = torch.rand(len(images), generator=generator).to(images.device) < 0.5
+    x = functional.pad(images.float() / 255, (2, 2, 2, 2), mode="reflect")[:, :, down:down + 32, right:right + 32]
+    return torch.where(mirrored[:, None, None, None], x.flip(3), x)
+
+
+def show(epoch: int, step: float, begun: float) -> None:
+    """One line that is rewritten, on a terminal only. step: how much of all is done."""
+    if sys.stderr.isatty():
+        left = (time.monotonic() - begun) / step * (1 - step)
+        end = "\n" if step == 1 else ""
+        print(f"\rjudge: epoch {epoch + 1}/{EPOCHS}  {log.clock(left)} left ", end=end, file=sys.stderr, flush=True)
+
+
+def learn(judge: Judge, optimizer: torch.optim.Optimizer, x: Tensor, labels: Tensor, autocast: torch.autocast) -> None:
+    """One step on a batch (B, 3, 32, 32) in [0, 1], its labels smoothed by 0.1."""
+    with autocast:
+        logits = judge(x)
+    loss = functional.cross_entropy(logits.float(), labels, label_smoothing=0.1)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def fit(images: Tensor, labels: Tensor, seed: int = 0, device: str = "cpu", precision: str = "float32") -> Judge:
+    """A judge trained on bytes (n, 3, 32, 32) with labels (n,), 0 to 9; a function of these arguments alone.
+
+    The global random numbers stay as they were.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        judge = Judge().to(device)
+    generator, begun = torch.Generator().manual_seed(seed), time.monotonic()
+    optimizer = torch.optim.SGD(judge.parameters(), PEAK, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    autocast = torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16")
+    size = min(BATCH, len(images) // 8 + 1)
+    each = len(images) // size  # steps an epoch, which leaves out a different few each time
+    for step in range(EPOCHS * each):
+        if step % each == 0:
+            rows = torch.randperm(len(images), generator=generator).split(size)
+        row = rows[step % each]
+        for settings in optimizer.param_groups:
+            settings["lr"] = learning_rate(step / (EPOCHS * each))
+        learn(judge, optimizer, augment(images[row].to(device), generator), labels[row].to(device), autocast)
+        show(step // each, (step + 1) / (EPOCHS * each), begun)
+    return judge.cpu().eval()
+
+
+def accuracy(judge: Judge, images: Tensor, labels: Tensor) -> float:
+    """The share of images that are given their label."""
+    return (classify(judge, images)[0].argmax(1) == labels).double().mean().item()
+
+
+def to_state(judge: Judge, images: Tensor, labels: Tensor, seed: int) -> dict:
+    """A judge as plain types, its weights as float16, with its accuracy, as float16, on test photographs."""
+    weights = {name: value.half() if value.is_floating_point() else value for name, value in judge.state_dict().items()}
+    state = {"version": VERSION, "seed": seed, "weights": weights}
+    return state | {"accuracy": accuracy(from_state(state), images, labels)}
+
+
+def from_state(state: dict) -> Judge:
+    """The judge in what `to_state` made, ready to be asked."""
+    judge = Judge()
+    judge.load_state_dict(state["weights"])
+    return judge.eval().requires_grad_(False)
+
+
+def photographs(folder: Path, files: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    """All images of some batch files, uint8 (n, 3, 32, 32), and CIFAR-10's labels (n,), whatever classes there are."""
+    parts = [cifar10.read(folder / name) for name in files]
+    images, labels = (torch.cat(part) for part in zip(*parts, strict=True))
+    return images, labels
+
+
+def kept(path: Path) -> dict | None:
+    """A judge's state in a file, or None where there is none that is whole and of this version."""
+    try:
+        state = checkpoint.load(path)
+    except Fault:
+        return None
+    return state if state.get("version") == VERSION else None
+
+
+def get(folder: Path, seed: int = 0, device: str = "cpu", precision: str = "float32") -> dict:
+    """The state of the judge of a folder of batches: trained at the first call, then kept in a file beside the folder.
+
+    It goes by what the batches hold, so data that change get a judge of their own. An interruption keeps nothing.
+    """
+    (images, labels), test = photographs(folder, cifar10.TRAIN), photographs(folder, cifar10.TEST)
+    digest = hashlib.sha256()
+    for tensor in (images, labels, *test):
+        digest.update(tensor.numpy())
+    path = folder.parent / f"{folder.name}-judge-{digest.hexdigest()[:12]}-{seed}.pt"
+    if found := kept(path):
+        return found
+    print(f"training a judge on {len(images):,} pictures, once for this data", file=sys.stderr, flush=True)
+    begun = time.monotonic()
+    state = to_state(fit(images, labels, seed, device, precision), *test, seed)
+    where = path
+    try:
+        checkpoint.save(path, state)
+    except (Fault, OSError):
+        where = f"not kept, since {folder.parent} can't be written to"
+    print(f"judge: {100 * state['accuracy']:.1f} % of {len(test[0]):,} test pictures right, "
+          f"{log.clock(time.monotonic() - begun)}, {where}", file=sys.stderr, flush=True)
+    return state
+
+
+def main() -> None:
+    if len(sys.argv) not in (2, 3) or not sys.argv[-1].isdigit() and len(sys.argv) == 3:
+        raise Fault("wanted a folder of CIFAR-10's binary batches, and a seed if another than 0")
+    place = recipe.resolve(recipe.Options())
+    torch.set_flush_denormal(True)
+    seed = int(sys.argv[2]) if len(sys.argv) == 3 else 0
+    state = get(Path(sys.argv[1]).resolve(), seed, place.device, place.precision)
+    print(f"{100 * state['accuracy']:.2f} % of test pictures right")
+
+
+if __name__ == "__main__":
+    options.run(main)
