@@ -29,7 +29,7 @@ class Fault(Exception):
 
 def option(default: object, text: str, **checks: object) -> object:
     """A field of an options dataclass. Checks: `choices`, `least` (>=), `most` (<=), `above` (>), `metavar`,
-    `positional`."""
+    `nargs`, `positional`."""
     return dataclasses.field(default=default, metadata={"text": text, **checks})
 
 
@@ -64,7 +64,7 @@ def add(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
                                   meta.get("most", math.inf))
     if kind is bool:
         settings["action"] = argparse.BooleanOptionalAction
-    settings |= {key: meta[key] for key in ("choices", "metavar") if key in meta}
+    settings |= {key: meta[key] for key in ("choices", "metavar", "nargs") if key in meta}
     if meta.get("positional"):
         parser.add_argument(field.name, help=meta["text"], **settings)
         return

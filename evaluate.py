@@ -1,0 +1,229 @@
+"""Judge a checkpoint by numbers: bits/dim, Frechet distance, what its pictures are taken for, whether it copies.
+
+    python evaluate.py runs/pegasus/last.pt                        # a table
+    python evaluate.py runs/pegasus/last.pt --json                 # the same and the settings behind it, as JSON
+    python evaluate.py runs/pegasus/last.pt --export 2000 folder   # 32 x 32 PNGs for other people's judges
+
+The judge that reports is of another seed than the one that `sample.py --best` and the checkpoint choose by.
+"""
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import options
+import checkpoint
+import cifar10
+import judge
+import pictures
+import recipe
+import reparam
+import sample
+import source
+import vae
+from options import Fault, option
+
+import torch
+from torch import Tensor
+
+BOUND = 0  # purpose of the seeds derived from the one asked for; DRAWS + c for class c
+DRAWS = 1
+
+
+@dataclass(frozen=True)
+class Options:
+    checkpoint: str = option("", "a checkpoint, as `make train` writes to runs/", positional=True)
+    data: str = option("auto", "the data it was trained on, as for train.py; auto is where it lay then")
+    mode: str = option("balanced", "what the Frechet distance and --export are of: balanced, as many draws of each "
+                       "class's density, or prior, draws of N(0, I)", choices=("balanced", "prior"))
+    n: int = option(2000, "pictures to draw in each mode", least=200)
+    images: int = option(500, "test photographs for the bounds", least=1)
+    k: int = option(32, "posterior samples for each of them", least=1)
+    judge_seed: int = option(1, "which judge reports; it is trained once and kept beside the data", least=0)
+    seed: int = option(0, "decides everything drawn")
+    threads: int = option(0, "CPU threads; 0 is one a core", least=0)
+    json: bool = option(False, "print JSON")
+    export: list[str] | None = option(None, "only write N pictures to a folder, as PNGs", nargs=2, metavar=("N", "DIR"))
+
+
+def binned(x: Tensor, xhat: Tensor, variance: Tensor) -> Tensor:
+    """log P(bytes) in nats an image, (B,): N(xhat, variance) integrated over each byte's bin of 1/255.
+
+    x: bytes / 255, (B, 3, 32, 32). The first and the last bin reach to infinity. Of an interval above the mean the
+    mirror image is taken, since the difference of two numbers near one has no digits.
+    """
+    low, high = ((x + side / 510 - xhat) / variance.sqrt() for side in (-1, 1))
+    low, high = low.masked_fill(x < 0.5 / 255, -math.inf), high.masked_fill(x > 254.5 / 255, math.inf)
+    above = low > 0
+    low, high = torch.where(above, -high, low), torch.where(above, -low, high)
+    upper = torch.special.log_ndtr(high)
+    return (upper + (-(torch.special.log_ndtr(low) - upper).expm1()).log()).flatten(1).sum(1)
+
+
+@torch.no_grad()
+def log_weights(model: vae.VAE, x: Tensor, k: int, seed: int = 0, likelihood=binned) -> tuple[Tensor, Tensor]:
+    """log p(x|z) and log w = log p(x|z) + log p(z) - log q(z|x) for k posterior samples z, float64 (k, B), in nats.
+
+    x: images (B, 3, 32, 32) in [0, 1]. p(z) is N(0, I). A sample's noise depends on (seed, its number, row) alone.
+    """
+    mu, logvar = model.encode(x)
+    known, weights = [], []
+    for i in range(k):
+        eps = vae.noise(len(x), mu.shape[1], reparam.derive_seed(seed, i, BOUND))
+        z = mu + (logvar / 2).exp() * eps
+        known.append(likelihood(x, model.decode(z), model.variance).double())
+        weights.append(known[-1] + (eps.square() - z.square() + logvar).double().sum(1) / 2)
+    return torch.stack(known), torch.stack(weights)
+
+
+def importance_weighted(weights: Tensor) -> Tensor:
+    """log 1/K sum_k w_k, (K, B) to (B,): a lower bound on log p(x) (Burda et al. 2016, equation 8)."""
+    return weights.logsumexp(0) - math.log(len(weights))
+
+
+def bounds(model: vae.VAE, images: Tensor, k: int, seed: int, batch_size: int = 100) -> dict[str, float]:
+    """Bits for each byte by both bounds, rate and distortion in nats an image, of images (n, 3, 32, 32) of bytes."""
+    rows = []
+    for number, part in enumerate(images.split(batch_size)):
+        x = vae.from_bytes(part)
+        known, weights = log_weights(model, x, k, reparam.derive_seed(seed, number, BOUND))
+        with torch.no_grad():
+            rate = reparam.reparameterize_kl(*model.encode(x), torch.tensor(0))[1].double()
+        rows.append(torch.stack([-weights.mean(0), -importance_weighted(weights), rate, -known.mean(0)]))
+    elbo, weighted, rate, distortion = torch.cat(rows, 1).mean(1).tolist()
+    bits = vae.PIXELS * math.log(2)
+    return {"bits_per_dim_elbo": elbo / bits, "bits_per_dim_iw": weighted / bits, "rate": rate,
+            "distortion": distortion}
+
+
+def drawn_modes(found: sample.Trained, n: int, seed: int) -> dict[str, Tensor]:
+    """n images of each mode, `morph` apart, and `balanced`: as many of each class."""
+    sets = {}
+    for number, mode in enumerate(mode for mode in sample.modes(found) if mode != "morph"):
+        chosen = sample.Options(mode=mode, n=n, seed=reparam.derive_seed(seed, number, DRAWS))
+        sets[mode] = sample.draw(found, chosen)
+    return {"balanced": balanced([sets[name] for name in found.classes], n)} | sets
+
+
+def balanced(sets: list[Tensor], n: int) -> Tensor:
+    """n rows in all, in turn one of each tensor."""
+    return torch.stack([rows[:math.ceil(n / len(sets))] for rows in sets], 1).flatten(0, 1)[:n]
+
+
+def nearest(features: Tensor, known: Tensor) -> float:
+    """Mean distance from each row of features (n, d) to the nearest of (m, d)."""
+    return torch.cat([torch.cdist(part, known).amin(1) for part in features.split(500)]).mean().item()
+
+
+def called(probabilities: Tensor, classes: tuple[str, ...]) -> dict[str, float]:
+    """The share of images that the judge calls each of some classes, and `other`."""
+    winners = probabilities.argmax(1)
+    shares = {name: (winners == cifar10.CLASSES.index(name)).double().mean().item() for name in classes}
+    return shares | {"other": 1 - sum(shares.values())}
+
+
+def turns(images: Tensor, labels: Tensor, n: int) -> Tensor:
+    """The first images of each class in turn, n at most, as many of each: a file may hold one class after another."""
+    sets = [images[labels == c] for c in labels.unique()]
+    least = min(map(len, sets))
+    return balanced([rows[:least] for rows in sets], min(n, least * len(sets)))
+
+
+@torch.no_grad()
+def impressions(found: sample.Trained, data: source.Pictures, asked: judge.Judge, n: int, seed: int) -> dict[str, dict]:
+    """What a judge makes of each mode's pictures, of the test photographs and of their reconstructions.
+
+    Returns dicts of set name to value: `called`, `pegasus_share` (above 99 % of the test photographs), `frechet` to
+    the test photographs, `nearest` (to a training photograph); `floor` is the Frechet distance of n photographs.
+    """
+    test = vae.from_bytes(data.test_images)
+    again = torch.cat([found.model.reconstruct(part) for part in test.split(500)])
+    sets = {"photographs": test, "reconstructions": again} | drawn_modes(found, n, seed)
+    seen = {name: judge.classify(asked, images) for name, images in sets.items()}
+    known, real = judge.classify(asked, data.images)[1], seen["photographs"][1]
+    shown = tuple(dict.fromkeys((*data.classes, *(("airplane",) if "bird" in data.classes else ()))))
+    result = {"called": {name: called(p, shown) for name, (p, _) in seen.items()},
+              "nearest": {name: nearest(features, known) for name, (_, features) in seen.items()},
+              "frechet": {name: judge.frechet(features, real) for name, (_, features) in seen.items()
+                          if name != "photographs"}, "pegasus_share": {}}
+    if len(data.classes) > 1:
+        scores = {name: judge.pegasus_score(p, data.classes) for name, (p, _) in seen.items()}
+        bar = scores["photographs"].quantile(0.99)
+        result["pegasus_share"] = {name: (score > bar).double().mean().item() for name, score in scores.items()}
+    floor = judge.classify(asked, turns(data.images, data.labels, n))[1]
+    return result | {"floor": judge.frechet(floor, real)}
+
+
+def report(found: sample.Trained, data: source.Pictures, state: dict, chosen: Options) -> dict:
+    """All figures, under the names that --json gives them, and the settings behind each."""
+    some = turns(data.test_images, data.test_labels, chosen.images)
+    figures = bounds(found.model, some, chosen.k, chosen.seed)
+    seen = impressions(found, data, judge.from_state(state), chosen.n, chosen.seed)
+    pixel = found.model.variance.item()
+    judged = {"n": chosen.n, "classes": list(data.classes), "judge_seed": chosen.judge_seed,
+              "judge_accuracy": state["accuracy"], "test_photographs": len(data.test_images)}
+    settings = {"model": found.about, "data": data.folder, "seed": chosen.seed,
+                "bits_per_dim": {"k": chosen.k, "images": len(some), "prior": "N(0, I)", "pixel_variance": pixel},
+                "frechet": judged | {"mode": chosen.mode, "floor_n": len(turns(data.images, data.labels, chosen.n))},
+                "called": judged, "pegasus_share": judged | {"above_quantile": 0.99}, "nearest": judged}
+    return figures | {"frechet": seen["frechet"][chosen.mode], "frechet_floor": seen["floor"],
+                      "frechet_of": seen["frechet"], "called": seen["called"],
+                      "pegasus_share": seen["pegasus_share"], "nearest": seen["nearest"], "settings": settings}
+
+
+def table(figures: dict) -> str:
+    """The report's figures for people."""
+    settings, names = figures["settings"], list(figures["called"]["photographs"])
+    bits, judged = settings["bits_per_dim"], settings["frechet"]
+    lines = [f"bits/dim    {figures['bits_per_dim_elbo']:.3f} (ELBO), {figures['bits_per_dim_iw']:.3f} "
+             f"(importance-weighted, K = {bits['k']}), {bits['images']} test photographs",
+             f"nats        rate {figures['rate']:.1f}, distortion {figures['distortion']:.1f}",
+             f"Frechet     {figures['frechet']:.2f} ({judged['mode']}, N = {judged['n']}), "
+             f"{figures['frechet_floor']:.2f} for {judged['floor_n']} training photographs", "",
+             f"{'':16}{'Frechet':>9}" + "".join(f"{name:>11}" for name in names) + f"{'Pegasus':>11}{'nearest':>9}"]
+    for name, shares in figures["called"].items():
+        distance = f"{figures['frechet_of'][name]:.2f}" if name in figures["frechet_of"] else ""
+        like = f"{figures['pegasus_share'][name]:.1%}" if name in figures["pegasus_share"] else ""
+        lines.append(f"{name:16}{distance:>9}" + "".join(f"{share:>11.1%}" for share in shares.values())
+                     + f"{like:>11}{figures['nearest'][name]:>9.2f}")
+    words = (f"Judge {judged['judge_seed']}, right about {judged['judge_accuracy']:.1%} of all test photographs: "
+             "its Frechet distance to them (not FID), the share\nit calls each class, the share more Pegasus-like "
+             "than 99 % of them, and in its features the distance to\nthe nearest training photograph.")
+    return "\n".join([*lines, "", words])
+
+
+def export(found: sample.Trained, chosen: Options) -> str:
+    """Write N PNGs of 32 x 32, balanced in turn one of each class. Returns what was done. Raises Fault."""
+    number, folder = options.number(int, least=1), Path(chosen.export[1])
+    try:
+        n = number(chosen.export[0])
+    except options.argparse.ArgumentTypeError as error:
+        raise Fault(f"--export: N: {error}") from None
+    images = drawn_modes(found, n, chosen.seed)[chosen.mode]
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images):
+        pictures.save(pictures.sheet(image[None], 1, 1, 0), folder / f"{i:05}.png",
+                      found.about | {"mode": chosen.mode, "seed": chosen.seed})
+    return f"{n} pictures of {chosen.mode} in {folder}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    chosen, _ = options.parse(Options, argv, __doc__)
+    place = recipe.resolve(recipe.Options(threads=chosen.threads))
+    torch.set_num_threads(place.threads)
+    torch.set_flush_denormal(True)
+    path = Path(chosen.checkpoint)
+    found, stored = sample.load(path), checkpoint.load(path)["data"]
+    if chosen.export:
+        print(export(found, chosen))
+        return
+    data = source.load(stored["folder"] if chosen.data == "auto" else chosen.data, ",".join(found.classes))
+    if data.digest != stored["digest"]:
+        raise Fault(f"--data: {data.folder} is not what {path} was trained on ({stored['folder']}); give that folder")
+    state = judge.get(Path(data.folder), chosen.judge_seed, place.device, place.precision)
+    figures = report(found, data, state, replace(chosen, threads=place.threads))
+    print(json.dumps(figures, indent=2) if chosen.json else table(figures))
+
+
+if __name__ == "__main__":
+    options.run(main)
