@@ -6,6 +6,7 @@ multiply in closed form.
 """
 from typing import NamedTuple
 
+import flow
 import vae
 from options import Fault
 
@@ -22,18 +23,18 @@ class Gaussian(NamedTuple):
     covariance: Tensor
 
 
-def fit(mu: Tensor, variance: Tensor) -> Gaussian:
-    """The aggregate posterior of n images from their posterior means and variances, (n, d) each; in float64.
+def fit(mu: Tensor, covariance: Tensor) -> Gaussian:
+    """The aggregate posterior of n images: their posterior means (n, d), and the mean of their covariances (d, d).
 
-    m = mean mu, S = cov(mu) + mean diag(variance). Covariances off the diagonal are taken n / (n + d) times, as if d
+    m = mean mu, S = cov(mu) + mean covariance, in float64. cov(mu) off its diagonal is taken n / (n + d) times, as if d
     further images had shown none: few images would otherwise claim directions in which they never vary.
     """
     n, d = mu.shape
     mean = mu.double().mean(0)
     centred = mu.double() - mean
-    covariance = centred.T @ centred / n
-    spread = covariance.diagonal() + variance.double().mean(0)
-    return Gaussian(mean, (covariance * (n / (n + d))).diagonal_scatter(spread))
+    between = centred.T @ centred / n
+    shrunk = (between * (n / (n + d))).diagonal_scatter(between.diagonal())
+    return Gaussian(mean, shrunk + covariance)
 
 
 def brightness(images: Tensor) -> Tensor:
@@ -42,11 +43,14 @@ def brightness(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def encode(model: vae.VAE, images: Tensor, batch_size: int = 1000) -> tuple[Tensor, Tensor]:
-    """Posterior means and variances of images (n, 3, 32, 32) of bytes, float32 (n, latent) each, on the CPU."""
-    parts = [model.encode(vae.from_bytes(part)) for part in images.split(batch_size)]
-    mu, logvar = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
-    return mu, logvar.exp()
+def encode(model: vae.VAE, images: Tensor, batch_size: int = 1000) -> tuple[Tensor, Tensor, Tensor]:
+    """The posteriors of images (n, 3, 32, 32) of bytes, on the CPU.
+
+    Means (n, latent), behind the flow; before it, variances (n, latent); its unit vectors (n, T, latent). float32.
+    """
+    parts = [model.posterior(vae.from_bytes(part)) for part in images.split(batch_size)]
+    mu, logvar, units = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+    return flow.reflect(mu, units), logvar.exp(), units
 
 
 def fit_classes(model: vae.VAE, images: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str, list[Tensor]]:
@@ -54,13 +58,14 @@ def fit_classes(model: vae.VAE, images: Tensor, labels: Tensor, classes: tuple[s
 
     images: bytes (n, 3, 32, 32); labels: (n,), positions in `classes`. One pass of the encoder.
     """
-    mu, variance = encode(model, images)
+    mu, variance, units = encode(model, images)
     rows = {name: (labels == i).nonzero()[:, 0] for i, name in enumerate(classes)}
     first = rows[classes[0]]
     order = first[brightness(images[first]).argsort(stable=True)]
     quarter = max(len(order) // 4, 1)
     rows |= {f"white {classes[0]}": order[-quarter:], f"dark {classes[0]}": order[:quarter]}
-    fitted = {name: fit(mu[row.cpu()], variance[row.cpu()]) for name, row in rows.items()}
+    fitted = {name: fit(mu[row], flow.mean_covariance(variance[row], units[row]))
+              for name, row in ((name, row.cpu()) for name, row in rows.items())}
     return {name: [part.float() for part in gaussian] for name, gaussian in fitted.items()}
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import options
 import checkpoint
 import cifar10
+import flow
 import judge
 import pictures
 import recipe
@@ -66,12 +67,13 @@ def log_weights(model: vae.VAE, x: Tensor, k: int, seed: int = 0, likelihood=bin
 
     x: images (B, 3, 32, 32) in [0, 1]. p(z) is N(0, I). A sample's noise depends on (seed, its number, row) alone.
     """
-    mu, logvar = model.encode(x)
+    mu, logvar, units = model.posterior(x)
     known, weights = [], []
     for i in range(k):
         eps = vae.noise(len(x), mu.shape[1], reparam.derive_seed(seed, i, BOUND))
         z = mu + (logvar / 2).exp() * eps
-        known.append(likelihood(x, model.decode(z), model.variance).double())
+        known.append(likelihood(x, model.decode(flow.reflect(z, units)), model.variance).double())
+        # reflections change neither |z|, and so not p(z), nor volumes, and so not q(z|x)
         weights.append(known[-1] + (eps.square() - z.square() + logvar).double().sum(1) / 2)
     return torch.stack(known), torch.stack(weights)
 

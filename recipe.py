@@ -1,6 +1,6 @@
 """The options of a run, what is decided where they are left open, and the learning rate."""
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import vae
 from options import Fault, option
@@ -21,6 +21,7 @@ class Options:
     likelihood: str | None = option(None, "distortion: the paper's squared error, or the calibrated Gaussian; by "
                                     "default mse for mlp, gaussian for conv", choices=tuple(vae.LIKELIHOODS))
     latent: str = option("128", "latent dimensions, or under conv a grid of rows, columns and channels: 8x8x8")
+    flow: int = option(0, "Householder reflections of the posterior's samples; 0 leaves it diagonal", least=0)
     beta: float = option(1.0, "weight of the rate in the loss", least=0.0)
     schedule: str | None = option(None, "learning rate over the run; by default constant for mlp, onecycle for conv",
                                   choices=("constant", "onecycle"))
@@ -62,7 +63,7 @@ def settle(chosen: Options, given: set[str], state: dict | None) -> Options:
     """The options of this start: on resume the run's own, except those that may change. Raises Fault for others."""
     if state is None:
         return resolve(chosen)
-    stored = state["config"]
+    stored = asdict(Options(**state["config"]))  # what an older run had no word for was as it is by default
     for name in sorted(given - FREE - {"data"}):
         got = getattr(chosen, name)
         if got not in (stored[name], "auto"):

@@ -52,7 +52,8 @@ class Trained:
 
 def trained(state: dict, model: vae.VAE) -> Trained:
     """A model with what a run's state says of it; the digest is that of equal models everywhere."""
-    config = {key: state["config"][key] for key in ("arch", "likelihood", "latent")} | {"classes": state["classes"]}
+    config = {key: state["config"].get(key, 0) for key in ("arch", "likelihood", "latent", "flow")}
+    config |= {"classes": state["classes"]}
     densities = {name: Gaussian(*fitted) for name, fitted in state["densities"].items()}
     fitted = {f"{part} of {name}": tensor for name, gaussian in densities.items()
               for part, tensor in gaussian._asdict().items()}
@@ -67,7 +68,7 @@ def load(path: Path) -> Trained:
     state = checkpoint.load(path)
     try:
         config = state["config"]
-        model = vae.VAE(config["arch"], config["likelihood"], config["latent"])
+        model = vae.VAE(config["arch"], config["likelihood"], config["latent"], config.get("flow", 0))
         model.load_state_dict(state["model"])
         return trained(state, model)
     except (AttributeError, KeyError, TypeError, RuntimeError) as error:

@@ -62,7 +62,7 @@ class Training:
         self.images, self.labels = data.images.to(chosen.device), data.labels.to(chosen.device)
         self.test_images = data.test_images.to(chosen.device)
         torch.manual_seed(chosen.seed)
-        self.model = vae.VAE(chosen.arch, chosen.likelihood, chosen.latent).to(chosen.device)
+        self.model = vae.VAE(chosen.arch, chosen.likelihood, chosen.latent, chosen.flow).to(chosen.device)
         self.parameters = list(self.model.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, chosen.lr, fused=True)
         self.epoch, self.step, self.history = 0, 0, []  # step: of the epoch that is under way

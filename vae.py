@@ -10,6 +10,7 @@ Better pictures come from the calibrated likelihood and a convolutional network 
 import math
 from typing import NamedTuple
 
+import flow
 import reparam
 from options import Fault
 
@@ -98,20 +99,32 @@ LIKELIHOODS = {"mse": squared_error, "gaussian": gaussian}
 
 
 class VAE(nn.Module):
-    """An encoder to a diagonal Gaussian posterior, a decoder to the mean image, a standard normal prior."""
+    """An encoder to a Gaussian posterior, a decoder to the mean image, a standard normal prior.
 
-    def __init__(self, arch: str = "mlp", likelihood: str = "mse", latent: str = "128"):
+    The posterior is diagonal or, with `reflections`, that many Householder reflections of a diagonal one.
+    """
+
+    def __init__(self, arch: str = "mlp", likelihood: str = "mse", latent: str = "128", reflections: int = 0):
         super().__init__()
         self.shape = latent_shape(latent)
         self.latent = math.prod(self.shape)
         self.encoder, self.decoder = NETWORKS[arch](self.shape)
         self.distortion = LIKELIHOODS[likelihood]  # (sse, variance) to nats
         self.register_buffer("variance", torch.tensor(0.5))  # of a pixel, as last measured on the training set
+        self.flow = flow.Householder(reflections, self.encoder[-1], self.latent) if reflections else None
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images (B, 3, 32, 32) in [0, 1] to mu and logvar, float32 (B, latent), and unit vectors (B, T, latent).
+
+        A sample of N(mu, exp(logvar)), reflected at the unit vectors, is one of the posterior.
+        """
+        h = self.encoder[:-1](x)
+        mu, logvar = self.encoder[-1](h).float().flatten(1).chunk(2, 1)
+        return mu, logvar, self.flow(h) if self.flow else mu.new_zeros(len(mu), 0, self.latent)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, 32, 32) in [0, 1] to the posterior's mu and logvar, float32 (B, latent)."""
-        mu, logvar = self.encoder(x).float().flatten(1).chunk(2, 1)
-        return mu, logvar
+        """Images (B, 3, 32, 32) in [0, 1] to the posterior's mu and logvar before any flow, float32 (B, latent)."""
+        return self.posterior(x)[:2]
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents (B, latent) to mean images, float32 (B, 3, 32, 32) in [0, 1]."""
@@ -122,12 +135,14 @@ class VAE(nn.Module):
 
         seed, row_offset: the sample's noise, as in `reparam.reparameterize_kl`.
         """
-        z, rate = reparam.reparameterize_kl(*self.encode(x), seed, row_offset)
-        return Terms(rate, (x - self.decode(z)).square().flatten(1).sum(1))
+        mu, logvar, units = self.posterior(x)
+        z, rate = reparam.reparameterize_kl(mu, logvar, seed, row_offset)
+        return Terms(rate, (x - self.decode(flow.reflect(z, units))).square().flatten(1).sum(1))
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """Images decoded again from their posterior means, (B, 3, 32, 32)."""
-        return self.decode(self.encode(x)[0])
+        mu, _, units = self.posterior(x)
+        return self.decode(flow.reflect(mu, units))
 
 
 def from_bytes(images: Tensor) -> Tensor:

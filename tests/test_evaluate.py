@@ -21,11 +21,11 @@ def linear(d=2, pixels=6, spread=1.0):
     precision = torch.eye(d) + w.T @ w / variance
     mean = torch.linalg.inv(precision) @ w.T / variance
 
-    def encode(x):
+    def posterior(x):
         mu = (x.flatten(1) - b) @ mean.T
-        return mu, (spread / precision.diagonal()).log().expand_as(mu)
+        return mu, (spread / precision.diagonal()).log().expand_as(mu), torch.zeros(len(x), 0, d)
 
-    model = SimpleNamespace(encode=encode, decode=lambda z: z @ w.T + b, variance=variance)
+    model = SimpleNamespace(posterior=posterior, decode=lambda z: z @ w.T + b, variance=variance)
     return model, MultivariateNormal(b, w @ w.T + variance * torch.eye(pixels))
 
 
@@ -49,7 +49,7 @@ def test_log_weights_against_torch_distributions():
     model, exact = linear()
     x = exact.sample((5,))
     known, weights = evaluate.log_weights(model, x, 3, seed=2, likelihood=normal)
-    mu, logvar = model.encode(x)
+    mu, logvar, _ = model.posterior(x)
     for i in range(3):
         z = mu + (logvar / 2).exp() * evaluate.vae.noise(5, 2, evaluate.reparam.derive_seed(2, i, evaluate.BOUND))
         like = normal(x, model.decode(z), model.variance)

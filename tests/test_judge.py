@@ -25,6 +25,13 @@ def test_it_learns_and_is_small_enough_to_travel(state, pictures, tmp_path):
     assert (tmp_path / "judge.pt").stat().st_size < 1.2e6
 
 
+def test_a_picture_and_its_mirror_image_are_judged_alike(state, pictures):
+    asked, some = judge.from_state(state), pictures[0][:20]
+    straight, mirrored = judge.classify(asked, some, batch_size=7), judge.classify(asked, some.flip(3) / 255)
+    for a, b in zip(straight, mirrored, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_trained_once_and_kept_by_what_the_data_hold(state, own_batches, monkeypatch, capsys):
     monkeypatch.setattr(judge, "EPOCHS", 1)
     assert not list(own_batches.parent.glob("*judge*"))

@@ -1,0 +1,69 @@
+"""A posterior with correlations: Householder reflections of a diagonal Gaussian's samples.
+
+Tomczak and Welling, Improving Variational Auto-Encoders using Householder Flow (2016): v_1 = W_0 h, v_{t+1} = W_t v_t,
+z_t = z_{t-1} - 2 u_t (u_t . z_{t-1}) with u_t the unit vector of v_t. The product H of the reflections is orthogonal:
+its determinant has size one and |H z| = |z|, so that under a prior N(0, I) the divergence of N(H mu, H diag(v) H') is
+that of N(mu, diag(v)), in closed form. No d x d matrix is formed for an image.
+"""
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+def unit(v: Tensor) -> Tensor:
+    """Vectors (..., d) divided by their lengths, however short; zero stays zero, which reflects nothing."""
+    largest = v.abs().amax(-1, keepdim=True)
+    return functional.normalize(v / largest.where(largest > 0, 1), dim=-1)
+
+
+def reflect(z: Tensor, units: Tensor) -> Tensor:
+    """z (B, d) reflected at T unit vectors after each other, (B, T, d); T may be 0."""
+    for u in units.unbind(1):
+        z = z - 2 * u * (u * z).sum(1, keepdim=True)
+    return z
+
+
+def low_rank(units: Tensor) -> Tensor:
+    """P (B, T, d), for which all reflections together are I - P' U with the unit vectors as the rows of U (B, T, d).
+
+    One more turns P into [P - 2 (P u) u', 2 u'], since (I - 2 u u')(I - P' U) = I - (P - 2 (P u) u')' U - 2 u u'.
+    """
+    rows = units[:, :0]
+    for u in units.unbind(1):
+        u = u[:, None]
+        rows = torch.cat([rows - 2 * (rows * u).sum(2, keepdim=True) * u, 2 * u], 1)
+    return rows
+
+
+def mean_covariance(variance: Tensor, units: Tensor) -> Tensor:
+    """The mean over images of H diag(variance) H', float64 (d, d), for variances (n, d) and unit vectors (n, T, d).
+
+    From H = I - P' U: D - (P' U D)' - P' U D + P' (U D U') P, which are products of (n T, d) matrices.
+    """
+    whole = variance.double().mean(0).diag()
+    if units.shape[1] == 0:
+        return whole
+    u, p, scaled = units.double(), low_rank(units.double()), units.double() * variance.double()[:, None]
+    once = p.flatten(0, 1).T @ scaled.flatten(0, 1)
+    twice = (scaled @ u.mT @ p).flatten(0, 1).T @ p.flatten(0, 1)
+    return whole + (twice - once - once.T) / len(variance)
+
+
+class Householder(nn.Module):
+    """From the encoder's last hidden layer, whose own last layer is `head`, to T unit vectors (B, T, d)."""
+
+    def __init__(self, steps: int, head: nn.Linear | nn.Conv2d, latent: int):
+        """head: the layer to mu and logvar; v_1 comes from one like it of half its outputs."""
+        super().__init__()
+        if isinstance(head, nn.Linear):
+            first = nn.Linear(head.in_features, latent)
+        else:
+            first = nn.Sequential(nn.Conv2d(head.in_channels, head.out_channels // 2, 1), nn.Flatten())
+        self.layers = nn.ModuleList([first, *(nn.Linear(latent, latent, bias=False) for _ in range(steps - 1))])
+
+    def forward(self, v: Tensor) -> Tensor:
+        units = []
+        for layer in self.layers:
+            v = unit(layer(v).float())  # the next vector's direction does not know this one's length
+            units.append(v)
+        return torch.stack(units, 1)
