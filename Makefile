@@ -16,7 +16,7 @@ endif
 
 TRAIN = $(PYTHON) train.py --resume --data $(DATA) --epochs $(EPOCHS) --seed $(SEED)
 
-.PHONY: help build train paper sample test lint sanitize cuda-check clean distclean
+.PHONY: help build train paper sample evaluate test lint sanitize cuda-check clean distclean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -40,6 +40,9 @@ paper: build  ## the paper's recipe, exactly, in runs/paper
 
 sample: build  ## draw a sheet from the run in RUN to OUT
 	$(PYTHON) sample.py $(RUN)/last.pt $(OUT) $(ARGS)
+
+evaluate: build  ## bits/dim, Frechet distance and what the pictures of the run in RUN are taken for
+	$(PYTHON) evaluate.py $(RUN)/last.pt $(ARGS)
 
 test: build  ## all tests
 	$(PYTHON) -m pytest

@@ -3,7 +3,6 @@ import math
 from types import SimpleNamespace
 
 import evaluate
-import judge
 import sample
 import train
 
@@ -117,8 +116,7 @@ def last(batches, tmp_path_factory):
     return folder / "last.pt"
 
 
-def test_the_report(last, batches, monkeypatch, capsys):
-    monkeypatch.setattr(judge, "EPOCHS", 2)
+def test_the_report(last, capsys):
     argv = [str(last), "--n", "200", "--images", "20", "--k", "4"]
     evaluate.main([*argv, "--json"])
     figures = json.loads(capsys.readouterr().out)
@@ -152,8 +150,7 @@ def test_export_and_what_it_refuses(last, tmp_path, own_batches, complaint):
     assert "is not what" in complaint(evaluate.main, last, "--data", tmp_path / "other")
 
 
-def test_one_class_has_no_pegasus(batches, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(judge, "EPOCHS", 2)
+def test_one_class_has_no_pegasus(batches, tmp_path, capsys):
     train.main([str(a) for a in ("--data", batches, "--run", tmp_path / "r", "--epochs", 1, "--arch", "mlp",
                                  "--classes", "horse", "--no-judge")])
     assert sample.load(tmp_path / "r" / "last.pt").judge is None
