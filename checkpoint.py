@@ -1,9 +1,10 @@
 """Save atomically, load safely: a checkpoint is either the old one or the new one, and never runs code."""
+import contextlib
 import hashlib
 import json
 import os
-import pickle
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import options
@@ -12,42 +13,81 @@ from options import Fault
 import torch
 from torch import Tensor
 
-FORMAT = 1
+FORMAT = 2  # 1 knew no skipped steps
 
 
 def save(path: Path, state: dict) -> None:
-    """Write a dict of plain types and tensors; until the very end `path` stays as it was. Raises Fault."""
+    """Write a dict of plain types and finite tensors; until the very end `path` stays as it was. Raises Fault."""
+    bad = not_finite(state)
+    if bad:
+        raise Fault(f"{path}: not saved, {bad} holds NaN or infinity; what was saved before is still there")
     with options.replacing(path, "what was saved before is still there") as beside, open(beside, "wb") as file:
         torch.save(state | {"format": FORMAT}, file)  # a file of ours: torch's own reports a full disk as a riddle
         file.flush()
         os.fsync(file.fileno())
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)  # the new name is on the disk too
-    os.close(folder)
+    with options.writing(path.parent, "check that disk"):
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # the new name is on the disk too
+        os.close(folder)
 
 
 def load(path: Path) -> dict:
     """Read what `save` wrote, on the CPU. Raises Fault for anything else, and for a single damaged byte."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+        check_archive(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        bad = not_finite(state)
     except FileNotFoundError:
         raise Fault(f"{path}: no such file; wanted a checkpoint, as `make train` writes to runs/") from None
     except OSError as error:
         raise Fault(f"{path}: can't be read ({error.strerror or error})") from None
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-        raise Fault(f"{path}: not a checkpoint, or one cut short ({error})") from None
+    except (zipfile.BadZipFile, NotImplementedError) as error:
+        raise Fault(f"{path}: not a checkpoint, or one cut short ({brief(error)})") from None
+    except Fault:
+        raise
+    except Exception:  # a file can hold anything, and make the readers of archives and pickles raise as much
+        raise Fault(f"{path}: not a checkpoint of this project, or one that would run code; not loaded") from None
+    if not isinstance(state, dict) or type(state.get("format")) is not int:
+        raise Fault(f"{path}: not a checkpoint of this project")
+    if not 1 <= state["format"] <= FORMAT:
+        raise Fault(f"{path}: checkpoint format {state['format']}, this program reads 1 to {FORMAT}; use a newer one")
+    if bad:
+        raise Fault(f"{path}: {bad} holds NaN or infinity; use an earlier copy, or train again with a lower --lr")
+    return state
+
+
+def check_archive(path: Path) -> None:
+    """Raise Fault for an archive with a damaged byte, or with members that claim more room than the file has."""
+    with zipfile.ZipFile(path) as archive:
+        if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
+            raise Fault(f"{path}: not a checkpoint, or one cut short (its parts are larger than the file)")
+        damaged = archive.testzip()
     if damaged:
         raise Fault(f"{path}: damaged at {damaged}; use another copy, or train again")
+
+
+def not_finite(state: object, name: str = "") -> str:
+    """Where in nested dicts and lists the first tensor with NaN or infinity is, as in `model/encoder.1.bias`, or ""."""
+    if isinstance(state, Tensor):
+        return name if state.is_floating_point() and not state.isfinite().all() else ""
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list | tuple) else ()
+    return next(filter(None, (not_finite(item, f"{name}/{key}".lstrip("/")) for key, item in items)), "")
+
+
+def brief(error: Exception) -> str:
+    """An error's text on one line of bounded length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+@contextlib.contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """What goes wrong when a state that is whole does not fit this program, as a Fault."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError):
-        raise Fault(f"{path}: not a checkpoint of this project, or one that would run code; not loaded") from None
-    if not isinstance(state, dict) or "format" not in state:
-        raise Fault(f"{path}: not a checkpoint of this project")
-    if state["format"] != FORMAT:
-        raise Fault(f"{path}: checkpoint format {state['format']}, this program reads {FORMAT}; use a matching version")
-    return state
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise Fault(f"{path}: a checkpoint of another version ({brief(error)}); train again, or use that version"
+                    ) from None
 
 
 def digest(tensors: dict[str, Tensor], config: dict) -> str:

@@ -5,21 +5,25 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from options import Fault
+import options
 
-SPEED = ("epoch", "images_per_second", "seconds")
+COLUMNS = ("epoch", "train_loss", "train_rate", "train_distortion", "test_loss", "test_rate", "test_distortion",
+           "test_sse", "bits_per_dim", "skipped", "data")  # of log.csv
+SPEED = ("epoch", "images_per_second", "seconds")  # of speed.csv
 
 
 def write(path: Path, columns: tuple[str, ...], rows: list[dict], mode: str = "w") -> None:
-    """Write or (mode "a") append rows to a CSV file; floats get nine significant digits. Raises Fault."""
-    try:
-        with open(path, mode, newline="") as file:
+    """Write a CSV file, which is whole or as it was, or (mode "a") append rows; floats get nine significant digits.
+
+    Raises Fault.
+    """
+    advice = "the last checkpoint is still there"
+    with options.writing(path, advice) if mode == "a" else options.replacing(path, advice) as beside:
+        with open(beside or path, mode, newline="") as file:
             writer = csv.DictWriter(file, columns, lineterminator="\n")
             if mode == "w":
                 writer.writeheader()
             writer.writerows({k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    except OSError as error:
-        raise Fault(f"{path}: can't be written ({error.strerror}); the last checkpoint is still there") from None
 
 
 def clock(seconds: float) -> str:

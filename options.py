@@ -18,6 +18,8 @@ except ModuleNotFoundError as error:
     print(f"{sys.argv[0]}: {sys.executable} has no {error.name}; use .venv/bin/python, which `make build` makes",
           file=sys.stderr)
     sys.exit(2)
+except KeyboardInterrupt:  # importing torch takes a second or more
+    sys.exit(130)
 
 
 T = TypeVar("T")
@@ -85,17 +87,25 @@ def parse(kind: type[T], argv: list[str] | None, description: str) -> tuple[T, s
 
 
 @contextlib.contextmanager
+def writing(path: Path, advice: str) -> Iterator[None]:
+    """What goes wrong when a file is written, as a Fault."""
+    try:
+        yield
+    except OSError as error:
+        raise Fault(f"{path}: can't be written ({error.strerror or error}); {advice}") from None
+
+
+@contextlib.contextmanager
 def replacing(path: Path, advice: str = "choose another place") -> Iterator[Path]:
     """A name to write to that becomes `path` at the end; until then `path` stays as it was. Raises Fault."""
     beside = path.with_name(path.name + ".part")
-    try:
-        yield beside
-        os.replace(beside, path)
-    except OSError as error:
-        raise Fault(f"{path}: can't be written ({error.strerror or error}); {advice}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink()
+    with writing(path, advice):
+        try:
+            yield beside
+            os.replace(beside, path)
+        finally:
+            with contextlib.suppress(OSError):
+                beside.unlink()
 
 
 def run(main: Callable[[], int | None]) -> None:

@@ -66,13 +66,11 @@ def trained(state: dict, model: vae.VAE) -> Trained:
 def load(path: Path) -> Trained:
     """The model in a checkpoint, on the CPU. Raises Fault for a file that is not one."""
     state = checkpoint.load(path)
-    try:
+    with checkpoint.fitting(path):
         config = state["config"]
         model = vae.VAE(config["arch"], config["likelihood"], config["latent"], config.get("flow", 0))
         model.load_state_dict(state["model"])
         return trained(state, model)
-    except (AttributeError, KeyError, TypeError, RuntimeError) as error:
-        raise Fault(f"{path}: a checkpoint of another version ({error}); train again, or use that version") from None
 
 
 def modes(found: Trained) -> tuple[str, ...]:
