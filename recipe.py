@@ -39,7 +39,8 @@ class Options:
     precision: str = option("auto", "of matrix products; auto is bfloat16 where the processor computes with it",
                             choices=("auto", "float32", "bfloat16"))
     device: str = option("auto", "auto is cuda where there is one", choices=("auto", "cpu", "cuda"))
-    save_seconds: float = option(60.0, "seconds between checkpoints", least=0.0)
+    save_seconds: float | None = option(None, "seconds between checkpoints; by default 60, or more where saving would "
+                                        "take over 1 % of the run", least=0.0)
 
 
 def device(chosen: Options) -> str:

@@ -6,7 +6,7 @@
 
 A run's folder holds last.pt, log.csv (nats and squared error an image), speed.csv, config.json and pictures.
 """
-import json
+import contextlib
 import math
 import signal
 import time
@@ -16,9 +16,9 @@ from pathlib import Path
 import options
 import checkpoint
 import density
+import folder
 import judge
 import log
-import pictures
 import recipe
 import reparam
 import sample
@@ -26,14 +26,14 @@ import source
 import vae
 from options import Fault
 from group import Group
+from log import COLUMNS
 from recipe import Options
 
 import torch
 from torch import Tensor
 
 ORDER, FLIP, NOISE, TEST = range(4)  # purposes of the seeds derived from the run's
-COLUMNS = ("epoch", "train_loss", "train_rate", "train_distortion", "test_loss", "test_rate", "test_distortion",
-           "test_sse", "bits_per_dim", "data")
+PATIENCE = 10  # steps skipped in a row before a run stops
 
 
 def epoch_order(seed: int, epoch: int, n: int) -> Tensor:
@@ -68,7 +68,9 @@ class Training:
         self.epoch, self.step, self.history = 0, 0, []  # step: of the epoch that is under way
         self.totals = torch.zeros(3, dtype=torch.float64, device=chosen.device)  # of that epoch so far
         self.asked, self.stop = 0, 0  # the signal that asks this process to leave; once all of them know, to all
-        self.saved, self.refit, self.fitted = time.monotonic(), 0.0, {}  # when; the densities last fitted
+        self.skipped = torch.zeros(3, dtype=torch.int64, device=chosen.device)  # steps, their images; steps in a row
+        self.saved, self.cost = time.monotonic(), 0.0  # when, and the seconds it took
+        self.refit, self.fitted = 0.0, {}  # when the densities should be fitted again, and as they last were
         self.steps = math.ceil(len(self.images) / chosen.batch_size)  # an epoch
         self.judge = state.get("judge") if state else None  # its state: trained beforehand, and only carried along
         if state:
@@ -79,6 +81,8 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.step, self.history = state["epochs_done"], state["step"], state["history"]
         self.totals = state["totals"].to(self.options.device)
+        if "skipped" in state:  # not in format 1
+            self.skipped = state["skipped"].to(self.options.device)
         torch.set_rng_state(state["rng"])
 
     def state(self) -> dict:
@@ -87,8 +91,8 @@ class Training:
         return {"config": asdict(self.options), "classes": list(self.data.classes), "data": data,
                 "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "epoch": self.epoch + self.step / self.steps, "epochs_done": self.epoch, "step": self.step,
-                "totals": self.totals, "history": self.history, "rng": torch.get_rng_state(),
-                "densities": self.densities(), "judge": self.judge}
+                "totals": self.totals, "skipped": self.skipped, "history": self.history,
+                "rng": torch.get_rng_state(), "densities": self.densities(), "judge": self.judge}
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.options.device, torch.bfloat16, enabled=self.options.precision == "bfloat16")
@@ -133,15 +137,38 @@ class Training:
         share = self.workers.share(len(rows))
         x = gather(self.images, rows[share], None if mirrored is None else mirrored[share])
         self.optimizer.zero_grad()
-        sums = self.backward(x, len(rows), share.start, done)
+        sums = self.workers.total(self.backward(x, len(rows), share.start, done))
         self.workers.total_gradients(self.parameters)
-        self.optimizer.step()
-        self.totals += self.workers.total(sums)
+        self.update(sums, len(rows))
         self.step += 1
+        if self.step % PATIENCE == 0 or self.step == self.steps:
+            self.check_skipped()
+
+    def update(self, sums: Tensor, images: int) -> None:
+        """Adam's step and the epoch's totals: neither where the gradient's norm or the loss is not finite.
+
+        Decided on the device, so that nothing waits for it, and from what all processes share, so that all do the
+        same. After PATIENCE such steps in a row none is taken: it does not matter when `check_skipped` looks.
+        """
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters])
+        bad = ~(norm + sums.sum()).isfinite() | (self.skipped[2] >= PATIENCE)
+        self.optimizer.found_inf = bad.float()  # fused Adam then leaves weights, moments and its count of steps alone
+        self.optimizer.step()
+        self.totals += torch.where(bad, 0, sums)
+        self.skipped[:2] += torch.stack([bad, bad * images])
+        self.skipped[2].add_(1).mul_(bad)
+
+    def check_skipped(self) -> None:
+        """Raise Fault when no step is taken any more."""
+        in_a_row = int(self.skipped[2])
+        if in_a_row >= PATIENCE:
+            epoch, step = divmod(self.epoch * self.steps + self.step - in_a_row, self.steps)
+            raise Fault(f"{self.folder}: gradient or loss not finite in {PATIENCE} steps in a row from epoch "
+                        f"{epoch + 1}, step {step + 1} on; what was saved last is still there; begin again with a lower --lr")
 
     def numbers(self, images: int) -> dict[str, float]:
-        """What the progress line shows of the epoch's first so many images."""
-        distortion, rate, _ = (self.totals / images).tolist()
+        """What the progress line shows of the epoch's first so many images, those of skipped steps left out."""
+        distortion, rate, _ = (self.totals / (images - self.skipped[1])).tolist()
         return {"loss": distortion + self.options.beta * rate, "rate": rate, "distortion": distortion}
 
     def train_epoch(self, progress: log.Progress) -> None:
@@ -150,7 +177,7 @@ class Training:
         order = epoch_order(chosen.seed, self.epoch, n).to(chosen.device)
         mirrored = coins(chosen.seed, self.epoch, n).to(chosen.device) if chosen.flip else None
         while self.step < self.steps and not self.stop:
-            if time.monotonic() - self.saved >= chosen.save_seconds:
+            if time.monotonic() - self.saved >= self.pause():
                 self.save()
             part = slice(self.step * chosen.batch_size, (self.step + 1) * chosen.batch_size)
             self.train_step(order[part], None if mirrored is None else mirrored[part])
@@ -174,44 +201,34 @@ class Training:
     def end_epoch(self, progress: log.Progress) -> None:
         """Measure the variance, test, add a row to the history and to log.csv, begin the next epoch."""
         train = self.numbers(len(self.images))
-        self.model.variance.copy_(self.totals[2] / (len(self.images) * vae.PIXELS))
+        self.model.variance.copy_(self.totals[2] / ((len(self.images) - self.skipped[1]) * vae.PIXELS))
         distortion, rate, sse, bits = self.test()
         values = (*train.values(), distortion + self.options.beta * rate, rate, distortion, sse, bits)
         if not math.isfinite(sum(values)):
             raise Fault(f"{self.folder}: the loss is no longer finite in epoch {self.epoch + 1}; what was saved last "
                         "is still there; begin again with a lower --lr")
-        row = dict(zip(COLUMNS, (self.epoch + 1, *values, self.data.name), strict=True))
+        row = dict(zip(COLUMNS, (self.epoch + 1, *values, int(self.skipped[0]), self.data.name), strict=True))
         self.history.append(row)
         if self.workers.leads:
             log.write(self.folder / "log.csv", COLUMNS, [row], "a")
         self.epoch, self.step = self.epoch + 1, 0
         self.totals.zero_()
+        self.skipped[:2] = 0
         progress.end_epoch(self.epoch, train | {"test loss": values[3], "bits/dim": bits})
+
+    def pause(self) -> float:
+        """Seconds between checkpoints: as asked, else a minute, or more where saving would take over 1 % of the run."""
+        asked = self.options.save_seconds
+        return max(60.0, 99 * self.cost) if asked is None else asked
 
     def save(self) -> None:
         """Checkpoint and pictures."""
-        self.saved = time.monotonic()
         if self.workers.leads:
-            state = self.state()
+            state, begun = self.state(), time.monotonic()
             checkpoint.save(self.folder / "last.pt", state)
-            self.draw(sample.trained(state, self.model))
-
-    @torch.no_grad()
-    def draw(self, found: sample.Trained) -> None:
-        """The run's pictures: curves, samples, reconstructions (each under its test photograph) and Pegasi."""
-        about = found.about | {"seed": 0}
-        if self.history:
-            words = f"{self.data.name}: {', '.join(self.data.classes)}"
-            words = f"{pictures.DRAWN}: {', '.join(self.data.classes)}" if self.data.name == "drawn" else words
-            pictures.save(pictures.curves(self.history, words), self.folder / "curves.png", about)
-        x = vae.from_bytes(self.test_images[:32]).view(-1, 8, *vae.IMAGE)
-        pairs = torch.stack([x, self.model.reconstruct(x.flatten(0, 1)).view(x.shape)], 1).flatten(0, 2)
-        sheets = {"reconstructions": pairs, "samples": sample.draw(found, sample.Options(mode="prior"))}
-        if len(self.data.classes) > 1:
-            sheets["pegasus"] = sample.draw(found)
-        for name, images in sheets.items():
-            sheet_about = about | {"mode": name}
-            pictures.save(sample.page(images, sheet_about), self.folder / f"{name}.png", sheet_about)
+            folder.draw(self.folder, sample.trained(state, self.model), self.data, self.history)
+            self.cost = time.monotonic() - begun
+        self.saved = time.monotonic()
 
     def train(self) -> int:
         """All epochs that are left. Returns the exit status: 0, or 128 plus the signal that stopped it."""
@@ -235,37 +252,20 @@ class Training:
         signal.signal(signum, signal.SIG_DFL)  # a second one is not asked twice
 
 
-def open_run(chosen: Options) -> dict | None:
-    """Make the run's folder; the state of the run in it to go on with, or None to begin. Raises Fault."""
-    folder = Path(chosen.run)
-    folder.mkdir(parents=True, exist_ok=True)
-    last = folder / "last.pt"
-    if chosen.resume and not chosen.overwrite:
-        return checkpoint.load(last) if last.exists() else None
-    if not chosen.overwrite and (last.exists() or (folder / "log.csv").exists()):
-        raise Fault(f"{folder} holds a run; --resume goes on with it, --overwrite begins anew, --run names another")
-    last.unlink(missing_ok=True)
-    return None
-
-
-def check_resume(state: dict, chosen: Options, data: source.Pictures) -> None:
-    """Raise Fault where a run can't go on as asked."""
-    if data.digest != state["data"]["digest"]:
-        raise Fault(f"--data: {data.folder} is not what {chosen.run} was trained on ({state['data']['folder']}); "
-                    "give that folder, or another --run")
-    done = state["epochs_done"]
-    if chosen.epochs < done:
-        raise Fault(f"--epochs: got {chosen.epochs}, but {chosen.run} has done {done}; ask for {done} or more, "
-                    "--overwrite, or another --run")
-
-
-def write_run(training: Training) -> None:
-    """config.json and the logs as they stand: log.csv anew from the history, so that no row stands there twice."""
-    about = {"torch": torch.__version__, "data": training.data.name, "digest": training.data.digest}
-    (training.folder / "config.json").write_text(json.dumps(asdict(training.options) | about, indent=2) + "\n")
-    log.write(training.folder / "log.csv", COLUMNS, training.history)
-    if not training.history:
-        log.write(training.folder / "speed.csv", log.SPEED, [])
+def begin(chosen: Options, given: set[str], workers: Group) -> Training:
+    """The run that is asked for, begun or about to go on. Raises Fault."""
+    last = Path(chosen.run) / "last.pt"
+    state = workers.first(lambda: folder.open_run(chosen))
+    with checkpoint.fitting(last):
+        chosen = recipe.settle(chosen, given, state)
+    torch.set_num_threads(chosen.threads)
+    torch.set_flush_denormal(True)  # numbers below 1e-38 can cost 5 to 40 times as long
+    stored = state["data"]["folder"] if state and chosen.data == "auto" else chosen.data
+    data = workers.first(lambda: source.load(stored, chosen.classes))
+    if state:
+        folder.check_resume(state, chosen, data)
+    with checkpoint.fitting(last) if state else contextlib.nullcontext():
+        return Training(chosen, data, state, workers)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -273,22 +273,14 @@ def main(argv: list[str] | None = None) -> int:
     workers = Group(recipe.device(chosen))
     if workers.restarts:
         chosen = replace(chosen, resume=True, overwrite=False)
-    state = workers.first(lambda: open_run(chosen))
-    chosen = recipe.settle(chosen, given, state)
-    torch.set_num_threads(chosen.threads)
-    torch.set_flush_denormal(True)  # numbers below 1e-38 can cost 5 to 40 times as long
-    stored = state["data"]["folder"] if state and chosen.data == "auto" else chosen.data
-    data = workers.first(lambda: source.load(stored, chosen.classes))
-    if state:
-        check_resume(state, chosen, data)
-    training = Training(chosen, data, state, workers)
-    if workers.leads:
-        if chosen.judge and not training.judge:
-            training.judge = judge.get(Path(data.folder), 0, chosen.device, chosen.precision)
-        write_run(training)
-        print(f"{len(data.images):,} pictures ({', '.join(data.classes)}) from {data.name}, {chosen.arch}, "
-              f"{chosen.precision}, {chosen.threads} threads, {chosen.device}; to {chosen.run}")
-    status = training.train()
+    with folder.lock(Path(chosen.run)) if workers.leads else contextlib.nullcontext():
+        training = begin(chosen, given, workers)
+        if workers.leads:
+            if training.options.judge and not training.judge:
+                training.judge = judge.get(Path(training.data.folder), 0, training.options.device,
+                                           training.options.precision)
+            folder.describe(training.options, training.data, training.history)
+        status = training.train()
     workers.leave()
     return status
 

@@ -1,0 +1,123 @@
+"""A run's folder: who works there, what is there to go on with, and what is written when a run begins."""
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import options
+import checkpoint
+import log
+import pictures
+import sample
+import source
+import vae
+from options import Fault
+from recipe import Options
+
+import torch
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what a file system without flock answers
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Make a run's folder and keep every other process from training there inside a `with`. Raises Fault.
+
+    The kernel frees the lock of a process that dies, however it dies; the file `lock` only says who has it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = take(folder / "lock")
+    except OSError as error:
+        raise Fault(f"{folder}: can't be written ({error.strerror}); choose another --run") from None
+    with contextlib.suppress(OSError):  # a full disk: the lock holds without a word
+        os.ftruncate(file, 0)
+        os.write(file, f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}".encode())
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            (folder / "lock").unlink()  # while it is still ours
+        os.close(file)
+
+
+def take(path: Path) -> int:
+    """A file descriptor that has the lock of a file. Raises Fault where somebody has it, and OSError."""
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file), os.stat(path)):
+                return file
+        except FileNotFoundError:  # between the two its last holder left and took the file along
+            pass
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                print(f"{path}: no locks on this file system; start no second run there", file=sys.stderr)
+                return file
+            holder = os.read(file, 200).decode(errors="replace") or "another process"
+            os.close(file)
+            if isinstance(error, BlockingIOError):
+                raise Fault(f"{path.parent}: {holder} trains there; wait for it, or choose another --run") from None
+            raise
+        os.close(file)
+
+
+def open_run(chosen: Options) -> dict | None:
+    """The state of the run in a folder to go on with, or None to begin. Raises Fault."""
+    folder = Path(chosen.run)
+    last = folder / "last.pt"
+    if chosen.resume and not chosen.overwrite:
+        return checkpoint.load(last) if last.exists() else None
+    if not chosen.overwrite and (last.exists() or (folder / "log.csv").exists()):
+        raise Fault(f"{folder} holds a run; --resume goes on with it, --overwrite begins anew, --run names another")
+    last.unlink(missing_ok=True)
+    return None
+
+
+def check_resume(state: dict, chosen: Options, data: source.Pictures) -> None:
+    """Raise Fault where a run can't go on as asked."""
+    if data.digest != state["data"]["digest"]:
+        raise Fault(f"--data: {data.folder} is not what {chosen.run} was trained on ({state['data']['folder']}); "
+                    "give that folder, or another --run")
+    done = state["epochs_done"]
+    if chosen.epochs < done:
+        raise Fault(f"--epochs: got {chosen.epochs}, but {chosen.run} has done {done}; ask for {done} or more, "
+                    "--overwrite, or another --run")
+
+
+def describe(chosen: Options, data: source.Pictures, history: list[dict]) -> None:
+    """Print what is trained; write config.json, and log.csv anew from the history so that no row stands there twice."""
+    folder = Path(chosen.run)
+    about = {"torch": torch.__version__, "data": data.name, "digest": data.digest}
+    with options.replacing(folder / "config.json") as beside:
+        beside.write_text(json.dumps(asdict(chosen) | about, indent=2) + "\n")
+    log.write(folder / "log.csv", log.COLUMNS, history)
+    if not history:
+        log.write(folder / "speed.csv", log.SPEED, [])
+    print(f"{len(data.images):,} pictures ({', '.join(data.classes)}) from {data.name}, {chosen.arch}, "
+          f"{chosen.precision}, {chosen.threads} threads, {chosen.device}; to {chosen.run}")
+
+
+@torch.no_grad()
+def draw(folder: Path, found: sample.Trained, data: source.Pictures, history: list[dict]) -> None:
+    """A run's pictures: curves, samples, reconstructions (each under its test photograph) and Pegasi. Raises Fault."""
+    about = found.about | {"seed": 0}
+    if history:
+        words = f"{pictures.DRAWN if data.name == 'drawn' else data.name}: {', '.join(data.classes)}"
+        pictures.save(pictures.curves(history, words), folder / "curves.png", about)
+    x = vae.from_bytes(data.test_images[:32].to(found.model.variance.device)).view(-1, 8, *vae.IMAGE)
+    pairs = torch.stack([x, found.model.reconstruct(x.flatten(0, 1)).view(x.shape)], 1).flatten(0, 2)
+    sheets = {"reconstructions": pairs, "samples": sample.draw(found, sample.Options(mode="prior"))}
+    if len(data.classes) > 1:
+        sheets["pegasus"] = sample.draw(found)
+    for name, images in sheets.items():
+        sheet_about = about | {"mode": name}
+        pictures.save(sample.page(images, sheet_about), folder / f"{name}.png", sheet_about)
