@@ -42,7 +42,7 @@ def load(path: Path) -> dict:
     except OSError as error:
         raise Fault(f"{path}: can't be read ({error.strerror or error})") from None
     except (zipfile.BadZipFile, NotImplementedError) as error:
-        raise Fault(f"{path}: not a checkpoint, or one cut short ({brief(error)})") from None
+        raise Fault(f"{path}: not a checkpoint, or one cut short ({options.brief(error)})") from None
     except Fault:
         raise
     except Exception:  # a file can hold anything, and make the readers of archives and pickles raise as much
@@ -74,20 +74,16 @@ def not_finite(state: object, name: str = "") -> str:
     return next(filter(None, (not_finite(item, f"{name}/{key}".lstrip("/")) for key, item in items)), "")
 
 
-def brief(error: Exception) -> str:
-    """An error's text on one line of bounded length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:200] + "..."
-
-
 @contextlib.contextmanager
-def fitting(path: Path) -> Iterator[None]:
-    """What goes wrong when a state that is whole does not fit this program, as a Fault."""
+def fitting(path: Path | None) -> Iterator[None]:
+    """What goes wrong when a whole file's state does not fit this program, as a Fault; without a file as it is."""
     try:
         yield
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise Fault(f"{path}: a checkpoint of another version ({brief(error)}); train again, or use that version"
-                    ) from None
+        if path is None:
+            raise
+        reason = options.brief(error)
+        raise Fault(f"{path}: a checkpoint of another version ({reason}); train again, or use that version") from None
 
 
 def digest(tensors: dict[str, Tensor], config: dict) -> str:

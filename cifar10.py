@@ -111,9 +111,10 @@ def chunks(url: str, timeout: float) -> Iterator[bytes]:
                 yield chunk
     except urllib.error.HTTPError as error:
         error.close()
-        raise Fault(f"{url}: the server answered {error.code} {error.reason}; try again later, or {BY_HAND}") from None
-    except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error) or "no answer"
+        answer = options.brief(error.reason)
+        raise Fault(f"{url}: the server answered {error.code} {answer}; try again later, or {BY_HAND}") from None
+    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: an address that is none
+        reason = options.brief(getattr(error, "reason", error) or "no answer")
         kind, what = (Fault, "broke off") if begun else (Unreachable, "can't be reached")
         raise kind(f"{url}: {what} ({reason}); try again, or {BY_HAND}") from None
 

@@ -36,20 +36,30 @@ def option(default: object, text: str, **checks: object) -> object:
 
 
 def number(kind: type, least: float = -math.inf, above: float = -math.inf, most: float = math.inf) -> Callable:
-    """A converter for argparse that takes finite numbers in a range only."""
-    limit = f" of {least} or more" if least > -math.inf else f" above {above}" if above > -math.inf else ""
-    limit = f" from {least} to {most}" if most < math.inf else limit
-    wanted = ("a whole number" if kind is int else "a number") + limit
+    """A converter for argparse that takes finite numbers in a range only; whole ones have 64 bits where they end up."""
+    limits = ((f"{least} or more", least > -math.inf), (f"above {above}", above > -math.inf),
+              (f"at most {most}", most < math.inf), ("below 2^63", kind is int and most == math.inf))
+    wanted = ", ".join(["a whole number" if kind is int else "a number", *(text for text, said in limits if said)])
 
     def convert(text: str) -> int | float:
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"got {text!r}, wanted {wanted}") from None
-        if not (math.isfinite(value) and most >= value >= least and value > above):
-            raise argparse.ArgumentTypeError(f"got {text}, wanted {wanted}")
+            raise argparse.ArgumentTypeError(f"got {text!r:.60}, wanted {wanted}") from None
+        finite = -2**63 <= value < 2**63 if kind is int else math.isfinite(value)
+        if not (finite and value >= least and value > above and value <= most):
+            raise argparse.ArgumentTypeError(f"got {text:.60}, wanted {wanted}")
         return value
     return convert
+
+
+def words(text: str) -> str:
+    """A converter for argparse that takes what can be written down again in UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"got {text!r:.60}, wanted UTF-8") from None
+    return text
 
 
 class Parser(argparse.ArgumentParser):
@@ -61,6 +71,8 @@ def add(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
     """Add one field of an options dataclass to a parser; a field without a default is positional."""
     meta, settings = field.metadata, {}
     kind = field.type.__args__[0] if isinstance(field.type, types.UnionType) else field.type  # X | None is X
+    if kind is str:
+        settings["type"] = words
     if kind in (int, float):
         settings["type"] = number(kind, meta.get("least", -math.inf), meta.get("above", -math.inf),
                                   meta.get("most", math.inf))
@@ -106,6 +118,12 @@ def replacing(path: Path, advice: str = "choose another place") -> Iterator[Path
         finally:
             with contextlib.suppress(OSError):
                 beside.unlink()
+
+
+def brief(error: object) -> str:
+    """An error's text on one line of bounded length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:200] + "..."
 
 
 def run(main: Callable[[], int | None]) -> None:

@@ -35,12 +35,12 @@ class Options:
     resume: bool = option(False, "go on with the run in the folder, or start it")
     overwrite: bool = option(False, "begin anew in a folder that holds a run")
     judge: bool = option(True, "put into the checkpoint the judge that --best asks; trained once for each data set")
-    threads: int = option(0, "CPU threads; 0 is one a core", least=0)
+    threads: int = option(0, "CPU threads; 0 is one a core", least=0, most=1024)
     precision: str = option("auto", "of matrix products; auto is bfloat16 where the processor computes with it",
                             choices=("auto", "float32", "bfloat16"))
     device: str = option("auto", "auto is cuda where there is one", choices=("auto", "cpu", "cuda"))
     save_seconds: float | None = option(None, "seconds between checkpoints; by default 60, or more where saving would "
-                                        "take over 1 % of the run", least=0.0)
+                                        "take over a hundredth of the run", least=0.0)
 
 
 def device(chosen: Options) -> str:

@@ -23,6 +23,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+LARGEST = 2**28  # pixels of a sheet
+
 
 @dataclass(frozen=True)
 class Options:
@@ -31,12 +33,12 @@ class Options:
     mode: str = option("pegasus", "pegasus: both horse and bird; morph: rows from a horse to a bird; the name of one "
                        "of the run's classes; prior: whatever the model makes of noise")
     best: int = option(0, "keep this many, the most Pegasus-like, enlarged; 0 keeps all", least=0)
-    n: int = option(64, "how many pictures to draw", least=1)
+    n: int = option(64, "how many pictures to draw", least=1, most=65_536)
     blend: float = option(0.5, "how much of the first class a Pegasus has, 0 to 1", least=0.0, most=1.0)
     coat: str = option("any", "the horse's", choices=("any", *density.COATS))
     temperature: float = option(1.0, "standard deviation of the noise", least=0.0)
-    columns: int = option(8, "pictures in a row", least=1)
-    scale: int = option(4, "pixels for each pixel of a picture", least=1)
+    columns: int = option(8, "pictures in a row", least=1, most=65_536)
+    scale: int = option(4, "pixels for each pixel of a picture", least=1, most=64)
     seed: int = option(0, "picture i is a function of the model, the seed and i alone")
 
 
@@ -164,11 +166,20 @@ def page(images: Tensor, about: dict[str, object], columns: int = 8, scale: int 
     return pictures.caption(sheet, pictures.DRAWN) if about["data"] == "drawn" else sheet
 
 
+def check_size(chosen: Options, scale: int) -> None:
+    """Raise Fault for a sheet that would not fit into memory."""
+    n = min(chosen.best, chosen.n) or chosen.n
+    pixels = math.ceil(n / chosen.columns) * chosen.columns * (vae.IMAGE[1] * scale + 4) ** 2
+    if pixels > LARGEST:
+        raise Fault(f"--n, --columns, --scale: got a sheet of {pixels:,} pixels; wanted at most {LARGEST:,}")
+
+
 def main(argv: list[str] | None = None) -> None:
     chosen, given = options.parse(Options, argv, __doc__)
+    scale = 2 * chosen.scale if chosen.best and "scale" not in given else chosen.scale
+    check_size(chosen, scale)
     found = load(Path(chosen.checkpoint))
     images = draw(found, chosen)
-    scale = 2 * chosen.scale if chosen.best and "scale" not in given else chosen.scale
     about = found.about | {key: getattr(chosen, key) for key in ("mode", "seed", "temperature", "blend", "coat")}
     pictures.save(page(images, about, chosen.columns, scale), Path(chosen.out), about)
     what = f"the best {len(images)} of {chosen.n} pictures" if chosen.best else f"{len(images)} pictures"

@@ -79,6 +79,9 @@ class Training:
     def restore(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for p, moments in self.optimizer.state.items():  # which torch does not look at
+            if any(moments[name].shape != p.shape for name in ("exp_avg", "exp_avg_sq")):
+                raise ValueError("optimizer and model differ in shape")
         self.epoch, self.step, self.history = state["epochs_done"], state["step"], state["history"]
         self.totals = state["totals"].to(self.options.device)
         if "skipped" in state:  # not in format 1
@@ -162,9 +165,9 @@ class Training:
         """Raise Fault when no step is taken any more."""
         in_a_row = int(self.skipped[2])
         if in_a_row >= PATIENCE:
-            epoch, step = divmod(self.epoch * self.steps + self.step - in_a_row, self.steps)
-            raise Fault(f"{self.folder}: gradient or loss not finite in {PATIENCE} steps in a row from epoch "
-                        f"{epoch + 1}, step {step + 1} on; what was saved last is still there; begin again with a lower --lr")
+            epoch, step = (i + 1 for i in divmod(self.epoch * self.steps + self.step - in_a_row, self.steps))
+            raise Fault(f"{self.folder}: gradient or loss not finite in {PATIENCE} steps in a row, from epoch {epoch}, "
+                        f"step {step} on; what was saved last is still there; begin again with a lower --lr")
 
     def numbers(self, images: int) -> dict[str, float]:
         """What the progress line shows of the epoch's first so many images, those of skipped steps left out."""
@@ -254,17 +257,17 @@ class Training:
 
 def begin(chosen: Options, given: set[str], workers: Group) -> Training:
     """The run that is asked for, begun or about to go on. Raises Fault."""
-    last = Path(chosen.run) / "last.pt"
     state = workers.first(lambda: folder.open_run(chosen))
+    last = Path(chosen.run) / "last.pt" if state else None
     with checkpoint.fitting(last):
         chosen = recipe.settle(chosen, given, state)
     torch.set_num_threads(chosen.threads)
     torch.set_flush_denormal(True)  # numbers below 1e-38 can cost 5 to 40 times as long
     stored = state["data"]["folder"] if state and chosen.data == "auto" else chosen.data
     data = workers.first(lambda: source.load(stored, chosen.classes))
-    if state:
-        folder.check_resume(state, chosen, data)
-    with checkpoint.fitting(last) if state else contextlib.nullcontext():
+    with checkpoint.fitting(last):
+        if state:
+            folder.check_resume(state, chosen, data)
         return Training(chosen, data, state, workers)
 
 

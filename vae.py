@@ -33,7 +33,7 @@ def latent_shape(latent: str) -> tuple[int, ...]:
         sizes = [int(size) for size in latent.split("x")]
     except ValueError:
         sizes = []
-    if len(sizes) not in (1, 3) or min(sizes) < 1 or sizes[:-1] not in ([], [8, 8]):
+    if len(sizes) not in (1, 3) or min(sizes) < 1 or max(sizes) > 65_536 or sizes[:-1] not in ([], [8, 8]):
         raise Fault(f"--latent: got {latent!r}, wanted a number of dimensions, as in 128, or a grid, as in 8x8x8")
     return (sizes[-1], *sizes[:-1])
 
