@@ -22,7 +22,10 @@ def save(path: Path, state: dict) -> None:
     if bad:
         raise Fault(f"{path}: not saved, {bad} holds NaN or infinity; what was saved before is still there")
     with options.replacing(path, "what was saved before is still there") as beside, open(beside, "wb") as file:
-        torch.save(state | {"format": FORMAT}, file)  # a file of ours: torch's own reports a full disk as a riddle
+        try:
+            torch.save(state | {"format": FORMAT}, file)
+        except RuntimeError as error:  # where a write fails half way, torch makes a riddle of it
+            raise error.__context__ or error from None
         file.flush()
         os.fsync(file.fileno())
     with options.writing(path.parent, "check that disk"):
