@@ -16,7 +16,11 @@ endif
 
 TRAIN = $(PYTHON) train.py --resume --data $(DATA) --epochs $(EPOCHS) --seed $(SEED)
 
-.PHONY: help build train paper sample evaluate test lint sanitize cuda-check clean distclean
+FUZZ ?= 100000
+KILLS ?= 30
+FLIPS ?= 200
+
+.PHONY: help build train paper sample evaluate test faults fuzz soak lint sanitize cuda-check clean distclean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -46,6 +50,17 @@ evaluate: build  ## bits/dim, Frechet distance and what the pictures of the run 
 
 test: build  ## all tests
 	$(PYTHON) -m pytest
+
+faults: build  ## 30 kills, 200 flips, full disks, two processes: the long form of what `make test` does in short
+	KILLS=$(KILLS) FLIPS=$(FLIPS) $(PYTHON) -m pytest -rP tests/test_faults.py tests/test_damage.py tests/test_servers.py
+
+fuzz: build  ## 100,000 inputs each for batches, checkpoints, their pickles and command lines; installs atheris
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-fuzz.txt
+	for target in batch checkpoint pickle command; do \
+	  $(PYTHON) tests/fuzz.py $$target -runs=$(FUZZ) -verbosity=0 -print_final_stats=1 || exit 1; done
+
+soak: build  ## 2,000 epochs on 500 pictures: memory and open files stay what they were
+	$(PYTHON) tests/soak.py
 
 lint: build  ## ruff
 	$(PYTHON) -m ruff check .

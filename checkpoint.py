@@ -3,6 +3,7 @@ import contextlib
 import hashlib
 import json
 import os
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +39,9 @@ def load(path: Path) -> dict:
     """Read what `save` wrote, on the CPU. Raises Fault for anything else, and for a single damaged byte."""
     try:
         check_archive(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # torch warns of nothing in a file of ours
+            state = torch.load(path, map_location="cpu", weights_only=True)
         bad = not_finite(state)
     except FileNotFoundError:
         raise Fault(f"{path}: no such file; wanted a checkpoint, as `make train` writes to runs/") from None

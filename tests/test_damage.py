@@ -1,0 +1,250 @@
+"""Checkpoints that are damaged or not what they seem; steps without a finite gradient."""
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import checkpoint
+import sample
+import train
+from options import Fault
+
+import pytest
+import torch
+from conftest import ROOT
+from test_checkpoint import Evil
+from test_faults import FLIPS, KILLS, command, fails, whole  # noqa: F401
+from test_train import free_port, rows, same
+
+
+def equal(a: object, b: object) -> bool:
+    """Whether two states are the same: types, keys, numbers and every bit of every tensor."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape and a.contiguous().view(-1).view(torch.uint8).equal(
+            b.contiguous().view(-1).view(torch.uint8))
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(equal(a[key], b[key]) for key in a)
+    return len(a) == len(b) and all(map(equal, a, b)) if isinstance(a, list | tuple) else a == b
+
+
+def small_state(path: Path) -> Path:
+    """A checkpoint that is mostly structure."""
+    checkpoint.save(path, {"model": {"w": torch.arange(3.0)}, "history": [{"epoch": 1, "loss": 0.5}], "name": "x"})
+    return path
+
+
+def flip(path: Path, times: int, seed: int) -> int:
+    """Change one byte, at random, so many times; each is refused or harmless. Returns how many were refused."""
+    rng, before, refused = random.Random(seed), checkpoint.load(path), 0
+    with open(path, "r+b") as file:
+        for _ in range(times):
+            at = rng.randrange(path.stat().st_size)
+            old = os.pread(file.fileno(), 1, at)
+            os.pwrite(file.fileno(), bytes([old[0] ^ rng.randrange(1, 256)]), at)
+            try:
+                assert equal(checkpoint.load(path), before), f"byte {at}"
+            except Fault as fault:
+                assert "\n" not in str(fault)
+                refused += 1
+            os.pwrite(file.fileno(), old, at)
+    assert equal(checkpoint.load(path), before)
+    return refused
+
+
+def test_flipped_bytes_of_a_run(whole, tmp_path):  # noqa: F811
+    last = Path(shutil.copy(whole / "last.pt", tmp_path))
+    refused = flip(last, FLIPS, 1)
+    print(f"{FLIPS} flips in {last.stat().st_size:,} bytes: {refused} refused, the others harmless")
+    assert refused > 0.9 * FLIPS
+
+
+def test_flipped_bytes_of_the_structure(tmp_path):
+    assert 100 < flip(small_state(tmp_path / "a.pt"), 200, 2) < 200
+
+
+def test_truncations(tmp_path):
+    path = small_state(tmp_path / "a.pt")
+    data = path.read_bytes()
+    for keep in range(0, len(data), 31):
+        path.write_bytes(data[:keep])
+        with pytest.raises(Fault, match=r"a\.pt: "):
+            checkpoint.load(path)
+
+
+def broken(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    """A function that changes the state of a checkpoint and writes it as it is, unchecked."""
+    def write(path: Path) -> None:
+        state = checkpoint.load(path)
+        change(state)
+        torch.save(state, path)
+    return write
+
+
+def other_architecture(state: dict) -> None:
+    state["config"]["arch"] = "conv"
+
+
+DAMAGE = {
+    "newer format": (broken(lambda s: s.update(format=3)), "format 3, this program reads 1 to 2"),
+    "other architecture": (broken(other_architecture), "another version (Error(s) in loading state_dict"),
+    "nan": (broken(lambda s: s["model"]["encoder.1.bias"].fill_(torch.nan)), "model/encoder.1.bias holds NaN"),
+    "infinite moment": (broken(lambda s: s["optimizer"]["state"][0]["exp_avg"].view(-1)[5:6].fill_(torch.inf)),
+                        "optimizer/state/0/exp_avg holds NaN"),
+    "pickle": (lambda path: torch.save({"format": 1, "x": Evil()}, path), "would run code"),
+    "no configuration": (broken(lambda s: s.pop("config")), "another version ('config')"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_what_sample_and_resume_refuse(whole, tmp_path, fails, damage, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("EVIL", str(tmp_path / "owned"))
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    write, words = DAMAGE[damage]
+    write(run / "last.pt")
+    before = {p.name: p.read_bytes() for p in run.iterdir()}
+    fails(sample.main, [run / "last.pt", tmp_path / "out.png"], f"{run}/last.pt: ", words)
+    fails(train.main, ["--run", run, "--resume", "--epochs", 5], f"{run}/last.pt: ", words)
+    assert {p.name: p.read_bytes() for p in run.iterdir()} == before
+    assert not (tmp_path / "out.png").exists()
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda s: s.pop("optimizer"), "'optimizer'"),
+    (lambda s: s.update(rng=torch.zeros(3, dtype=torch.uint8)), "RNG"),
+    (lambda s: s["config"].update(novelty=1), "novelty"),
+    (lambda s: s.update(epochs_done="many"), "'<'"),
+    (lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.zeros(2)), "differ in shape"),
+])
+def test_what_resume_refuses(whole, batches, tmp_path, fails, change, words):  # noqa: F811
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    broken(change)(run / "last.pt")
+    fails(train.main, command(run, batches, 5), f"{run}/last.pt: a checkpoint of another version", words)
+
+
+def test_an_archive_that_claims_more_than_it_is(tmp_path):
+    """Small files that unpack to gigabytes are refused before they are unpacked."""
+    path = tmp_path / "a.pt"
+    with checkpoint.zipfile.ZipFile(path, "w", checkpoint.zipfile.ZIP_DEFLATED) as file:
+        file.writestr("a/data.pkl", bytes(10**7))
+    with pytest.raises(Fault, match="larger than the file"):
+        checkpoint.load(path)
+
+
+def test_weights_without_a_value_are_not_saved(tmp_path):
+    path = small_state(tmp_path / "a.pt")
+    before = path.read_bytes()
+    with pytest.raises(Fault, match="not saved, model/w holds NaN.*still there"):
+        checkpoint.save(path, {"model": {"w": torch.tensor([1.0, torch.nan])}})
+    assert path.read_bytes() == before
+
+
+def test_an_older_format_goes_on(whole, batches, tmp_path):  # noqa: F811
+    """Format 1 knew no skipped steps."""
+    run = tmp_path / "run"
+    train.main(command(run, batches, 2))
+    broken(lambda s: (s.update(format=1), s.pop("skipped")))(run / "last.pt")
+    train.main(command(run, batches, 4))
+    same(whole, run)
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """Make one number of the gradient NaN in some steps, counted from the start of a run; losses stay finite."""
+    def at(steps: set[int]) -> None:
+        backward = train.Training.backward
+
+        def spoilt(self, x, batch, first, step):
+            sums = backward(self, x, batch, first, step)
+            if step in steps:
+                self.parameters[2].grad.view(-1)[7] = torch.nan
+            return sums
+        monkeypatch.setattr(train.Training, "backward", spoilt)
+    return at
+
+
+def test_a_step_without_a_finite_gradient_is_skipped(batches, tmp_path, spoil, monkeypatch):
+    """It leaves no trace in weights, moments and totals; a resume in the middle of the epoch counts it too."""
+    spoil({2, 9, 10})
+    seen, step = [], train.Training.train_step
+
+    def watched(self, *args):
+        step(self, *args)
+        moments = [m[key].clone() for m in self.optimizer.state.values() for key in ("step", "exp_avg", "exp_avg_sq")]
+        seen.append([*(p.detach().clone() for p in self.parameters), self.totals.clone(), *moments])
+        if len(seen) == 10:
+            self.asked = 15
+    with monkeypatch.context() as patched:
+        patched.setattr(train.Training, "train_step", watched)
+        assert train.main(command(tmp_path / "broken", batches, 4)) == 143
+    assert [i + 1 for i in range(10) if equal(seen[i], seen[i + 1])] == [2, 9, 10]
+    train.main(command(tmp_path / "broken", batches, 4))
+    train.main(command(tmp_path / "whole", batches, 4))
+    same(tmp_path / "whole", tmp_path / "broken")
+    assert [row["skipped"] for row in rows(tmp_path / "whole" / "log.csv")] == ["1", "0", "2", "0"]
+
+
+def test_an_epochs_loss_is_that_of_the_steps_taken(batches, tmp_path, spoil):
+    """One step an epoch, then the same step in two halves with the second skipped: the first half's mean."""
+    spoil({1})
+    train.main([*command(tmp_path / "half", batches, 1), "--batch-size", "96"])
+    order, data = train.epoch_order(0, 0, 192), train.source.load(str(batches), "horse,bird")
+    torch.manual_seed(0)
+    mirrored = train.coins(0, 0, 192)[:96]
+    x = train.gather(data.images, order[:96], mirrored)
+    with torch.no_grad():
+        terms = train.vae.VAE("mlp")(x, torch.tensor(train.reparam.derive_seed(0, 0, train.NOISE)))
+    loss = (terms.sse + terms.rate).mean().item()
+    assert float(rows(tmp_path / "half" / "log.csv")[0]["train_loss"]) == pytest.approx(loss, rel=1e-2)
+
+
+def test_ten_in_a_row_stop_a_run(batches, tmp_path, spoil, fails):  # noqa: F811
+    run = tmp_path / "run"
+    argv = [*command(run, batches, 1), "--batch-size", 10]
+    train.main([str(a) for a in argv])
+    before = (run / "last.pt").read_bytes()
+    spoil(set(range(26, 99)))
+    fails(train.main, [*argv, "--epochs", 9], str(run), "not finite in 10 steps in a row, from epoch 2, step 7 on",
+          "saved last is still there", "lower --lr")
+    assert (run / "last.pt").read_bytes() == before
+
+
+def test_nine_in_a_row_do_not(batches, tmp_path, spoil):
+    spoil(set(range(1, 10)))
+    assert train.main([*command(tmp_path / "run", batches, 1), "--batch-size", "10"]) == 0
+    assert rows(tmp_path / "run" / "log.csv")[0]["skipped"] == "9"
+
+
+WORKER = """
+import os, options, torch, train
+backward = train.Training.backward
+def spoilt(self, x, batch, first, step):
+    sums = backward(self, x, batch, first, step)
+    if step in (1, 6) and os.environ["RANK"] == "1":
+        self.parameters[2].grad.view(-1)[7] = torch.nan
+    return sums
+train.Training.backward = spoilt
+options.run(train.main)
+"""
+
+
+@pytest.mark.skipif(KILLS < 30, reason="takes two processes: make faults")
+def test_all_processes_skip_the_same_steps(batches, tmp_path, spoil):
+    """One of two has a NaN; the curve is that of one process alone with the same step spoilt."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    argv = [*command(tmp_path / "two", batches, 3), "--precision", "float32"]
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
+                           str(free_port()), "--", tmp_path / "worker.py", *argv], cwd=ROOT,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    spoil({1, 6})
+    train.main([*command(tmp_path / "one", batches, 3), "--precision", "float32"])
+    one, two = rows(tmp_path / "one" / "log.csv"), rows(tmp_path / "two" / "log.csv")
+    assert [row["skipped"] for row in two] == [row["skipped"] for row in one] == ["1", "1", "0"]
+    for a, b in zip(one, two, strict=True):
+        assert float(b["test_loss"]) == pytest.approx(float(a["test_loss"]), rel=1e-4)
