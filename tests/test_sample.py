@@ -136,7 +136,7 @@ def test_options_that_a_model_does_not_have(last, tmp_path, complaint):
                                                                                      "pony")
     for mode in ("bird", "prior"):
         assert "--coat: got white" in complaint(sample.main, last, out, "--coat", "white", "--mode", mode)
-    assert "wanted a number from 0.0 to 1.0" in complaint(sample.main, last, out, "--blend", 1.5)
+    assert "wanted a number, 0.0 or more, at most 1.0" in complaint(sample.main, last, out, "--blend", 1.5)
     assert not out.exists()
 
 
