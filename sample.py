@@ -181,6 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     found = load(Path(chosen.checkpoint))
     images = draw(found, chosen)
     about = found.about | {key: getattr(chosen, key) for key in ("mode", "seed", "temperature", "blend", "coat")}
+    about |= {"best": f"of {chosen.n} by {'judge' if found.judge else 'density'}"} if chosen.best else {}
     pictures.save(page(images, about, chosen.columns, scale), Path(chosen.out), about)
     what = f"the best {len(images)} of {chosen.n} pictures" if chosen.best else f"{len(images)} pictures"
     print(f"{chosen.out}: {what}, {', '.join(f'{key} {value}' for key, value in list(about.items())[1:])}")

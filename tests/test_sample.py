@@ -142,7 +142,9 @@ def test_options_that_a_model_does_not_have(last, tmp_path, complaint):
 
 def test_best_is_enlarged(last, tmp_path):
     sample.main([str(last), str(tmp_path / "b.png"), "--best", "4", "--n", "16", "--columns", "4"])
-    assert png(tmp_path / "b.png")[0] == (4 * (32 * 8 + 4) + 4, 32 * 8 + 8)
+    size, about = png(tmp_path / "b.png")
+    assert size == (4 * (32 * 8 + 4) + 4, 32 * 8 + 8)
+    assert about["best"] == "of 16 by judge"
 
 
 def test_one_class_has_nothing_to_mix(batches, tmp_path, complaint):
