@@ -99,12 +99,12 @@ def bounds(model: vae.VAE, images: Tensor, k: int, seed: int, batch_size: int = 
 
 
 def drawn_modes(found: sample.Trained, n: int, seed: int) -> dict[str, Tensor]:
-    """n images of each mode, `morph` apart, and `balanced`: as many of each class."""
+    """n images of each mode, `morph` apart."""
     sets = {}
     for number, mode in enumerate(mode for mode in sample.modes(found) if mode != "morph"):
         chosen = sample.Options(mode=mode, n=n, seed=reparam.derive_seed(seed, number, DRAWS))
         sets[mode] = sample.draw(found, chosen)
-    return {"balanced": balanced([sets[name] for name in found.classes], n)} | sets
+    return sets
 
 
 def balanced(sets: list[Tensor], n: int) -> Tensor:
@@ -142,6 +142,7 @@ def impressions(found: sample.Trained, data: source.Pictures, asked: judge.Judge
     again = torch.cat([found.model.reconstruct(part) for part in test.split(500)])
     sets = {"photographs": test, "reconstructions": again} | drawn_modes(found, n, seed)
     seen = {name: judge.classify(asked, images) for name, images in sets.items()}
+    seen["balanced"] = tuple(balanced([seen[name][i] for name in data.classes], n) for i in range(2))
     known, real = judge.classify(asked, data.images)[1], seen["photographs"][1]
     shown = tuple(dict.fromkeys((*data.classes, *(("airplane",) if "bird" in data.classes else ()))))
     result = {"called": {name: called(p, shown) for name, (p, _) in seen.items()},
@@ -152,8 +153,7 @@ def impressions(found: sample.Trained, data: source.Pictures, asked: judge.Judge
         scores = {name: judge.pegasus_score(p, data.classes) for name, (p, _) in seen.items()}
         bar = scores["photographs"].quantile(0.99)
         result["pegasus_share"] = {name: (score > bar).double().mean().item() for name, score in scores.items()}
-    floor = judge.classify(asked, turns(data.images, data.labels, n))[1]
-    return result | {"floor": judge.frechet(floor, real)}
+    return result | {"floor": judge.frechet(turns(known, data.labels, n), real)}
 
 
 def report(found: sample.Trained, data: source.Pictures, state: dict, chosen: Options) -> dict:
@@ -201,7 +201,8 @@ def export(found: sample.Trained, chosen: Options) -> str:
         n = number(chosen.export[0])
     except options.argparse.ArgumentTypeError as error:
         raise Fault(f"--export: N: {error}") from None
-    images = drawn_modes(found, n, chosen.seed)[chosen.mode]
+    sets = drawn_modes(found, n, chosen.seed)
+    images = balanced([sets[name] for name in found.classes], n) if chosen.mode == "balanced" else sets[chosen.mode]
     folder.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
         pictures.save(pictures.sheet(image[None], 1, 1, 0), folder / f"{i:05}.png",
