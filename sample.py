@@ -154,7 +154,7 @@ def draw(found: Trained, chosen: Options = Options()) -> Tensor:  # noqa: B008  
     """Images (n or best, 3, 32, 32) in [0, 1]; with `best`, that many of the n, the most Pegasus-like first."""
     check(found, chosen)
     z = latents(found, chosen)
-    images = found.model.decode(z)
+    images = found.model.decode(z.to(found.model.variance.device)).cpu()
     if chosen.best:
         return images[ranking(found, z, images, chosen.coat).argsort(descending=True, stable=True)[:chosen.best]]
     return images
