@@ -18,10 +18,29 @@ from conftest import ROOT
     (["--batch-size", "0"], ["--batch-size", "got 0", "1 or more"]),
     (["--arch", "nonsense"], ["--arch", "nonsense", "mlp"]),
     (["--epoch", "3"], ["--epoch"]),
+    (["--seed", "9" * 400], ["--seed", "below 2^63"]),
+    (["--seed", str(2**63)], ["--seed", "below 2^63"]),
+    (["--epochs", "9" * 5000], ["--epochs", "whole number"]),
+    (["--threads", "1025"], ["--threads", "at most 1024"]),
+    (["--run", "runs/\udc80"], ["--run", "UTF-8"]),
 ])
 def test_bad_options_are_one_sentence(complaint, argv, words):
     sentence = complaint(train.main, *argv)
     assert all(word in sentence for word in words), sentence
+
+
+@pytest.mark.parametrize("argv", [["--n", "65536"], ["--columns", "65536"], ["--scale", "64", "--n", "99"],
+                                  ["--best", "10000", "--n", "10000"]])
+def test_a_sheet_that_fits_into_no_memory(complaint, tmp_path, argv):
+    assert "wanted at most 268,435,456" in complaint(sample.main, tmp_path / "none.pt", tmp_path / "out.png", *argv)
+
+
+def test_a_latent_that_fits_into_no_memory(complaint, tmp_path):
+    drawn = tmp_path / "data"
+    train.source.drawn.write(drawn, train=20, test=5)
+    for latent in ("99999999999", "8x8x99999999"):
+        sentence = complaint(train.main, "--latent", latent, "--run", tmp_path / "run", "--data", drawn)
+        assert f"--latent: got '{latent}'" in sentence
 
 
 def test_options_are_told_apart_from_defaults():
