@@ -135,8 +135,8 @@ def turns(images: Tensor, labels: Tensor, n: int) -> Tensor:
 def impressions(found: sample.Trained, data: source.Pictures, asked: judge.Judge, n: int, seed: int) -> dict[str, dict]:
     """What a judge makes of each mode's pictures, of the test photographs and of their reconstructions.
 
-    Returns dicts of set name to value: `called`, `pegasus_share` (above 99 % of the test photographs), `frechet` to
-    the test photographs, `nearest` (to a training photograph); `floor` is the Frechet distance of n photographs.
+    Returns dicts of set name to value: `called`, `pegasus_score` (mean) and `pegasus_share` (above 99 % of the test
+    photographs), `frechet` to them, `nearest` (to a training photograph); `floor` is n photographs' Frechet distance.
     """
     test = vae.from_bytes(data.test_images)
     again = torch.cat([found.model.reconstruct(part) for part in test.split(500)])
@@ -148,10 +148,11 @@ def impressions(found: sample.Trained, data: source.Pictures, asked: judge.Judge
     result = {"called": {name: called(p, shown) for name, (p, _) in seen.items()},
               "nearest": {name: nearest(features, known) for name, (_, features) in seen.items()},
               "frechet": {name: judge.frechet(features, real) for name, (_, features) in seen.items()
-                          if name != "photographs"}, "pegasus_share": {}}
+                          if name != "photographs"}, "pegasus_share": {}, "pegasus_score": {}}
     if len(data.classes) > 1:
         scores = {name: judge.pegasus_score(p, data.classes) for name, (p, _) in seen.items()}
         bar = scores["photographs"].quantile(0.99)
+        result["pegasus_score"] = {name: score.mean().item() for name, score in scores.items()}
         result["pegasus_share"] = {name: (score > bar).double().mean().item() for name, score in scores.items()}
     return result | {"floor": judge.frechet(turns(known, data.labels, n), real)}
 
@@ -170,7 +171,8 @@ def report(found: sample.Trained, data: source.Pictures, state: dict, chosen: Op
                 "called": judged, "pegasus_share": judged | {"above_quantile": 0.99}, "nearest": judged}
     return figures | {"frechet": seen["frechet"][chosen.mode], "frechet_floor": seen["floor"],
                       "frechet_of": seen["frechet"], "called": seen["called"],
-                      "pegasus_share": seen["pegasus_share"], "nearest": seen["nearest"], "settings": settings}
+                      "pegasus_share": seen["pegasus_share"], "pegasus_score": seen["pegasus_score"],
+                      "nearest": seen["nearest"], "settings": settings}
 
 
 def table(figures: dict) -> str:
