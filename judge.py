@@ -64,7 +64,7 @@ class Judge(nn.Module):
 def classify(judge: Judge, images: Tensor, batch_size: int = 500) -> tuple[Tensor, Tensor]:
     """Probabilities (n, 10) and features (n, 112) of images (n, 3, 32, 32), bytes or in [0, 1].
 
-    Both are means over an image and its mirror image: one test photograph in a hundred more is right.
+    Both are means over an image and its mirror image: of CIFAR-10's test photographs 85.6 % are right, not 84.8.
     """
     rows = []
     for part in images.split(batch_size):
