@@ -101,12 +101,12 @@ class Training:
         return torch.autocast(self.options.device, torch.bfloat16, enabled=self.options.precision == "bfloat16")
 
     def densities(self) -> dict[str, list[Tensor]]:
-        """The classes' latents: at the end of the model as it is, before that anew when it costs 1 % of the time."""
+        """The classes' latents: at the end of the model as it is, before that anew when it costs 0.5 % of the time."""
         begun = time.monotonic()
         if self.stop or self.epoch == self.options.epochs or begun >= self.refit:
             with self.autocast():
                 self.fitted = density.fit_classes(self.model, self.images, self.labels, self.data.classes)
-            self.refit = time.monotonic() + 100 * (time.monotonic() - begun)
+            self.refit = time.monotonic() + 200 * (time.monotonic() - begun)
         return self.fitted
 
     def seed(self, step: int, purpose: int) -> Tensor:
@@ -220,9 +220,9 @@ class Training:
         progress.end_epoch(self.epoch, train | {"test loss": values[3], "bits/dim": bits})
 
     def pause(self) -> float:
-        """Seconds between checkpoints: as asked, else 1 to 10 minutes, such that saving takes under 1 % of the run."""
+        """Seconds between checkpoints: as asked, else 1 to 10 minutes, such that saving takes 0.5 % of the run."""
         asked = self.options.save_seconds
-        return min(max(60.0, 99 * self.cost), 600.0) if asked is None else asked
+        return min(max(60.0, 200 * self.cost), 600.0) if asked is None else asked
 
     def save(self) -> None:
         """Checkpoint and pictures."""

@@ -224,7 +224,7 @@ def test_saving_takes_under_a_hundredth_of_the_time(batches, tmp_path):
     """By default; an interval that was asked for stays."""
     chosen = train.recipe.resolve(train.Options(arch="mlp", run=str(tmp_path)))
     training = train.Training(chosen, train.source.load(str(batches), "horse,bird"), None, train.Group("cpu"))
-    for cost, pause in ((0.1, 60), (2, 198), (99, 600)):
+    for cost, pause in ((0.1, 60), (2, 400), (99, 600)):
         training.cost = cost
         assert training.pause() == pause
     training.options = train.replace(chosen, save_seconds=0.5)
