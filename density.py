@@ -23,18 +23,30 @@ class Gaussian(NamedTuple):
     covariance: Tensor
 
 
-def fit(mu: Tensor, covariance: Tensor) -> Gaussian:
-    """The aggregate posterior of n images: their posterior means (n, d), and the mean of their covariances (d, d).
+class Moments:
+    """Sums over images, added a few at a time, that give their aggregate posterior; float64."""
 
-    m = mean mu, S = cov(mu) + mean covariance, in float64. cov(mu) off its diagonal is taken n / (n + d) times, as if d
-    further images had shown none: few images would otherwise claim directions in which they never vary.
-    """
-    n, d = mu.shape
-    mean = mu.double().mean(0)
-    centred = mu.double() - mean
-    between = centred.T @ centred / n
-    shrunk = (between * (n / (n + d))).diagonal_scatter(between.diagonal())
-    return Gaussian(mean, shrunk + covariance)
+    def __init__(self, d: int):
+        self.n, self.mean = 0, torch.zeros(d, dtype=torch.float64)
+        self.outer, self.within = (torch.zeros(d, d, dtype=torch.float64) for _ in range(2))
+
+    def add(self, mu: Tensor, covariance: Tensor) -> None:
+        """n more images: their posterior means (n, d), and the mean of their covariances (d, d)."""
+        self.n += len(mu)
+        self.mean += mu.double().sum(0)
+        self.outer += mu.double().T @ mu.double()
+        self.within += len(mu) * covariance
+
+    def gaussian(self) -> Gaussian:
+        """m = mean mu, S = cov(mu) + mean covariance.
+
+        cov(mu) off its diagonal is taken n / (n + d) times, as if d further images had shown none: few images would
+        otherwise claim directions in which they never vary.
+        """
+        mean = self.mean / self.n
+        between = self.outer / self.n - mean.outer(mean)
+        shrunk = (between * (self.n / (self.n + len(mean)))).diagonal_scatter(between.diagonal())
+        return Gaussian(mean, shrunk + self.within / self.n)
 
 
 def brightness(images: Tensor) -> Tensor:
@@ -43,30 +55,42 @@ def brightness(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def encode(model: vae.VAE, images: Tensor, batch_size: int = 1000) -> tuple[Tensor, Tensor, Tensor]:
+def encode(model: vae.VAE, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The posteriors of images (n, 3, 32, 32) of bytes, on the CPU.
 
     Means (n, latent), behind the flow; before it, variances (n, latent); its unit vectors (n, T, latent). float32.
     """
-    parts = [model.posterior(vae.from_bytes(part)) for part in images.split(batch_size)]
-    mu, logvar, units = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+    mu, logvar, units = (part.cpu() for part in model.posterior(vae.from_bytes(images)))
     return flow.reflect(mu, units), logvar.exp(), units
 
 
-def fit_classes(model: vae.VAE, images: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str, list[Tensor]]:
+def class_rows(images: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Tensor]:
+    """Which images are each class's, and the first class's "white" and "dark" quarters: masks (n,), on the CPU."""
+    masks = {name: (labels == i).cpu() for i, name in enumerate(classes)}
+    first = masks[classes[0]].nonzero()[:, 0]
+    order = first[brightness(images[first.to(images.device)]).cpu().argsort(stable=True)]
+    quarter = max(len(order) // 4, 1)
+    for name, rows in (("white", order[-quarter:]), ("dark", order[:quarter])):
+        masks[f"{name} {classes[0]}"] = torch.zeros(len(labels), dtype=torch.bool).index_fill(0, rows, True)
+    return masks
+
+
+def fit_classes(model: vae.VAE, images: Tensor, labels: Tensor, classes: tuple[str, ...],
+                batch_size: int = 250) -> dict[str, list[Tensor]]:
     """Mean and covariance, float32, of each class, and of the first class's "white" and "dark" quarters.
 
     images: bytes (n, 3, 32, 32); labels: (n,), positions in `classes`. One pass of the encoder.
     """
-    mu, variance, units = encode(model, images)
-    rows = {name: (labels == i).nonzero()[:, 0] for i, name in enumerate(classes)}
-    first = rows[classes[0]]
-    order = first[brightness(images[first]).argsort(stable=True)]
-    quarter = max(len(order) // 4, 1)
-    rows |= {f"white {classes[0]}": order[-quarter:], f"dark {classes[0]}": order[:quarter]}
-    fitted = {name: fit(mu[row], flow.mean_covariance(variance[row], units[row]))
-              for name, row in ((name, row.cpu()) for name, row in rows.items())}
-    return {name: [part.float() for part in gaussian] for name, gaussian in fitted.items()}
+    masks = class_rows(images, labels, classes)
+    moments = {name: Moments(model.latent) for name in masks}
+    for first in range(0, len(images), batch_size):
+        part = slice(first, first + batch_size)
+        mu, variance, units = encode(model, images[part])
+        for name, mask in masks.items():
+            if mask[part].any():
+                rows = mask[part]
+                moments[name].add(mu[rows], flow.mean_covariance(variance[rows], units[rows]))
+    return {name: [tensor.float() for tensor in sums.gaussian()] for name, sums in moments.items()}
 
 
 def product(first: Gaussian, second: Gaussian, blend: float = 0.5) -> Gaussian:

@@ -194,13 +194,13 @@ def get(folder: Path, seed: int = 0, device: str = "cpu", precision: str = "floa
 
     It goes by what the batches hold, so data that change get a judge of their own. An interruption keeps nothing.
     """
-    (images, labels), test = photographs(folder, cifar10.TRAIN), photographs(folder, cifar10.TEST)
     digest = hashlib.sha256()
-    for tensor in (images, labels, *test):
-        digest.update(tensor.numpy())
+    for name in (*cifar10.TRAIN, *cifar10.TEST):
+        digest.update((folder / name).read_bytes())
     path = folder.parent / f"{folder.name}-judge-{digest.hexdigest()[:12]}-{seed}.pt"
     if found := kept(path):
         return found
+    (images, labels), test = photographs(folder, cifar10.TRAIN), photographs(folder, cifar10.TEST)
     print(f"training a judge on {len(images):,} pictures, once for this data", file=sys.stderr, flush=True)
     begun = time.monotonic()
     state = to_state(fit(images, labels, seed, device, precision), *test, seed)
