@@ -72,7 +72,7 @@ class Training:
         self.saved, self.cost = time.monotonic(), 0.0  # when, and the seconds it took
         self.refit, self.fitted = 0.0, {}  # when the densities should be fitted again, and as they last were
         self.steps = math.ceil(len(self.images) / chosen.batch_size)  # an epoch
-        self.judge = state.get("judge") if state else None  # its state: trained beforehand, and only carried along
+        self.judge = state.get("judge") if state else None  # its state: trained at the end, and only carried along
         if state:
             self.restore(state)
 
@@ -250,6 +250,14 @@ class Training:
             print(f"{left}: {self.folder}/last.pt and pictures")
         return 128 + self.stop if self.stop else 0
 
+    def add_judge(self) -> None:
+        """Put the judge into the checkpoint of a finished run, which nobody has to wait for: it is saved already."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if self.options.judge and not self.judge:
+            self.judge = judge.get(Path(self.data.folder), 0, self.options.device, self.options.precision)
+            self.save()
+
     def ask_to_stop(self, signum: int, _frame: object) -> None:
         self.asked = signum
         signal.signal(signum, signal.SIG_DFL)  # a second one is not asked twice
@@ -279,12 +287,11 @@ def main(argv: list[str] | None = None) -> int:
     with folder.lock(Path(chosen.run)) if workers.leads else contextlib.nullcontext():
         training = begin(chosen, given, workers)
         if workers.leads:
-            if training.options.judge and not training.judge:
-                training.judge = judge.get(Path(training.data.folder), 0, training.options.device,
-                                           training.options.precision)
             folder.describe(training.options, training.data, training.history)
         status = training.train()
-    workers.leave()
+        workers.leave()
+        if workers.leads and status == 0:
+            training.add_judge()
     return status
 
 
