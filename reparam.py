@@ -134,8 +134,7 @@ def save_inputs(ctx, inputs: tuple, output: tuple | None) -> None:
 
 def gradients(ctx, dz: Tensor, dkl: Tensor) -> tuple:
     """The gradients by mu and logvar; none by seed and row_offset."""
-    backward = torch.ops.pegasus.reparameterize_kl_backward.default
-    return *backward(dz, dkl, *ctx.saved_tensors, ctx.row_offset), None, None
+    return *backward_op(dz, dkl, *ctx.saved_tensors, ctx.row_offset), None, None
 
 
 def no_second_derivative(ctx, *gradients_of_gradients: Tensor) -> None:
@@ -159,7 +158,7 @@ class Fused(torch.autograd.Function):
     def forward(ctx, *inputs):
         save_inputs(ctx, inputs, None)
         with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.pegasus.reparameterize_kl.default(*inputs)
+            return forward_op(*inputs)
 
     @staticmethod
     def backward(ctx, dz, dkl):
@@ -173,6 +172,8 @@ apply_fused = super(torch.autograd.Function, Fused).apply  # Function.apply with
 extension = load_extension()
 if extension:
     register()
+    forward_op = torch.ops.pegasus.reparameterize_kl.default
+    backward_op = torch.ops.pegasus.reparameterize_kl_backward.default
 silent = UNWANTED
 
 
@@ -201,12 +202,12 @@ def reparameterize_kl(mu: Tensor, logvar: Tensor, seed: Tensor, row_offset: int 
     if extension is None:
         return fallback(mu, logvar, seed, row_offset)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return torch.ops.pegasus.reparameterize_kl.default(mu, logvar, seed, row_offset)
+        return forward_op(mu, logvar, seed, row_offset)
     try:
         if torch.is_grad_enabled() and (mu.requires_grad or logvar.requires_grad):
             return apply_fused(mu, logvar, seed, row_offset)
         with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.pegasus.reparameterize_kl.default(mu, logvar, seed, row_offset)
+            return forward_op(mu, logvar, seed, row_offset)
     except RuntimeError:
         check(mu, logvar, seed)  # the same complaint with a type of its own
         raise
