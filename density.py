@@ -17,6 +17,11 @@ CENTRE = (..., slice(10, 22), slice(8, 24))  # where the body is in most photogr
 COATS = ("white", "dark")
 
 
+def coated(name: str, coat: str) -> str:
+    """What a class of a coat is called among the fitted ones; of any coat it is the class itself."""
+    return name if coat == "any" else f"{coat} {name}"
+
+
 class Gaussian(NamedTuple):
     """N(mean, covariance): (d,) and (d, d)."""
     mean: Tensor
@@ -70,8 +75,8 @@ def class_rows(images: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict
     first = masks[classes[0]].nonzero()[:, 0]
     order = first[brightness(images[first.to(images.device)]).cpu().argsort(stable=True)]
     quarter = max(len(order) // 4, 1)
-    for name, rows in (("white", order[-quarter:]), ("dark", order[:quarter])):
-        masks[f"{name} {classes[0]}"] = torch.zeros(len(labels), dtype=torch.bool).index_fill(0, rows, True)
+    for coat, rows in (("white", order[-quarter:]), ("dark", order[:quarter])):
+        masks[coated(classes[0], coat)] = torch.zeros(len(labels), dtype=torch.bool).index_fill(0, rows, True)
     return masks
 
 

@@ -93,8 +93,7 @@ def check(found: Trained, chosen: Options) -> None:
 
 def two_sides(found: Trained, coat: str) -> tuple[Gaussian, Gaussian]:
     """The first two classes, by default horse, of the coat asked for, and bird."""
-    first = found.classes[0] if coat == "any" else f"{coat} {found.classes[0]}"
-    return found.densities[first], found.densities[found.classes[1]]
+    return found.densities[density.coated(found.classes[0], coat)], found.densities[found.classes[1]]
 
 
 def source(found: Trained, chosen: Options) -> Gaussian:
@@ -103,7 +102,7 @@ def source(found: Trained, chosen: Options) -> Gaussian:
         return Gaussian(torch.zeros(found.model.latent), torch.eye(found.model.latent))
     if chosen.mode == "pegasus":
         return density.product(*two_sides(found, chosen.coat), chosen.blend)
-    return found.densities[chosen.mode if chosen.coat == "any" else f"{chosen.coat} {chosen.mode}"]
+    return found.densities[density.coated(chosen.mode, chosen.coat)]
 
 
 def latents(found: Trained, chosen: Options) -> Tensor:
