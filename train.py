@@ -70,7 +70,7 @@ class Training:
         self.asked, self.stop = 0, 0  # the signal that asks this process to leave; once all of them know, to all
         self.skipped = torch.zeros(3, dtype=torch.int64, device=chosen.device)  # steps, their images; steps in a row
         self.saved, self.cost = time.monotonic(), 0.0  # when, and the seconds it took
-        self.refit, self.fitted = 0.0, {}  # when the densities should be fitted again, and as they last were
+        self.refit, self.fitted, self.fitted_at = 0.0, {}, None  # densities: when due, as last fitted, and where
         self.steps = math.ceil(len(self.images) / chosen.batch_size)  # an epoch
         self.judge = state.get("judge") if state else None  # its state: trained at the end, and only carried along
         if state:
@@ -102,11 +102,11 @@ class Training:
 
     def densities(self) -> dict[str, list[Tensor]]:
         """The classes' latents: at the end of the model as it is, before that anew when it costs 0.5 % of the time."""
-        begun = time.monotonic()
-        if self.stop or self.epoch == self.options.epochs or begun >= self.refit:
+        begun, place = time.monotonic(), (self.epoch, self.step)
+        if place != self.fitted_at and (self.stop or self.epoch == self.options.epochs or begun >= self.refit):
             with self.autocast():
                 self.fitted = density.fit_classes(self.model, self.images, self.labels, self.data.classes)
-            self.refit = time.monotonic() + 200 * (time.monotonic() - begun)
+            self.fitted_at, self.refit = place, time.monotonic() + 200 * (time.monotonic() - begun)
         return self.fitted
 
     def seed(self, step: int, purpose: int) -> Tensor:
