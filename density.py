@@ -80,6 +80,18 @@ def class_rows(images: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict
     return masks
 
 
+def names(images: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Tensor:
+    """Each image's class, and of the first class's coats the one it has or again the class: int64 (n, 2).
+
+    The coats of COATS are numbered after the classes.
+    """
+    both = labels[:, None].repeat(1, 2)
+    masks = class_rows(images, labels, classes)
+    for number, coat in enumerate(COATS, len(classes)):
+        both[masks[coated(classes[0], coat)], 1] = number
+    return both
+
+
 def fit_classes(model: vae.VAE, images: Tensor, labels: Tensor, classes: tuple[str, ...],
                 batch_size: int = 250) -> dict[str, list[Tensor]]:
     """Mean and covariance, float32, of each class, and of the first class's "white" and "dark" quarters.
@@ -90,7 +102,7 @@ def fit_classes(model: vae.VAE, images: Tensor, labels: Tensor, classes: tuple[s
     moments = {name: Moments(model.latent) for name in masks}
     for first in range(0, len(images), batch_size):
         part = slice(first, first + batch_size)
-        mu, variance, units = encode(model, images[part])
+        mu, variance, units = encode(model, images[part].to(model.variance.device))
         for name, mask in masks.items():
             if mask[part].any():
                 rows = mask[part]

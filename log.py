@@ -7,7 +7,7 @@ from pathlib import Path
 
 import options
 
-COLUMNS = ("epoch", "train_loss", "train_rate", "train_distortion", "test_loss", "test_rate", "test_distortion",
+COLUMNS = ("epoch", "phase", "train_loss", "train_rate", "train_distortion", "test_loss", "test_rate", "test_distortion",
            "test_sse", "bits_per_dim", "skipped", "data")  # of log.csv
 SPEED = ("epoch", "images_per_second", "seconds")  # of speed.csv
 
@@ -36,9 +36,10 @@ def clock(seconds: float) -> str:
 class Progress:
     """One line that is rewritten on a terminal, or a line an epoch elsewhere; and speed.csv."""
 
-    def __init__(self, epochs: int, images: int, begun: float, speed: Path, quiet: bool = False):
-        """begun: how many images of all epochs were done before this start."""
-        self.epochs, self.images, self.speed = epochs, images, speed
+    def __init__(self, last: int, epochs: int, images: int, begun: float, later: float, speed: Path,
+                 quiet: bool = False):
+        """last: the phase's last epoch; begun: images of all epochs done before this start; later: seconds after it."""
+        self.last, self.epochs, self.images, self.later, self.speed = last, epochs, images, later, speed
         self.begun = self.before = begun
         self.start = self.epoch_start = time.monotonic()
         self.training, self.shown = 0.0, 0.0
@@ -47,7 +48,7 @@ class Progress:
     def line(self, epoch: int, done: float, rate: float, numbers: dict[str, float]) -> str:
         """done: images of all epochs by now; rate: images a second; numbers: what to show."""
         elapsed = time.monotonic() - self.start
-        left = elapsed / max(done - self.begun, 1) * (self.epochs * self.images - done)
+        left = elapsed / max(done - self.begun, 1) * (self.last * self.images - done) + self.later
         values = "  ".join(f"{name} {value:,.2f}" for name, value in numbers.items())
         return f"epoch {epoch}/{self.epochs}  {values}  {rate:,.0f} images/s  {clock(left)} left"
 
@@ -68,5 +69,5 @@ class Progress:
         rate = (done - self.before) / max(self.training, 1e-9)
         write(self.speed, SPEED, [dict(zip(SPEED, (epoch, rate, now - self.epoch_start), strict=True))], "a")
         self.before, self.epoch_start = done, now
-        end = "\n" if epoch == self.epochs or not self.terminal else "\033[K"
+        end = "\n" if epoch == self.last or not self.terminal else "\033[K"
         print(("\r" if self.terminal else "") + self.line(epoch, done, rate, numbers), end=end, flush=True)

@@ -99,20 +99,31 @@ class Plot:
 
 PANELS = (("Train loss", ("train_loss",)), ("Test loss", ("test_loss",)),
           ("Distortion", ("train_distortion", "test_distortion")), ("Rate (KL)", ("train_rate", "test_rate")))
+PRIOR = ("Learned prior", ("train_loss", "test_loss"))
+
+
+def panel(page: Image.Image, box: tuple[int, int, int, int], rows: Sequence[dict], title: str,
+          columns: tuple[str, ...], unit: str) -> None:
+    """Curves of some columns against epochs in a box of an image."""
+    epochs, series = [row["epoch"] for row in rows], [[row[column] for row in rows] for column in columns]
+    plot = Plot(ImageDraw.Draw(page), box, epochs, sum(series, []))
+    plot.axes(title, "epoch", unit)
+    for number, (column, values) in enumerate(zip(columns, series, strict=True)):
+        plot.curve(epochs, values, number, column.split("_")[0] if len(columns) > 1 else "")
 
 
 def curves(history: Sequence[dict], words: str) -> Image.Image:
-    """The paper's two figures, train and test loss against epochs, and under them distortion and rate, in nats.
+    """The paper's two figures, train and test loss against epochs, under them distortion and rate, in nats; and where
+    a prior was learned, its loss.
 
-    history: one dict an epoch with `epoch` and the columns named in PANELS. words: a line at the foot.
+    history: one dict an epoch with `epoch`, `phase` and the columns named in PANELS. words: a line at the foot.
     """
-    page = Image.new("RGB", (1200, 800), PAPER)
-    epochs = [row["epoch"] for row in history]
+    learned = [row for row in history if row.get("phase") == "prior"]
+    before = history[:len(history) - len(learned)]
+    page = Image.new("RGB", (1200, 1200 if learned else 800), PAPER)
     for i, (title, columns) in enumerate(PANELS):
         box = (i % 2 * 600, i // 2 * 400, i % 2 * 600 + 600, i // 2 * 400 + 400)
-        series = [[row[column] for row in history] for column in columns]
-        plot = Plot(ImageDraw.Draw(page), box, epochs, sum(series, []))
-        plot.axes(title, "epoch", "nats an image")
-        for number, (column, values) in enumerate(zip(columns, series, strict=True)):
-            plot.curve(epochs, values, number, column.split("_")[0] if len(columns) > 1 else "")
+        panel(page, box, before, title, columns, "nats an image")
+    if learned:
+        panel(page, (0, 800, 1200, 1200), learned, *PRIOR, "squared error")
     return caption(page, words)

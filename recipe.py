@@ -9,6 +9,7 @@ import torch
 
 RECIPES = {"mlp": {"likelihood": "mse", "schedule": "constant", "lr": 1e-3, "flip": False},  # the paper's
            "conv": {"likelihood": "gaussian", "schedule": "onecycle", "lr": 2e-3, "flip": True}}
+SHARE = 0.2  # of the epochs that the autoencoder has where a prior is learned after it
 FREE = {"judge", "epochs", "run", "resume", "overwrite", "threads", "device", "save_seconds"}  # may change on resume
 
 
@@ -20,15 +21,21 @@ class Options:
     arch: str = option("conv", "network: a small residual one, or the paper's (mlp)", choices=tuple(vae.NETWORKS))
     likelihood: str | None = option(None, "distortion: the paper's squared error, or the calibrated Gaussian; by "
                                     "default mse for mlp, gaussian for conv", choices=tuple(vae.LIKELIHOODS))
-    latent: str = option("128", "latent dimensions, or under conv a grid of rows, columns and channels: 8x8x8")
+    latent: str | None = option(None, "latent dimensions, or under conv a grid of rows, columns and channels; by "
+                                "default 8x8x8 for the learned prior, else 128")
+    prior: str | None = option(None, "of the latents: N(0, I), or learned after the autoencoder, on a grid; by default "
+                               "learned for conv", choices=("normal", "learned"))
     flow: int = option(0, "Householder reflections of the posterior's samples; 0 leaves it diagonal", least=0)
     beta: float = option(1.0, "weight of the rate in the loss", least=0.0)
     schedule: str | None = option(None, "learning rate over the run; by default constant for mlp, onecycle for conv",
                                   choices=("constant", "onecycle"))
     epochs: int = option(300, "passes over the training pictures", least=1)
+    autoencoder_epochs: int | None = option(None, "how many of them are the autoencoder's; by default a fifth where "
+                                            "the prior is learned, else all", least=1)
     batch_size: int = option(128, "pictures a step", least=1)
     lr: float | None = option(None, "Adam's learning rate, under onecycle its peak; by default 1e-3 for mlp, 2e-3 "
                               "for conv", above=0.0)
+    prior_lr: float = option(1.5e-3, "the same for the learned prior, always onecycle", above=0.0)
     flip: bool | None = option(None, "mirror half of the pictures; the default for conv")
     seed: int = option(0, "decides everything random")
     run: str = option("runs/pegasus", "folder of the run")
@@ -53,11 +60,24 @@ def device(chosen: Options) -> str:
 def resolve(chosen: Options) -> Options:
     """Options with whatever was left open decided, for this network and this machine."""
     decided = {name: value for name, value in RECIPES[chosen.arch].items() if getattr(chosen, name) is None}
+    learned = decide_prior(chosen) == "learned"
+    decided |= {"prior": "learned" if learned else "normal", "latent": chosen.latent or ("8x8x8" if learned else "128")}
+    part = chosen.autoencoder_epochs or max(1, round(SHARE * chosen.epochs))
+    decided |= {"autoencoder_epochs": min(part, chosen.epochs) if learned else chosen.epochs}
     place = device(chosen)
     fast = torch.cuda.is_bf16_supported() if place == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
     precision = ("bfloat16" if fast else "float32") if chosen.precision == "auto" else chosen.precision
     threads = chosen.threads or torch.get_num_threads()
     return replace(chosen, **decided, device=place, precision=precision, threads=threads)
+
+
+def decide_prior(chosen: Options) -> str:
+    """`normal` or `learned`, by default the latter where there can be one. Raises Fault where it is asked in vain."""
+    grid = chosen.arch == "conv" and "x" in (chosen.latent or "8x8x8") and not chosen.flow
+    if chosen.prior == "learned" and not grid:
+        raise Fault("--prior: learned needs --arch conv, a grid of latents (--latent 8x8x8) and --flow 0; leave it, or "
+                    "use --prior normal")
+    return chosen.prior or ("learned" if grid else "normal")
 
 
 def settle(chosen: Options, given: set[str], state: dict | None) -> Options:
@@ -75,13 +95,13 @@ def settle(chosen: Options, given: set[str], state: dict | None) -> Options:
     return resolve(replace(Options(**stored), **free, **({"data": chosen.data} if chosen.data != "auto" else {})))
 
 
-def learning_rate(chosen: Options, progress: float) -> float:
-    """The learning rate when `progress`, 0 to 1, of the run is done.
+def learning_rate(schedule: str, peak: float, progress: float) -> float:
+    """The learning rate when `progress`, 0 to 1, of a phase is done.
 
-    onecycle: a tenth of the run up from a 25th of the peak, then half a cosine down (Smith and Topin 2018).
+    onecycle: a tenth of the phase up from a 25th of the peak, then half a cosine down (Smith and Topin 2018).
     """
-    if chosen.schedule == "constant":
-        return chosen.lr
+    if schedule == "constant":
+        return peak
     if progress < 0.1:
-        return chosen.lr * (0.04 + 0.96 * progress / 0.1)
-    return chosen.lr * (0.5 + 0.5 * math.cos(math.pi * (progress - 0.1) / 0.9))
+        return peak * (0.04 + 0.96 * progress / 0.1)
+    return peak * (0.5 + 0.5 * math.cos(math.pi * (progress - 0.1) / 0.9))

@@ -211,3 +211,9 @@ def reparameterize_kl(mu: Tensor, logvar: Tensor, seed: Tensor, row_offset: int 
     except RuntimeError:
         check(mu, logvar, seed)  # the same complaint with a type of its own
         raise
+
+
+def normals(rows: int, columns: int, seed: Tensor, row_offset: int = 0) -> Tensor:
+    """Standard normals, float32 (rows, columns), on the seed's device: the noise of `reparameterize_kl`."""
+    zeros = torch.zeros(rows, columns, device=seed.device)
+    return reparameterize_kl(zeros, zeros, seed, row_offset)[0]

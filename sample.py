@@ -14,6 +14,7 @@ import checkpoint
 import density
 import judge
 import pictures
+import prior
 import reparam
 import vae
 from options import Fault, option
@@ -36,6 +37,9 @@ class Options:
     n: int = option(64, "how many pictures to draw", least=1, most=65_536)
     blend: float = option(0.5, "how much of the first class a Pegasus has, 0 to 1", least=0.0, most=1.0)
     coat: str = option("any", "the horse's", choices=("any", *density.COATS))
+    guidance: float = option(2.0, "with a learned prior, how much more a class is drawn than any; 1 is as it occurs",
+                             least=0.0)
+    steps: int = option(16, "of the learned prior's flow", least=1, most=1000)
     temperature: float = option(1.0, "standard deviation of the noise", least=0.0)
     columns: int = option(8, "pictures in a row", least=1, most=65_536)
     scale: int = option(4, "pixels for each pixel of a picture", least=1, most=64)
@@ -50,19 +54,28 @@ class Trained:
     classes: tuple[str, ...]
     about: dict[str, object]
     judge: judge.Judge | None
+    learned: prior.Learned | None  # once it is being trained
 
 
-def trained(state: dict, model: vae.VAE) -> Trained:
+def trained(state: dict, model: vae.VAE, learned: prior.Learned | None) -> Trained:
     """A model with what a run's state says of it; the digest is that of equal models everywhere."""
+    learned = learned if state.get("phase") == "prior" else None
     config = {key: state["config"].get(key, 0) for key in ("arch", "likelihood", "latent", "flow")}
     config |= {"classes": state["classes"]}
     densities = {name: Gaussian(*fitted) for name, fitted in state["densities"].items()}
     fitted = {f"{part} of {name}": tensor for name, gaussian in densities.items()
               for part, tensor in gaussian._asdict().items()}
-    about = {"Software": "Pegasus VAE", "model": checkpoint.digest(model.state_dict() | fitted, config),
+    weights = model.state_dict() | fitted | (drawing_weights(learned) if learned else {})
+    about = {"Software": "Pegasus VAE", "model": checkpoint.digest(weights, config),
              "epochs": f"{state['epoch']:g}", "data": state["data"]["name"]}
     asked = judge.from_state(state["judge"]) if state.get("judge") else None
-    return Trained(model, densities, tuple(state["classes"]), about, asked)
+    return Trained(model, densities, tuple(state["classes"]), about, asked, learned)
+
+
+def drawing_weights(learned: prior.Learned) -> dict[str, Tensor]:
+    """Of a learned prior's tensors those that draw."""
+    return {f"prior {name}": tensor for name, tensor in learned.state_dict().items()
+            if not name.startswith("velocity.")}
 
 
 def load(path: Path) -> Trained:
@@ -72,7 +85,10 @@ def load(path: Path) -> Trained:
         config = state["config"]
         model = vae.VAE(config["arch"], config["likelihood"], config["latent"], config.get("flow", 0))
         model.load_state_dict(state["model"])
-        return trained(state, model)
+        learned = prior.Learned(model.shape, len(state["classes"]) + len(density.COATS)) if state.get("prior") else None
+        if learned:
+            learned.load_state_dict(state["prior"])
+        return trained(state, model, learned)
 
 
 def modes(found: Trained) -> tuple[str, ...]:
@@ -107,9 +123,26 @@ def source(found: Trained, chosen: Options) -> Gaussian:
 
 def latents(found: Trained, chosen: Options) -> Tensor:
     """Latents (n, latent). Row i depends on (seed, i) alone; in `morph` on its place in a row of the sheet instead."""
+    if found.learned:
+        return learned_latents(found, chosen)
     if chosen.mode == "morph":
         return morph(found, chosen)
     return density.draw(source(found, chosen), vae.noise(chosen.n, found.model.latent, chosen.seed), chosen.temperature)
+
+
+@torch.no_grad()
+def learned_latents(found: Trained, chosen: Options) -> Tensor:
+    """Latents (n, latent) by the learned prior."""
+    first, w = (len(found.classes) + density.COATS.index(chosen.coat) if chosen.coat != "any" else 0), chosen.guidance
+    weights = {"prior": {}, "pegasus": {first: 1.5, 1: 1.5}, found.classes[0]: {first: w}}
+    if chosen.mode not in weights:
+        weights[chosen.mode] = {found.classes.index(chosen.mode): w}
+    field = prior.composed(found.learned.average, found.learned.none, weights[chosen.mode])
+    eps = vae.noise(chosen.n, found.model.latent, chosen.seed).to(found.learned.mean.device)
+    times = [i / chosen.steps for i in range(chosen.steps + 1)]
+    with torch.autocast(eps.device.type, torch.bfloat16):
+        parts = [prior.integrate(field, part, times) for part in eps.split(64)]
+    return found.learned.latents(torch.cat(parts))
 
 
 def morph(found: Trained, chosen: Options) -> Tensor:

@@ -19,6 +19,8 @@ import density
 import folder
 import judge
 import log
+import phases
+import prior
 import recipe
 import reparam
 import sample
@@ -32,26 +34,17 @@ from recipe import Options
 import torch
 from torch import Tensor
 
-ORDER, FLIP, NOISE, TEST = range(4)  # purposes of the seeds derived from the run's
 PATIENCE = 10  # steps skipped in a row before a run stops
 
 
 def epoch_order(seed: int, epoch: int, n: int) -> Tensor:
     """The permutation of n pictures, a function of (seed, epoch) alone."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(reparam.derive_seed(seed, epoch, ORDER)))
+    return torch.randperm(n, generator=torch.Generator().manual_seed(reparam.derive_seed(seed, epoch, phases.ORDER)))
 
 
 def coins(seed: int, epoch: int, n: int) -> Tensor:
     """n fair coins, bool (n,): whether the epoch's k-th picture is mirrored."""
-    return reparam.words(n, 1, torch.tensor(reparam.derive_seed(seed, epoch, FLIP)))[:, 0, 0] % 2 == 1
-
-
-def gather(images: Tensor, rows: Tensor, mirrored: Tensor | None) -> Tensor:
-    """Some images (n, 3, 32, 32) of bytes as a batch in [0, 1], some of them mirrored."""
-    x = images.flatten(1).index_select(0, rows).view(-1, *vae.IMAGE)
-    if mirrored is not None:
-        x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
-    return vae.from_bytes(x)
+    return reparam.words(n, 1, torch.tensor(reparam.derive_seed(seed, epoch, phases.FLIP)))[:, 0, 0] % 2 == 1
 
 
 class Training:
@@ -59,30 +52,45 @@ class Training:
 
     def __init__(self, chosen: Options, data: source.Pictures, state: dict | None, workers: Group):
         self.options, self.folder, self.data, self.workers = chosen, Path(chosen.run), data, workers
-        self.images, self.labels = data.images.to(chosen.device), data.labels.to(chosen.device)
-        self.test_images = data.test_images.to(chosen.device)
         torch.manual_seed(chosen.seed)
         self.model = vae.VAE(chosen.arch, chosen.likelihood, chosen.latent, chosen.flow).to(chosen.device)
-        self.parameters = list(self.model.parameters())
-        self.optimizer = torch.optim.Adam(self.parameters, chosen.lr, fused=True)
+        self.learned = None
+        if chosen.prior == "learned":
+            names = len(data.classes) + len(density.COATS)
+            self.learned = prior.Learned(self.model.shape, names).to(chosen.device)
         self.epoch, self.step, self.history = 0, 0, []  # step: of the epoch that is under way
-        self.totals = torch.zeros(3, dtype=torch.float64, device=chosen.device)  # of that epoch so far
+        self.totals = torch.zeros(phases.SUMS, dtype=torch.float64, device=chosen.device)  # of that epoch so far
         self.asked, self.stop = 0, 0  # the signal that asks this process to leave; once all of them know, to all
         self.skipped = torch.zeros(3, dtype=torch.int64, device=chosen.device)  # steps, their images; steps in a row
         self.saved, self.cost = time.monotonic(), 0.0  # when, and the seconds it took
         self.refit, self.fitted, self.fitted_at = 0.0, {}, None  # densities: when due, as last fitted, and where
-        self.steps = math.ceil(len(self.images) / chosen.batch_size)  # an epoch
+        self.steps = math.ceil(len(data.images) / chosen.batch_size)  # an epoch
         self.judge = state.get("judge") if state else None  # its state: trained at the end, and only carried along
         if state:
             self.restore(state)
+        else:
+            self.enter()
+
+    def enter(self) -> None:
+        """Begin the phase that the epoch is of."""
+        chosen, begun = self.options, self.epoch >= self.options.autoencoder_epochs
+        if self.learned and begun and chosen.epochs > chosen.autoencoder_epochs:
+            self.phase = phases.Prior(chosen, self.data, self.model, self.learned, self.workers)
+        else:
+            self.phase = phases.Autoencoder(chosen, self.data, self.model, self.workers)
+        self.optimizer = torch.optim.Adam(self.phase.parameters, fused=True)
 
     def restore(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.epoch, self.step, self.history = state["epochs_done"], state["step"], state["history"]
+        if self.learned:
+            self.learned.load_state_dict(state["prior"])
+        self.enter()
+        if state.get("phase", self.phase.name) == self.phase.name:
+            self.optimizer.load_state_dict(state["optimizer"])
         for p, moments in self.optimizer.state.items():  # which torch does not look at
             if any(moments[name].shape != p.shape for name in ("exp_avg", "exp_avg_sq")):
                 raise ValueError("optimizer and model differ in shape")
-        self.epoch, self.step, self.history = state["epochs_done"], state["step"], state["history"]
         self.totals = state["totals"].to(self.options.device)
         if "skipped" in state:  # not in format 1
             self.skipped = state["skipped"].to(self.options.device)
@@ -94,55 +102,37 @@ class Training:
         return {"config": asdict(self.options), "classes": list(self.data.classes), "data": data,
                 "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "epoch": self.epoch + self.step / self.steps, "epochs_done": self.epoch, "step": self.step,
+                "phase": self.phase.name, "prior": self.learned.state_dict() if self.learned else None,
                 "totals": self.totals, "skipped": self.skipped, "history": self.history,
                 "rng": torch.get_rng_state(), "densities": self.densities(), "judge": self.judge}
 
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.options.device, torch.bfloat16, enabled=self.options.precision == "bfloat16")
-
     def densities(self) -> dict[str, list[Tensor]]:
         """The classes' latents: at the end of the model as it is, before that anew when it costs 0.5 % of the time."""
-        begun, place = time.monotonic(), (self.epoch, self.step)
+        begun, place = time.monotonic(), min((self.epoch, self.step), (self.options.autoencoder_epochs, 0))
         if place != self.fitted_at and (self.stop or self.epoch == self.options.epochs or begun >= self.refit):
-            with self.autocast():
-                self.fitted = density.fit_classes(self.model, self.images, self.labels, self.data.classes)
+            with phases.autocast(self.options):
+                self.fitted = density.fit_classes(self.model, self.data.images, self.data.labels,
+                                                  self.data.classes)
             self.fitted_at, self.refit = place, time.monotonic() + 200 * (time.monotonic() - begun)
         return self.fitted
 
-    def seed(self, step: int, purpose: int) -> Tensor:
-        return torch.tensor(reparam.derive_seed(self.options.seed, step, purpose), device=self.options.device)
-
-    def backward(self, x: Tensor, batch: int, first: int, step: int) -> Tensor:
-        """Gradients from this process's images (b, 3, 32, 32), rows `first` on of a batch of so many rows.
-
-        Returns their sums of distortion, rate and squared error. The squared error of all processes sets the
-        variance, else they would train another objective.
-        """
-        with self.autocast():
-            # convolutions take no empty batch: a process without rows computes one and counts none
-            terms = self.model(x if len(x) else x.new_zeros(1, *vae.IMAGE), self.seed(step, NOISE), first)
-        terms = vae.Terms(*(term[:len(x)] for term in terms))
-        shared = torch.stack([terms.sse.detach().sum(), terms.sse.new_tensor(self.asked > 0)])
-        sse, asked = self.workers.total(shared)
-        if self.workers.size == 1:  # without looking at `asked`, for which a GPU would have to finish first
-            self.stop = self.asked
-        elif asked > 0:
-            self.stop = self.asked or signal.SIGTERM
-        distortion = self.model.distortion(terms.sse, sse / (batch * vae.PIXELS))
-        ((distortion + self.options.beta * terms.rate).sum() / batch).backward()
-        return torch.stack([distortion.detach().sum(), terms.rate.detach().sum(), terms.sse.detach().sum()])
-
     def train_step(self, rows: Tensor, mirrored: Tensor | None) -> None:
         """One step of Adam on some rows of the images, added to the epoch's totals."""
-        done = self.epoch * self.steps + self.step
+        done, phase = self.epoch * self.steps + self.step, self.phase
+        progress = (done - phase.first * self.steps) / (phase.epochs * self.steps)
         for settings in self.optimizer.param_groups:
-            settings["lr"] = recipe.learning_rate(self.options, done / (self.options.epochs * self.steps))
+            settings["lr"] = phase.learning_rate(progress)
         share = self.workers.share(len(rows))
-        x = gather(self.images, rows[share], None if mirrored is None else mirrored[share])
         self.optimizer.zero_grad()
-        sums = self.workers.total(self.backward(x, len(rows), share.start, done))
-        self.workers.total_gradients(self.parameters)
-        self.update(sums, len(rows))
+        sums = phase.backward(rows[share], None if mirrored is None else mirrored[share], len(rows), share.start, done)
+        sums = self.workers.total(torch.cat([sums, sums.new_tensor([self.asked > 0])]))
+        self.workers.total_gradients(phase.parameters)
+        self.update(sums[:-1], len(rows))
+        phase.update(done - phase.first * self.steps)
+        if self.workers.size == 1:  # without looking at the flag, for which a GPU would have to finish first
+            self.stop = self.asked
+        elif sums[-1] > 0:
+            self.stop = self.asked or signal.SIGTERM
         self.step += 1
         if self.step % PATIENCE == 0 or self.step == self.steps:
             self.check_skipped()
@@ -153,9 +143,11 @@ class Training:
         Decided on the device, so that nothing waits for it, and from what all processes share, so that all do the
         same. After PATIENCE such steps in a row none is taken: it does not matter when `check_skipped` looks.
         """
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters])
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.phase.parameters])
         bad = ~(norm + sums.sum()).isfinite() | (self.skipped[2] >= PATIENCE)
         self.optimizer.found_inf = bad.float()  # fused Adam then leaves weights, moments and its count of steps alone
+        if self.phase.longest:  # fused Adam divides gradients by its grad_scale
+            self.optimizer.grad_scale = (norm / self.phase.longest).clamp(min=1.0)
         self.optimizer.step()
         self.totals += torch.where(bad, 0, sums)
         self.skipped[:2] += torch.stack([bad, bad * images])
@@ -169,14 +161,13 @@ class Training:
             raise Fault(f"{self.folder}: gradient or loss not finite in {PATIENCE} steps in a row, from epoch {epoch}, "
                         f"step {step} on; what was saved last is still there; begin again with a lower --lr")
 
-    def numbers(self, images: int) -> dict[str, float]:
-        """What the progress line shows of the epoch's first so many images, those of skipped steps left out."""
-        distortion, rate, _ = (self.totals / (images - self.skipped[1])).tolist()
-        return {"loss": distortion + self.options.beta * rate, "rate": rate, "distortion": distortion}
+    def means(self, images: int) -> list[float]:
+        """The sums of the epoch's first so many images for each of them, those of skipped steps left out."""
+        return (self.totals / (images - self.skipped[1])).tolist()
 
     def train_epoch(self, progress: log.Progress) -> None:
         """The rest of the epoch that is under way; leaves early when a signal asks for it."""
-        chosen, n = self.options, len(self.images)
+        chosen, n = self.options, len(self.data.images)
         order = epoch_order(chosen.seed, self.epoch, n).to(chosen.device)
         mirrored = coins(chosen.seed, self.epoch, n).to(chosen.device) if chosen.flip else None
         while self.step < self.steps and not self.stop:
@@ -185,39 +176,25 @@ class Training:
             part = slice(self.step * chosen.batch_size, (self.step + 1) * chosen.batch_size)
             self.train_step(order[part], None if mirrored is None else mirrored[part])
             done = min(part.stop, n)
-            progress.show(self.epoch + 1, done, lambda done=done: self.numbers(done))
-
-    @torch.no_grad()
-    def test(self, batch_size: int = 500) -> tuple[float, ...]:
-        """Mean distortion, rate, squared error and bits/dim of the test pictures, with the same noise every time."""
-        share, totals = self.workers.share(len(self.test_images)), torch.zeros_like(self.totals[:2])
-        for first in range(share.start, share.stop, batch_size):
-            part = self.test_images[first:min(first + batch_size, share.stop)]
-            with self.autocast():
-                terms = self.model(vae.from_bytes(part), self.seed(0, TEST), first)
-            totals += torch.stack([terms.rate.sum(), terms.sse.sum()])
-        rate, sse = self.workers.total(totals) / len(self.test_images)
-        variance = self.model.variance.double()
-        numbers = self.model.distortion(sse, variance), rate, sse, vae.bits_per_dim(sse, rate, variance)
-        return tuple(number.item() for number in numbers)
+            progress.show(self.epoch + 1, done, lambda done=done: self.phase.numbers(self.means(done)))
 
     def end_epoch(self, progress: log.Progress) -> None:
-        """Measure the variance, test, add a row to the history and to log.csv, begin the next epoch."""
-        train = self.numbers(len(self.images))
-        self.model.variance.copy_(self.totals[2] / ((len(self.images) - self.skipped[1]) * vae.PIXELS))
-        distortion, rate, sse, bits = self.test()
-        values = (*train.values(), distortion + self.options.beta * rate, rate, distortion, sse, bits)
-        if not math.isfinite(sum(values)):
+        """Test, add a row to the history and to log.csv, begin the next epoch, perhaps the next phase."""
+        means = self.means(len(self.data.images))
+        values = self.phase.end_epoch(means)
+        if not math.isfinite(sum(values.values())):
             raise Fault(f"{self.folder}: the loss is no longer finite in epoch {self.epoch + 1}; what was saved last "
                         "is still there; begin again with a lower --lr")
-        row = dict(zip(COLUMNS, (self.epoch + 1, *values, int(self.skipped[0]), self.data.name), strict=True))
+        row = {"epoch": self.epoch + 1, "phase": self.phase.name, **values, "skipped": int(self.skipped[0]),
+               "data": self.data.name}
         self.history.append(row)
         if self.workers.leads:
             log.write(self.folder / "log.csv", COLUMNS, [row], "a")
         self.epoch, self.step = self.epoch + 1, 0
         self.totals.zero_()
         self.skipped[:2] = 0
-        progress.end_epoch(self.epoch, train | {"test loss": values[3], "bits/dim": bits})
+        extra = {"bits/dim": values["bits_per_dim"]} if "bits_per_dim" in values else {}
+        progress.end_epoch(self.epoch, self.phase.numbers(means) | {"test loss": values["test_loss"]} | extra)
 
     def pause(self) -> float:
         """Seconds between checkpoints: as asked, else 1 to 10 minutes, such that saving takes 0.5 % of the run."""
@@ -229,21 +206,37 @@ class Training:
         if self.workers.leads:
             state, begun = self.state(), time.monotonic()
             checkpoint.save(self.folder / "last.pt", state)
-            folder.draw(self.folder, sample.trained(state, self.model), self.data, self.history)
+            folder.draw(self.folder, sample.trained(state, self.model, self.learned), self.data, self.history)
             self.cost = time.monotonic() - begun
         self.saved = time.monotonic()
+
+    def later(self) -> float:
+        """About how many seconds the phase after this one takes, by the time of two of its steps."""
+        epochs = self.options.epochs - self.options.autoencoder_epochs
+        if not self.learned or self.phase.name == "prior" or epochs < 1:
+            return 0.0
+        with phases.autocast(self.options):
+            return epochs * self.steps * prior.step_seconds(self.learned.velocity, self.options.batch_size)
+
+    def train_phase(self) -> None:
+        """The epochs that are left of a phase; leaves early when a signal asks for it."""
+        last, images = self.phase.first + self.phase.epochs, len(self.data.images)
+        progress = log.Progress(last, self.options.epochs, images, self.epoch * images + self.step *
+                                self.options.batch_size, self.later(), self.folder / "speed.csv",
+                                quiet=not self.workers.leads)
+        while self.epoch < last and not self.stop:
+            self.train_epoch(progress)
+            if self.step == self.steps:
+                self.end_epoch(progress)
 
     def train(self) -> int:
         """All epochs that are left. Returns the exit status: 0, or 128 plus the signal that stopped it."""
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self.ask_to_stop)
-        begun = self.epoch * len(self.images) + self.step * self.options.batch_size
-        progress = log.Progress(self.options.epochs, len(self.images), begun, self.folder / "speed.csv",
-                                quiet=not self.workers.leads)
         while self.epoch < self.options.epochs and not self.stop:
-            self.train_epoch(progress)
-            if self.step == self.steps:
-                self.end_epoch(progress)
+            self.train_phase()
+            if self.epoch < self.options.epochs and not self.stop:
+                self.enter()
         self.save()
         if self.workers.leads:
             left = f"stopped in epoch {self.epoch + 1}; --resume goes on" if self.stop else f"{self.epoch} epochs done"

@@ -152,5 +152,4 @@ def from_bytes(images: Tensor) -> Tensor:
 
 def noise(n: int, latent: int, seed: int, first: int = 0) -> Tensor:
     """Standard normals (n, latent); row i is a function of (seed, first + i) alone."""
-    zeros = torch.zeros(n, latent)
-    return reparam.reparameterize_kl(zeros, zeros, torch.tensor(seed), first)[0]
+    return reparam.normals(n, latent, torch.tensor(seed), first)

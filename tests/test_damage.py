@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import checkpoint
+import phases
 import sample
 import train
 from options import Fault
@@ -196,9 +197,9 @@ def test_an_epochs_loss_is_that_of_the_steps_taken(batches, tmp_path, spoil):
     order, data = train.epoch_order(0, 0, 192), train.source.load(str(batches), "horse,bird")
     torch.manual_seed(0)
     mirrored = train.coins(0, 0, 192)[:96]
-    x = train.gather(data.images, order[:96], mirrored)
+    x = phases.gather(data.images, order[:96], mirrored)
     with torch.no_grad():
-        terms = train.vae.VAE("mlp")(x, torch.tensor(train.reparam.derive_seed(0, 0, train.NOISE)))
+        terms = train.vae.VAE("mlp")(x, torch.tensor(train.reparam.derive_seed(0, 0, phases.NOISE)))
     loss = (terms.sse + terms.rate).mean().item()
     assert float(rows(tmp_path / "half" / "log.csv")[0]["train_loss"]) == pytest.approx(loss, rel=1e-2)
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import checkpoint
+import phases
 import recipe
 import sample
 import train
@@ -69,7 +70,7 @@ def test_the_logged_test_loss_is_that_of_the_checkpoint(run, batches):
     """Computed again from the file, one image at a time."""
     found = sample.load(run / "last.pt")
     images, _ = train.source.cifar10.load(batches, "horse,bird", train.source.cifar10.TEST)
-    seed = torch.tensor(train.reparam.derive_seed(0, 0, train.TEST))
+    seed = torch.tensor(train.reparam.derive_seed(0, 0, phases.TEST))
     with torch.no_grad():
         sse = [found.model(image[None] / 255, seed, i).sse for i, image in enumerate(images)]
     logged = rows(run / "log.csv")[-1]["test_sse"]
@@ -244,6 +245,6 @@ def test_orders_and_coins_are_functions_of_seed_and_epoch():
 
 def test_gather_mirrors_and_scales():
     images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
-    x = train.gather(images, torch.tensor([4, 0]), torch.tensor([True, False]))
+    x = phases.gather(images, torch.tensor([4, 0]), torch.tensor([True, False]))
     assert x.equal(torch.stack([images[4].flip(2), images[0]]) / 255)
-    assert train.gather(images, torch.tensor([1]), None).equal(images[1:2] / 255)
+    assert phases.gather(images, torch.tensor([1]), None).equal(images[1:2] / 255)

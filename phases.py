@@ -1,0 +1,169 @@
+"""The two parts of a run, and what a step of each minimises: the autoencoder's ELBO, then its learned prior's.
+
+Each phase has `parameters`, `first` and `epochs` (its part of the run's), `backward` (gradients of some rows of a
+batch and their sums), `update` (after Adam's step), `numbers` (for the terminal) and `end_epoch` (the log's columns).
+"""
+import density
+import prior
+import recipe
+import reparam
+import source
+import vae
+from group import Group
+from recipe import Options
+
+import torch
+from torch import Tensor
+
+ORDER, FLIP, NOISE, TEST, START, TIME, NAME = range(7)  # purposes of the seeds derived from the run's
+SUMS = 3  # how many sums a phase keeps of an epoch
+
+
+def gather(images: Tensor, rows: Tensor, mirrored: Tensor | None) -> Tensor:
+    """Some images (n, 3, 32, 32) of bytes as a batch in [0, 1], some of them mirrored."""
+    x = images.flatten(1).index_select(0, rows).view(-1, *vae.IMAGE)
+    if mirrored is not None:
+        x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
+    return vae.from_bytes(x)
+
+
+def autocast(chosen: Options) -> torch.autocast:
+    return torch.autocast(chosen.device, torch.bfloat16, enabled=chosen.precision == "bfloat16")
+
+
+def purpose_seed(chosen: Options, step: int, purpose: int) -> Tensor:
+    """The seed of one purpose at one step of a run, where the run computes."""
+    return torch.tensor(reparam.derive_seed(chosen.seed, step, purpose), device=chosen.device)
+
+
+class Autoencoder:
+    """The first phase: encoder and decoder, from photographs."""
+    name = "autoencoder"
+
+    def __init__(self, chosen: Options, data: source.Pictures, model: vae.VAE, workers: Group):
+        self.options, self.model, self.workers = chosen, model, workers
+        self.images, self.test_images = data.images.to(chosen.device), data.test_images.to(chosen.device)
+        self.first, self.epochs = 0, min(chosen.autoencoder_epochs, chosen.epochs)
+        self.parameters, self.longest = list(model.parameters()), None  # gradients are clipped to this length
+
+    def learning_rate(self, progress: float) -> float:
+        return recipe.learning_rate(self.options.schedule, self.options.lr, progress)
+
+    def backward(self, rows: Tensor, mirrored: Tensor | None, batch: int, first: int, step: int) -> Tensor:
+        """Gradients from this process's rows of the photographs, rows `first` on of a batch of so many.
+
+        Returns their sums of distortion, rate and squared error. The squared error of all processes sets the
+        variance, else they would train another objective.
+        """
+        x = gather(self.images, rows, mirrored)
+        with autocast(self.options):
+            # convolutions take no empty batch: a process without rows computes one and counts none
+            terms = self.model(x if len(x) else x.new_zeros(1, *vae.IMAGE), purpose_seed(self.options, step, NOISE),
+                               first)
+        terms = vae.Terms(*(term[:len(x)] for term in terms))
+        sse = self.workers.total(terms.sse.detach().sum())
+        distortion = self.model.distortion(terms.sse, sse / (batch * vae.PIXELS))
+        ((distortion + self.options.beta * terms.rate).sum() / batch).backward()
+        return torch.stack([distortion.detach().sum(), terms.rate.detach().sum(), terms.sse.detach().sum()])
+
+    def update(self, step: int) -> None:
+        """Nothing but Adam's step."""
+
+    def numbers(self, means: list[float]) -> dict[str, float]:
+        """What the progress line shows, of an epoch's means over its images."""
+        distortion, rate, _ = means
+        return {"loss": distortion + self.options.beta * rate, "rate": rate, "distortion": distortion}
+
+    @torch.no_grad()
+    def test(self, batch_size: int = 500) -> tuple[float, ...]:
+        """Mean distortion, rate, squared error and bits/dim of the test pictures, with the same noise every time."""
+        share, totals = self.workers.share(len(self.test_images)), torch.zeros(2, dtype=torch.float64)
+        totals = totals.to(self.options.device)
+        for first in range(share.start, share.stop, batch_size):
+            part = self.test_images[first:min(first + batch_size, share.stop)]
+            with autocast(self.options):
+                terms = self.model(vae.from_bytes(part), purpose_seed(Options(device=self.options.device), 0, TEST),
+                                   first)
+            totals += torch.stack([terms.rate.sum(), terms.sse.sum()])
+        rate, sse = self.workers.total(totals) / len(self.test_images)
+        variance = self.model.variance.double()
+        numbers = self.model.distortion(sse, variance), rate, sse, vae.bits_per_dim(sse, rate, variance)
+        return tuple(number.item() for number in numbers)
+
+    def end_epoch(self, means: list[float]) -> dict[str, float]:
+        """Measure the variance, test; the log's columns."""
+        self.model.variance.fill_(means[2] / vae.PIXELS)
+        distortion, rate, sse, bits = self.test()
+        train = {f"train_{name}": value for name, value in self.numbers(means).items()}
+        return train | {"test_loss": distortion + self.options.beta * rate, "test_rate": rate,
+                        "test_distortion": distortion, "test_sse": sse, "bits_per_dim": bits}
+
+
+class Prior:
+    """The second phase: a flow in the latent space of the autoencoder, which stays as it is."""
+    name = "prior"
+
+    def __init__(self, chosen: Options, data: source.Pictures, model: vae.VAE, learned: prior.Learned, workers: Group):
+        self.options, self.model, self.learned, self.workers = chosen, model, learned, workers
+        self.first, self.epochs = chosen.autoencoder_epochs, chosen.epochs - chosen.autoencoder_epochs
+        self.parameters, self.longest = list(learned.velocity.parameters()), 1.0
+        views = [self.posteriors(data.images, mirrored) for mirrored in ((False, True) if chosen.flip else (False,))]
+        self.mu, self.logvar = (torch.cat(each) for each in zip(*views, strict=True))
+        self.names = density.names(data.images, data.labels, data.classes).to(chosen.device)
+        self.test_mu, self.test_logvar = self.posteriors(data.test_images)
+        self.test_names = data.test_labels.to(chosen.device)
+        if not learned.mean.any():  # else as it was when the phase began
+            learned.normalise(self.mu, self.logvar)
+
+    @torch.no_grad()
+    def posteriors(self, images: Tensor, mirrored: bool = False, batch_size: int = 250) -> tuple[Tensor, Tensor]:
+        """Mean and logvar (n, latent) of images of bytes; half precision, or 60,000 of them would take a gigabyte."""
+        parts = []
+        for part in images.split(batch_size):
+            x = vae.from_bytes((part.flip(3) if mirrored else part).to(self.options.device))
+            with autocast(self.options):
+                parts.append([each.half() for each in self.model.encode(x)])
+        return tuple(torch.cat(each) for each in zip(*parts, strict=True))
+
+    def learning_rate(self, progress: float) -> float:
+        return recipe.learning_rate("onecycle", self.options.prior_lr, progress)
+
+    def loss(self, velocity: prior.Velocity, mu: Tensor, logvar: Tensor, names: Tensor, seeds: list[Tensor],
+             first: int) -> Tensor:
+        """Flow matching's squared error of each latent, mean over its dimensions, (B,)."""
+        start, end, clock = seeds
+        z1 = self.learned.normalised(reparam.reparameterize_kl(mu.float(), logvar.float(), end, first)[0])
+        z0 = reparam.normals(*z1.shape, start, first)
+        t = reparam.normals(len(z1), 1, clock, first).sigmoid()
+        with autocast(self.options):
+            v = velocity(torch.lerp(z0, z1, t), t[:, 0], names)
+        return (v - (z1 - z0)).square().mean(1)
+
+    def backward(self, rows: Tensor, mirrored: Tensor | None, batch: int, first: int, step: int) -> Tensor:
+        """As `Autoencoder.backward`; returns the sum of squared errors."""
+        here = rows if len(rows) else rows.new_zeros(1)
+        at = here if mirrored is None or not len(rows) else here + mirrored * (len(self.mu) // 2)
+        seeds = [purpose_seed(self.options, step, purpose) for purpose in (START, NOISE, TIME, NAME)]
+        names = prior.hide(self.names[here], self.learned.none, seeds.pop(), first)
+        loss = self.loss(self.learned.velocity, self.mu[at], self.logvar[at], names, seeds, first)[:len(rows)].sum()
+        (loss / batch).backward()
+        return torch.stack([loss.detach(), *loss.new_zeros(SUMS - 1)])
+
+    def update(self, step: int) -> None:
+        """Follow with the averaged weights, which draw better pictures."""
+        self.learned.follow(step)
+
+    def numbers(self, means: list[float]) -> dict[str, float]:
+        return {"prior loss": means[0]}
+
+    @torch.no_grad()
+    def end_epoch(self, means: list[float]) -> dict[str, float]:
+        """Test the averaged weights; the log's columns."""
+        share, total = self.workers.share(len(self.test_mu)), self.test_mu.new_zeros(1, dtype=torch.float64)
+        fixed = Options(device=self.options.device)
+        for first in range(share.start, share.stop, 500):
+            part = slice(first, min(first + 500, share.stop))
+            seeds = [purpose_seed(fixed, 0, purpose) for purpose in (START, NOISE, TIME)]
+            total += self.loss(self.learned.average, self.test_mu[part], self.test_logvar[part], self.test_names[part],
+                               seeds, first).sum()
+        return {"train_loss": means[0], "test_loss": (self.workers.total(total) / len(self.test_mu)).item()}

@@ -1,0 +1,181 @@
+"""The learned prior: a flow from noise to the latents of photographs, conditioned on the class, and its compositions.
+
+A trained autoencoder stays as it is. Its latents z_1, normalised per channel, and noise z_0 ~ N(0, I) are joined by
+straight lines z_t = (1 - t) z_0 + t z_1, and a network v(z_t, t, class) learns their direction z_1 - z_0 by mean
+squares (flow matching: Lipman et al. 2023, Liu et al. 2023). Following v from noise at t = 0 to t = 1 draws a latent.
+Now and then the class is hidden in training, so that classes can be weighed against "any" (Ho and Salimans 2022) and
+against each other (Liu et al. 2022): v_none + sum over classes k of w_k (v_k - v_none).
+"""
+import copy
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import reparam
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class Block(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))) scaled and shifted)), (B, channels, h, w): the condition sets both."""
+
+    def __init__(self, channels: int, condition: int):
+        super().__init__()
+        self.first = nn.Sequential(nn.GroupNorm(8, channels), nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1))
+        self.norm = nn.GroupNorm(8, channels, affine=False)
+        self.condition = nn.Linear(condition, 2 * channels)
+        self.last = nn.Conv2d(channels, channels, 3, padding=1)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+        scale, shift = self.condition(e)[:, :, None, None].chunk(2, 1)
+        return x + self.last(functional.silu(torch.addcmul(shift, self.norm(self.first(x)), 1 + scale)))
+
+
+class Attention(nn.Module):
+    """x + attention over all places of norm(x), (B, channels, h, w)."""
+
+    def __init__(self, channels: int, heads: int = 4):
+        super().__init__()
+        self.heads, self.norm = heads, nn.GroupNorm(8, channels)
+        self.inside, self.out = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.inside(self.norm(x)).flatten(2).unflatten(1, (3, self.heads, -1)).transpose(3, 4)
+        seen = functional.scaled_dot_product_attention(*parts.unbind(1))
+        return x + self.out(seen.transpose(2, 3).flatten(1, 2).view_as(x))
+
+
+class Velocity(nn.Module):
+    """v(z, t, class) for latents on a grid: a U-net of 8 x 8 and 4 x 4, (B, latent) to (B, latent).
+
+    Class number `classes`, one past the last, is "none": any of them. At first the velocity is zero everywhere.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], classes: int, fine: int = 96, coarse: int = 160,
+                 condition: int = 128):
+        super().__init__()
+        self.shape = shape
+        self.time = nn.Sequential(nn.Linear(32, condition), nn.SiLU(), nn.Linear(condition, condition))
+        self.name = nn.Embedding(classes + 1, condition)
+        self.enter = nn.Conv2d(shape[0], fine, 3, padding=1)
+        self.down = nn.ModuleList(Block(fine, condition) for _ in range(2))
+        self.shrink = nn.Conv2d(fine, coarse, 2, 2)
+        self.middle = nn.ModuleList(Block(coarse, condition) for _ in range(3))
+        self.attention = Attention(coarse)
+        self.grow = nn.ConvTranspose2d(coarse, fine, 2, 2)
+        self.join = nn.Conv2d(2 * fine, fine, 1)
+        self.up = nn.ModuleList(Block(fine, condition) for _ in range(2))
+        self.leave = nn.Sequential(nn.GroupNorm(8, fine), nn.SiLU(), nn.Conv2d(fine, shape[0], 3, padding=1))
+        nn.init.zeros_(self.leave[-1].weight)
+        nn.init.zeros_(self.leave[-1].bias)
+
+    def forward(self, z: Tensor, t: Tensor, names: Tensor) -> Tensor:
+        """Velocities float32 (B, latent) of normalised latents (B, latent) at times (B,), of class numbers (B,)."""
+        angles = t[:, None] * torch.exp(torch.linspace(0, math.log(1000), 16, device=z.device))
+        e = functional.silu(self.time(torch.cat([angles.sin(), angles.cos()], 1)) + self.name(names))
+        x = self.enter(z.unflatten(1, self.shape))
+        for block in self.down:
+            x = block(x, e)
+        y = self.attention(self.middle[0](self.shrink(x), e))
+        for block in self.middle[1:]:
+            y = block(y, e)
+        x = self.join(torch.cat([x, self.grow(y)], 1))
+        for block in self.up:
+            x = block(x, e)
+        return self.leave(x).float().flatten(1)
+
+
+class Learned(nn.Module):
+    """A learned prior: the velocity that is trained, its average over the steps, which draws, and the normalisation."""
+
+    def __init__(self, shape: tuple[int, int, int], names: int):
+        super().__init__()
+        self.none = names
+        self.velocity = Velocity(shape, names)
+        self.average = copy.deepcopy(self.velocity).requires_grad_(False)
+        self.register_buffer("mean", torch.zeros(math.prod(shape)))
+        self.register_buffer("std", torch.ones(math.prod(shape)))
+
+    @torch.no_grad()
+    def normalise(self, mu: Tensor, logvar: Tensor) -> None:
+        """Take mean and standard deviation of each channel from posteriors (n, latent)."""
+        cells = math.prod(self.velocity.shape[1:])
+        means, second = (torch.stack([part.double().sum(0) for part in parts]).sum(0) / len(mu) for parts in (
+            mu.split(1000), [m.float().square() + v.float().exp() for m, v in zip(mu.split(1000), logvar.split(1000),
+                                                                                  strict=True)]))
+        means, second = (part.view(-1, cells).mean(1) for part in (means, second))
+        self.mean.copy_(means.repeat_interleave(cells))
+        self.std.copy_((second - means.square()).sqrt().repeat_interleave(cells))
+
+    def normalised(self, z: Tensor) -> Tensor:
+        return (z - self.mean) / self.std
+
+    def latents(self, z: Tensor) -> Tensor:
+        """Back from normalised latents to the decoder's."""
+        return z * self.std + self.mean
+
+    @torch.no_grad()
+    def follow(self, step: int, decay: float = 0.995) -> None:
+        """Take the averaged weights a little nearer to the trained ones, faster at the beginning."""
+        nearer = 1 - min(decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.average.parameters()), list(self.velocity.parameters()), nearer)
+
+
+def hide(names: Tensor, none: int, seed: Tensor, first: int) -> Tensor:
+    """Of each row's two names (B, 2) one, or for 15 % `none`; int64 (B,). Row i depends on (seed, first + i) alone."""
+    chance = reparam.words(len(names), 1, seed, first)[:, 0, 0] / 2**32
+    return torch.where(chance < 0.15, none, torch.where(chance < 0.575, names[:, 0], names[:, 1]))
+
+
+def step_seconds(velocity: Velocity, batch_size: int) -> float:
+    """What a training step takes, the second of two."""
+    weight = next(velocity.parameters())
+    z, begun = weight.new_zeros(batch_size, math.prod(velocity.shape)), []
+    for _ in range(2):
+        begun.append(time.monotonic())
+        velocity(z, z[:, 0], z[:, 0].long()).sum().backward()
+    velocity.zero_grad()
+    return time.monotonic() - begun[-1]
+
+
+Field = Callable[[Tensor, float], Tensor]  # velocities (B, latent) of latents (B, latent) at a time
+
+
+def integrate(field: Field, z: Tensor, times: Sequence[float]) -> Tensor:
+    """Follow dz/dt = field(z, t) through the times, to second order, with one look at the field a step.
+
+    Adams and Bashforth's two-step method for steps of any length, after a first step of Heun's.
+    """
+    v_before, step_before = None, 0.0
+    for t, after in zip(times, times[1:], strict=False):
+        step, v = after - t, field(z, t)
+        if v_before is None:
+            z = z + step / 2 * (v + field(z + step * v, after))
+        else:
+            z = z + step * (v + step / (2 * step_before) * (v - v_before))
+        v_before, step_before = v, step
+    return z
+
+
+def composed(velocity: nn.Module, none: int, weights: dict[int, float | Tensor]) -> Field:
+    """v_none + sum_k w_k (v_k - v_none); a class alone at weight 1, and no class at all, need one look each.
+
+    weights: of class numbers; a number, or (latent,) where they differ over the grid.
+    """
+    alone = len(weights) == 0 or list(weights.values()) == [1.0]
+    names = list(weights) or [none]
+    names = names if alone else [none, *names]
+
+    def field(z: Tensor, t: float) -> Tensor:
+        rows = torch.tensor(names, device=z.device).repeat_interleave(len(z))
+        parts = velocity(z.repeat(len(names), 1), z.new_full((len(rows),), t), rows).view(len(names), *z.shape)
+        if alone:
+            return parts[0]
+        return parts[0] + sum(w * (part - parts[0]) for w, part in zip(weights.values(), parts[1:], strict=True))
+    return field
