@@ -74,16 +74,17 @@ def usual_epoch(model: vae.VAE, optimizer: torch.optim.Adam, loader: torch.utils
 
 def our_epoch(training: train.Training) -> None:
     """The training part of an epoch as `train.py` runs it: no test, no log, no checkpoint."""
-    quiet = log.Progress(1, len(training.images), 0, training.folder / "speed.csv", quiet=True)
+    quiet = log.Progress(1, 1, len(training.data.images), 0, 0.0, training.folder / "speed.csv", quiet=True)
     training.step = 0
     training.totals.zero_()
     training.train_epoch(quiet)
 
 
-def floor_step(training: train.Training, x: Tensor) -> Callable[[], None]:
+def floor_step(training: train.Training, batch: int) -> Callable[[], None]:
     """A function that does the matrix products or convolutions of one step, and Adam's pass over memory, alone."""
     dtype = torch.bfloat16 if training.options.precision == "bfloat16" else torch.float32
-    products = [m for m in training.model.modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.ConvTranspose2d)]
+    network = training.learned.velocity if training.phase.name == "prior" else training.model
+    products = [m for m in network.modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.ConvTranspose2d)]
     copies, layers = {m: copy.deepcopy(m).to(dtype) for m in products}, []
 
     def keep(layer: nn.Module, inputs: tuple, output: Tensor) -> None:
@@ -91,10 +92,10 @@ def floor_step(training: train.Training, x: Tensor) -> Callable[[], None]:
         layers.append((copies[layer], x, torch.randn_like(output, dtype=dtype)))
 
     hooks = [m.register_forward_hook(keep) for m in products]
-    training.model(x, torch.tensor(0))
+    training.phase.backward(torch.arange(batch), None, batch, 0, 0)
     for hook in hooks:
         hook.remove()
-    optimizer = torch.optim.Adam(training.parameters, 1e-9, fused=True)
+    optimizer = torch.optim.Adam(training.phase.parameters, 1e-9, fused=True)
 
     def step() -> None:
         for layer, inputs, gradient in layers:
@@ -107,15 +108,18 @@ def floor_step(training: train.Training, x: Tensor) -> Callable[[], None]:
 def time_training(chosen: recipe.Options, data: source.Pictures, rounds: int, against: bool = True) -> dict:
     """Images a second of our epochs and, with `against`, of the usual loop and of the floor."""
     training = train.Training(chosen, data, None, Group("cpu"))
+    training.epoch = chosen.epochs - 1  # of the learned prior where there is one
+    training.enter()
     n, batch = len(data.images), chosen.batch_size
     candidates = {"ours": lambda: our_epoch(training)}
-    if against:
+    if against and chosen.prior == "normal":
         for workers in (0, 2):
             model = vae.VAE(chosen.arch, chosen.likelihood, chosen.latent)
             loader = torch.utils.data.DataLoader(Usual(data.images), batch, shuffle=True, num_workers=workers)
             optimizer = torch.optim.Adam(model.parameters(), chosen.lr)
             candidates[f"usual, {workers} workers"] = lambda a=(model, optimizer, loader): usual_epoch(*a)
-        step = floor_step(training, vae.from_bytes(data.images[:batch]))
+    if against:
+        step = floor_step(training, batch)
         candidates["floor"] = lambda: [step() for _ in range(training.steps)]
     times = {name: [] for name in candidates}
     for _ in range(rounds):
@@ -135,7 +139,8 @@ def part(data: source.Pictures, n: int) -> source.Pictures:
 def variants(base: recipe.Options, images: int, sizes: bool) -> list[tuple[dict, int]]:
     """Changes of options, and numbers of pictures, to time."""
     batches = [({"batch_size": size}, images) for size in (32, 256, 1024)]
-    latents = [({"latent": size}, images) for size in (("32", "512") if base.arch == "mlp" else ("8x8x4", "128"))]
+    grids = ("8x8x4", "128") if base.prior == "normal" else ("8x8x4",)
+    latents = [({"latent": size}, images) for size in (("32", "512") if base.arch == "mlp" else grids)]
     return [({}, images), *([*batches, *latents, ({}, 5_000), ({}, 50_000)] if sizes else [])]
 
 
@@ -154,8 +159,9 @@ def train_command(chosen: argparse.Namespace) -> None:
     torch.set_flush_denormal(True)
     data, rows = source.load(chosen.data, "horse,bird"), []
     for arch in chosen.arch:
-        base = recipe.resolve(recipe.Options(arch=arch, latent=chosen.latent if arch == "conv" else "128",
-                                             run=tempfile.mkdtemp(), threads=chosen.threads))
+        network = {"mlp": {"arch": "mlp"}, "conv": {"latent": chosen.latent, "prior": "normal"},
+                   "prior": {"latent": "8x8x8", "epochs": 2}}[arch]
+        base = recipe.resolve(recipe.Options(**network, run=tempfile.mkdtemp(), threads=chosen.threads))
         torch.set_num_threads(base.threads)
         print(f"{arch}, latent {base.latent}, {base.threads} threads, {base.precision}, {chosen.rounds} rounds; "
               f"{machine('cpu')}", flush=True)
@@ -176,10 +182,11 @@ def show_training(row: dict) -> None:
     """Print images a second, and the ratios that count."""
     print("  " + ", ".join(f"{key} {value:,.0f}" if isinstance(value, float) else f"{key} {value}"
                            for key, value in row.items()), flush=True)
+    usual = max(row.get("usual, 0 workers", 0), row.get("usual, 2 workers", 0))
+    if usual:
+        print(f"  {row['ours'] / usual:.2f} times the usual loop's speed", flush=True)
     if "floor" in row:
-        usual = max(row["usual, 0 workers"], row["usual, 2 workers"])
-        print(f"  {row['ours'] / usual:.2f} times the usual loop's speed; {row['floor'] / row['ours']:.2f} times the "
-              "floor's time", flush=True)
+        print(f"  {row['floor'] / row['ours']:.2f} times the floor's time", flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -196,7 +203,7 @@ def main(argv: list[str] | None = None) -> None:
     command.set_defaults(run=bench_op.op)
     command = commands.add_parser("train", help="whole epochs against the usual loop and the step's floor")
     command.add_argument("--data", default="auto", help="as in train.py")
-    command.add_argument("--arch", nargs="+", default=("mlp", "conv"), choices=tuple(vae.NETWORKS))
+    command.add_argument("--arch", nargs="+", default=("mlp", "conv", "prior"), choices=("mlp", "conv", "prior"))
     command.add_argument("--latent", default="8x8x8", help="of conv")
     command.add_argument("--images", type=int, default=10_000)
     command.add_argument("--rounds", type=int, default=3)

@@ -1,4 +1,7 @@
-"""Save atomically, load safely: a checkpoint is either the old one or the new one, and never runs code."""
+"""Save atomically, load safely: a checkpoint is either the old one or the new one, and never runs code.
+
+    python checkpoint.py runs/pegasus/last.pt small.pt     # what drawing needs, weights in bfloat16
+"""
 import contextlib
 import hashlib
 import json
@@ -6,15 +9,23 @@ import os
 import warnings
 import zipfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import options
-from options import Fault
+from options import Fault, option
 
 import torch
 from torch import Tensor
 
-FORMAT = 2  # 1 knew no skipped steps
+FORMAT = 3  # 1 knew no skipped steps, 2 no learned prior
+TRAINING = ("optimizer", "velocity", "history", "rng", "totals", "skipped", "densities")  # what drawing can do without
+
+
+@dataclass(frozen=True)
+class Options:
+    checkpoint: str = option("", "a checkpoint with a learned prior, as `make train` writes to runs/", positional=True)
+    out: str = option("", "the smaller one to write", positional=True)
 
 
 def save(path: Path, state: dict) -> None:
@@ -102,3 +113,24 @@ def digest(tensors: dict[str, Tensor], config: dict) -> str:
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         total.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()[:16]
+
+
+def small(state: dict) -> dict:
+    """A state without what only training needs, weights in bfloat16: a fifth of the size, and it can't be resumed."""
+    kept = {key: value for key, value in state.items() if key not in TRAINING}
+    halves = {part: {name: tensor.bfloat16() if tensor.is_floating_point() else tensor
+                     for name, tensor in state[part].items()} for part in ("model", "prior")}
+    return kept | halves | {"densities": {}}
+
+
+def main(argv: list[str] | None = None) -> None:
+    chosen, _ = options.parse(Options, argv, __doc__)
+    state = load(Path(chosen.checkpoint))
+    if state.get("phase") != "prior":
+        raise Fault(f"{chosen.checkpoint}: has no learned prior, so drawing needs nearly all of it; use it as it is")
+    save(Path(chosen.out), small(state))
+    print(f"{chosen.out}: {Path(chosen.out).stat().st_size / 2**20:.1f} MiB")
+
+
+if __name__ == "__main__":
+    options.run(main)

@@ -38,6 +38,8 @@ class Options:
     mode: str = option("balanced", "what the Frechet distance and --export are of: balanced, as many draws of each "
                        "class's density, or prior, draws of N(0, I)", choices=("balanced", "prior"))
     n: int = option(2000, "pictures to draw in each mode", least=200)
+    guidance: float = option(2.0, "of the classes' and the Pegasi's own sets, with a learned prior; balanced has none",
+                             least=0.0)
     images: int = option(500, "test photographs for the bounds", least=1)
     k: int = option(32, "posterior samples for each of them", least=1)
     judge_seed: int = option(1, "which judge reports; it is trained once and kept beside the data", least=0)
@@ -98,13 +100,27 @@ def bounds(model: vae.VAE, images: Tensor, k: int, seed: int, batch_size: int = 
             "distortion": distortion}
 
 
-def drawn_modes(found: sample.Trained, n: int, seed: int) -> dict[str, Tensor]:
-    """n images of each mode, `morph` apart."""
-    sets = {}
-    for number, mode in enumerate(mode for mode in sample.modes(found) if mode != "morph"):
-        chosen = sample.Options(mode=mode, n=n, seed=reparam.derive_seed(seed, number, DRAWS))
-        sets[mode] = sample.draw(found, chosen)
-    return sets
+def draw_mode(found: sample.Trained, mode: str, n: int, seed: int, guidance: float) -> Tensor:
+    """n images of a mode; another mode's noise is another."""
+    number = [each for each in sample.modes(found) if each != "morph"].index(mode)
+    return sample.draw(found, sample.Options(mode=mode, n=n, seed=reparam.derive_seed(seed, number, DRAWS),
+                                             guidance=guidance))
+
+
+def draw_balanced(found: sample.Trained, n: int, seed: int) -> Tensor:
+    """n images in turn one of each class, as each occurs: without guidance."""
+    each = math.ceil(n / len(found.classes))
+    return balanced([draw_mode(found, name, each, seed, guidance=1.0) for name in found.classes], n)
+
+
+def drawn_modes(found: sample.Trained, n: int, seed: int, guidance: float) -> dict[str, Tensor]:
+    """n images of each mode, `morph` apart, and as many of the classes in turn: `balanced`, and with guidance `guided`.
+
+    Without a learned prior there is no guidance, and `balanced` is of the classes' sets.
+    """
+    sets = {mode: draw_mode(found, mode, n, seed, guidance) for mode in sample.modes(found) if mode != "morph"}
+    turn = balanced([sets[name] for name in found.classes], n)
+    return sets | ({"balanced": draw_balanced(found, n, seed), "guided": turn} if found.learned else {"balanced": turn})
 
 
 def balanced(sets: list[Tensor], n: int) -> Tensor:
@@ -113,8 +129,8 @@ def balanced(sets: list[Tensor], n: int) -> Tensor:
 
 
 def nearest(features: Tensor, known: Tensor) -> float:
-    """Mean distance from each row of features (n, d) to the nearest of (m, d)."""
-    return torch.cat([torch.cdist(part, known).amin(1) for part in features.split(500)]).mean().item()
+    """Median distance from a row of features (n, d) to the nearest of (m, d)."""
+    return torch.cat([torch.cdist(part, known).amin(1) for part in features.split(500)]).median().item()
 
 
 def called(probabilities: Tensor, classes: tuple[str, ...]) -> dict[str, float]:
@@ -132,7 +148,8 @@ def turns(images: Tensor, labels: Tensor, n: int) -> Tensor:
 
 
 @torch.no_grad()
-def impressions(found: sample.Trained, data: source.Pictures, asked: judge.Judge, n: int, seed: int) -> dict[str, dict]:
+def impressions(found: sample.Trained, data: source.Pictures, asked: judge.Judge, n: int, seed: int,
+                guidance: float = 2.0) -> dict[str, dict]:
     """What a judge makes of each mode's pictures, of the test photographs and of their reconstructions.
 
     Returns dicts of set name to value: `called`, `pegasus_score` (mean) and `pegasus_share` (above 99 % of the test
@@ -140,9 +157,8 @@ def impressions(found: sample.Trained, data: source.Pictures, asked: judge.Judge
     """
     test = vae.from_bytes(data.test_images)
     again = torch.cat([found.model.reconstruct(part) for part in test.split(500)])
-    sets = {"photographs": test, "reconstructions": again} | drawn_modes(found, n, seed)
+    sets = {"photographs": test, "reconstructions": again} | drawn_modes(found, n, seed, guidance)
     seen = {name: judge.classify(asked, images) for name, images in sets.items()}
-    seen["balanced"] = tuple(balanced([seen[name][i] for name in data.classes], n) for i in range(2))
     known, real = judge.classify(asked, data.images)[1], seen["photographs"][1]
     shown = tuple(dict.fromkeys((*data.classes, *(("airplane",) if "bird" in data.classes else ()))))
     result = {"called": {name: called(p, shown) for name, (p, _) in seen.items()},
@@ -161,9 +177,10 @@ def report(found: sample.Trained, data: source.Pictures, state: dict, chosen: Op
     """All figures, under the names that --json gives them, and the settings behind each."""
     some = turns(data.test_images, data.test_labels, chosen.images)
     figures = bounds(found.model, some, chosen.k, chosen.seed)
-    seen = impressions(found, data, judge.from_state(state), chosen.n, chosen.seed)
+    seen = impressions(found, data, judge.from_state(state), chosen.n, chosen.seed, chosen.guidance)
     pixel = found.model.variance.item()
     judged = {"n": chosen.n, "classes": list(data.classes), "judge_seed": chosen.judge_seed,
+              "guidance": chosen.guidance,
               "judge_accuracy": state["accuracy"], "test_photographs": len(data.test_images)}
     settings = {"model": found.about, "data": data.folder, "seed": chosen.seed,
                 "bits_per_dim": {"k": chosen.k, "images": len(some), "prior": "N(0, I)", "pixel_variance": pixel},
@@ -203,8 +220,8 @@ def export(found: sample.Trained, chosen: Options) -> str:
         n = number(chosen.export[0])
     except options.argparse.ArgumentTypeError as error:
         raise Fault(f"--export: N: {error}") from None
-    sets = drawn_modes(found, n, chosen.seed)
-    images = balanced([sets[name] for name in found.classes], n) if chosen.mode == "balanced" else sets[chosen.mode]
+    images = (draw_balanced(found, n, chosen.seed) if chosen.mode == "balanced" else
+              draw_mode(found, chosen.mode, n, chosen.seed, chosen.guidance))
     folder.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
         pictures.save(pictures.sheet(image[None], 1, 1, 0), folder / f"{i:05}.png",

@@ -102,6 +102,9 @@ def describe(chosen: Options, data: source.Pictures, history: list[dict]) -> Non
     log.write(folder / "log.csv", log.COLUMNS, history)
     if not history:
         log.write(folder / "speed.csv", log.SPEED, [])
+    if chosen.prior == "learned":
+        print(f"{chosen.autoencoder_epochs} epochs for the autoencoder, "
+              f"{chosen.epochs - chosen.autoencoder_epochs} for the prior of its latents")
     print(f"{len(data.images):,} pictures ({', '.join(data.classes)}) from {data.name}, {chosen.arch}, "
           f"{chosen.precision}, {chosen.threads} threads, {chosen.device}; to {chosen.run}")
 
@@ -119,5 +122,6 @@ def draw(folder: Path, found: sample.Trained, data: source.Pictures, history: li
     if len(data.classes) > 1:
         sheets["pegasus"] = sample.draw(found)
     for name, images in sheets.items():
-        sheet_about = about | {"mode": name}
+        sheet_about = about | {"mode": name} if name != "reconstructions" else {
+            key: value for key, value in (about | {"mode": name}).items() if key != "prior"}
         pictures.save(sample.page(images, sheet_about), folder / f"{name}.png", sheet_about)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import options
 
-COLUMNS = ("epoch", "phase", "train_loss", "train_rate", "train_distortion", "test_loss", "test_rate", "test_distortion",
-           "test_sse", "bits_per_dim", "skipped", "data")  # of log.csv
+COLUMNS = ("epoch", "phase", "train_loss", "train_rate", "train_distortion", "test_loss", "test_rate",
+           "test_distortion", "test_sse", "bits_per_dim", "skipped", "data")  # of log.csv
 SPEED = ("epoch", "images_per_second", "seconds")  # of speed.csv
 
 

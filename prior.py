@@ -113,6 +113,15 @@ class Learned(nn.Module):
         self.mean.copy_(means.repeat_interleave(cells))
         self.std.copy_((second - means.square()).sqrt().repeat_interleave(cells))
 
+    def drawing(self) -> dict[str, Tensor]:
+        """The tensors that draw: all but the trained velocity."""
+        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("velocity.")}
+
+    def load(self, drawing: dict[str, Tensor], velocity: dict[str, Tensor] | None) -> None:
+        """Take what `drawing` gave and, to train on, the velocity; without it the average stands in for it."""
+        velocity = velocity or {name[8:]: tensor for name, tensor in drawing.items() if name.startswith("average.")}
+        self.load_state_dict(drawing | {f"velocity.{name}": tensor for name, tensor in velocity.items()})
+
     def normalised(self, z: Tensor) -> Tensor:
         return (z - self.mean) / self.std
 
@@ -166,9 +175,9 @@ def integrate(field: Field, z: Tensor, times: Sequence[float]) -> Tensor:
 def composed(velocity: nn.Module, none: int, weights: dict[int, float | Tensor]) -> Field:
     """v_none + sum_k w_k (v_k - v_none); a class alone at weight 1, and no class at all, need one look each.
 
-    weights: of class numbers; a number, or (latent,) where they differ over the grid.
+    weights: of class numbers; a number, or (B, 1) where pictures differ, or (latent,) where places of the grid do.
     """
-    alone = len(weights) == 0 or list(weights.values()) == [1.0]
+    alone = not weights or len(weights) == 1 and all(isinstance(w, float) and w == 1 for w in weights.values())
     names = list(weights) or [none]
     names = names if alone else [none, *names]
 

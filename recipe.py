@@ -57,6 +57,11 @@ def device(chosen: Options) -> str:
     return "cuda" if chosen.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
+def computes_bfloat16(place: str) -> bool:
+    """Whether `cpu` or `cuda` multiplies matrices of bfloat16 faster than others."""
+    return torch.cuda.is_bf16_supported() if place == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def resolve(chosen: Options) -> Options:
     """Options with whatever was left open decided, for this network and this machine."""
     decided = {name: value for name, value in RECIPES[chosen.arch].items() if getattr(chosen, name) is None}
@@ -65,8 +70,8 @@ def resolve(chosen: Options) -> Options:
     part = chosen.autoencoder_epochs or max(1, round(SHARE * chosen.epochs))
     decided |= {"autoencoder_epochs": min(part, chosen.epochs) if learned else chosen.epochs}
     place = device(chosen)
-    fast = torch.cuda.is_bf16_supported() if place == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    precision = ("bfloat16" if fast else "float32") if chosen.precision == "auto" else chosen.precision
+    fast = "bfloat16" if computes_bfloat16(place) else "float32"
+    precision = fast if chosen.precision == "auto" else chosen.precision
     threads = chosen.threads or torch.get_num_threads()
     return replace(chosen, **decided, device=place, precision=precision, threads=threads)
 

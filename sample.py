@@ -6,6 +6,7 @@
     python sample.py runs/pegasus/last.pt out.png --best 8 --coat white  # the 8 most Pegasus-like of 64, enlarged
 """
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import density
 import judge
 import pictures
 import prior
+import recipe
 import reparam
 import vae
 from options import Fault, option
@@ -25,6 +27,8 @@ from PIL import Image
 from torch import Tensor
 
 LARGEST = 2**28  # pixels of a sheet
+CHUNK = 64  # pictures that the learned prior draws at a time
+BEFORE = "drawn from the aggregate posterior: the learned prior is not trained yet"
 
 
 @dataclass(frozen=True)
@@ -56,26 +60,26 @@ class Trained:
     judge: judge.Judge | None
     learned: prior.Learned | None  # once it is being trained
 
+    @property
+    def device(self) -> str:
+        return self.model.variance.device.type
+
 
 def trained(state: dict, model: vae.VAE, learned: prior.Learned | None) -> Trained:
     """A model with what a run's state says of it; the digest is that of equal models everywhere."""
-    learned = learned if state.get("phase") == "prior" else None
+    waits, learned = learned and state["phase"] != "prior", learned if state.get("phase") == "prior" else None
     config = {key: state["config"].get(key, 0) for key in ("arch", "likelihood", "latent", "flow")}
     config |= {"classes": state["classes"]}
     densities = {name: Gaussian(*fitted) for name, fitted in state["densities"].items()}
     fitted = {f"{part} of {name}": tensor for name, gaussian in densities.items()
               for part, tensor in gaussian._asdict().items()}
-    weights = model.state_dict() | fitted | (drawing_weights(learned) if learned else {})
+    drawing = {f"prior {name}": tensor for name, tensor in learned.drawing().items()} if learned else {}
+    weights = model.state_dict() | fitted | drawing
     about = {"Software": "Pegasus VAE", "model": checkpoint.digest(weights, config),
              "epochs": f"{state['epoch']:g}", "data": state["data"]["name"]}
+    about |= {"prior": BEFORE if waits else "learned"} if learned or waits else {}
     asked = judge.from_state(state["judge"]) if state.get("judge") else None
     return Trained(model, densities, tuple(state["classes"]), about, asked, learned)
-
-
-def drawing_weights(learned: prior.Learned) -> dict[str, Tensor]:
-    """Of a learned prior's tensors those that draw."""
-    return {f"prior {name}": tensor for name, tensor in learned.state_dict().items()
-            if not name.startswith("velocity.")}
 
 
 def load(path: Path) -> Trained:
@@ -87,7 +91,7 @@ def load(path: Path) -> Trained:
         model.load_state_dict(state["model"])
         learned = prior.Learned(model.shape, len(state["classes"]) + len(density.COATS)) if state.get("prior") else None
         if learned:
-            learned.load_state_dict(state["prior"])
+            learned.load(state["prior"], None)
         return trained(state, model, learned)
 
 
@@ -130,19 +134,41 @@ def latents(found: Trained, chosen: Options) -> Tensor:
     return density.draw(source(found, chosen), vae.noise(chosen.n, found.model.latent, chosen.seed), chosen.temperature)
 
 
+def weights(found: Trained, chosen: Options) -> dict[int, float | Tensor]:
+    """How much of each class the learned prior's flow follows; in `morph` (n, 1), changing along a row of the sheet."""
+    first = len(found.classes) + density.COATS.index(chosen.coat) if chosen.coat != "any" else 0
+    if chosen.mode == "prior":
+        return {}
+    if chosen.mode == "morph":
+        along = torch.arange(chosen.n)[:, None] % chosen.columns / max(chosen.columns - 1, 1)
+        return {first: chosen.guidance * (1 - along), 1: chosen.guidance * along}
+    if chosen.mode == "pegasus":
+        return {first: 2 * chosen.blend * chosen.guidance, 1: 2 * (1 - chosen.blend) * chosen.guidance}
+    number = found.classes.index(chosen.mode)
+    return {number or first: chosen.guidance}
+
+
+def told(field: prior.Field, done: int, chosen: Options) -> prior.Field:
+    """A field that keeps a line on the terminal up to date of how far the drawing is."""
+    def telling(z: Tensor, t: float) -> Tensor:
+        share = (done + t * len(z)) / chosen.n
+        print(f"\r{chosen.mode}: {share:.0%} of {chosen.n} drawn", end="\033[K\r", file=sys.stderr, flush=True)
+        return field(z, t)
+    return telling if sys.stderr.isatty() else field
+
+
 @torch.no_grad()
 def learned_latents(found: Trained, chosen: Options) -> Tensor:
-    """Latents (n, latent) by the learned prior."""
-    first, w = (len(found.classes) + density.COATS.index(chosen.coat) if chosen.coat != "any" else 0), chosen.guidance
-    weights = {"prior": {}, "pegasus": {first: 1.5, 1: 1.5}, found.classes[0]: {first: w}}
-    if chosen.mode not in weights:
-        weights[chosen.mode] = {found.classes.index(chosen.mode): w}
-    field = prior.composed(found.learned.average, found.learned.none, weights[chosen.mode])
-    eps = vae.noise(chosen.n, found.model.latent, chosen.seed).to(found.learned.mean.device)
-    times = [i / chosen.steps for i in range(chosen.steps + 1)]
-    with torch.autocast(eps.device.type, torch.bfloat16):
-        parts = [prior.integrate(field, part, times) for part in eps.split(64)]
-    return found.learned.latents(torch.cat(parts))
+    """Latents (n, latent) by the learned prior, CHUNK pictures at a time."""
+    row = torch.arange(chosen.n) // chosen.columns if chosen.mode == "morph" else torch.arange(chosen.n)
+    eps = chosen.temperature * vae.noise(int(row[-1]) + 1, found.model.latent, chosen.seed)[row]
+    times, parts = [i / chosen.steps for i in range(chosen.steps + 1)], []
+    for rows in torch.arange(chosen.n).split(CHUNK):
+        pull = {name: w[rows] if isinstance(w, Tensor) else w for name, w in weights(found, chosen).items()}
+        field = told(prior.composed(found.learned.average, found.learned.none, pull), int(rows[0]), chosen)
+        with torch.autocast(found.device, torch.bfloat16, enabled=recipe.computes_bfloat16(found.device)):
+            parts.append(prior.integrate(field, eps[rows].to(found.device), times).cpu())
+    return found.learned.latents(torch.cat(parts).to(found.device)).cpu()
 
 
 def morph(found: Trained, chosen: Options) -> Tensor:
@@ -186,7 +212,7 @@ def draw(found: Trained, chosen: Options = Options()) -> Tensor:  # noqa: B008  
     """Images (n or best, 3, 32, 32) in [0, 1]; with `best`, that many of the n, the most Pegasus-like first."""
     check(found, chosen)
     z = latents(found, chosen)
-    images = found.model.decode(z.to(found.model.variance.device)).cpu()
+    images = found.model.decode(z.to(found.device)).cpu()
     if chosen.best:
         return images[ranking(found, z, images, chosen.coat).argsort(descending=True, stable=True)[:chosen.best]]
     return images
@@ -195,7 +221,9 @@ def draw(found: Trained, chosen: Options = Options()) -> Tensor:  # noqa: B008  
 def page(images: Tensor, about: dict[str, object], columns: int = 8, scale: int = 4) -> Image.Image:
     """A sheet of images that says below them when they come from drawn data."""
     sheet = pictures.sheet(images, columns, scale)
-    return pictures.caption(sheet, pictures.DRAWN) if about["data"] == "drawn" else sheet
+    for words in (BEFORE if about.get("prior") == BEFORE else "", pictures.DRAWN if about["data"] == "drawn" else ""):
+        sheet = pictures.caption(sheet, words) if words else sheet
+    return sheet
 
 
 def check_size(chosen: Options, scale: int) -> None:

@@ -84,7 +84,7 @@ class Training:
         self.model.load_state_dict(state["model"])
         self.epoch, self.step, self.history = state["epochs_done"], state["step"], state["history"]
         if self.learned:
-            self.learned.load_state_dict(state["prior"])
+            self.learned.load(state["prior"], state["velocity"])
         self.enter()
         if state.get("phase", self.phase.name) == self.phase.name:
             self.optimizer.load_state_dict(state["optimizer"])
@@ -102,7 +102,8 @@ class Training:
         return {"config": asdict(self.options), "classes": list(self.data.classes), "data": data,
                 "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "epoch": self.epoch + self.step / self.steps, "epochs_done": self.epoch, "step": self.step,
-                "phase": self.phase.name, "prior": self.learned.state_dict() if self.learned else None,
+                "phase": self.phase.name, "prior": self.learned.drawing() if self.learned else None,
+                "velocity": self.learned.velocity.state_dict() if self.learned else None,
                 "totals": self.totals, "skipped": self.skipped, "history": self.history,
                 "rng": torch.get_rng_state(), "densities": self.densities(), "judge": self.judge}
 

@@ -158,14 +158,14 @@ def test_an_older_format_goes_on(whole, batches, tmp_path):  # noqa: F811
 def spoil(monkeypatch):
     """Make one number of the gradient NaN in some steps, counted from the start of a run; losses stay finite."""
     def at(steps: set[int]) -> None:
-        backward = train.Training.backward
+        backward = phases.Autoencoder.backward
 
-        def spoilt(self, x, batch, first, step):
-            sums = backward(self, x, batch, first, step)
+        def spoilt(self, rows, mirrored, batch, first, step):
+            sums = backward(self, rows, mirrored, batch, first, step)
             if step in steps:
                 self.parameters[2].grad.view(-1)[7] = torch.nan
             return sums
-        monkeypatch.setattr(train.Training, "backward", spoilt)
+        monkeypatch.setattr(phases.Autoencoder, "backward", spoilt)
     return at
 
 
@@ -177,7 +177,7 @@ def test_a_step_without_a_finite_gradient_is_skipped(batches, tmp_path, spoil, m
     def watched(self, *args):
         step(self, *args)
         moments = [m[key].clone() for m in self.optimizer.state.values() for key in ("step", "exp_avg", "exp_avg_sq")]
-        seen.append([*(p.detach().clone() for p in self.parameters), self.totals.clone(), *moments])
+        seen.append([*(p.detach().clone() for p in self.phase.parameters), self.totals.clone(), *moments])
         if len(seen) == 10:
             self.asked = 15
     with monkeypatch.context() as patched:
@@ -233,14 +233,14 @@ def test_saving_takes_under_a_hundredth_of_the_time(batches, tmp_path):
 
 
 WORKER = """
-import os, options, torch, train
-backward = train.Training.backward
-def spoilt(self, x, batch, first, step):
-    sums = backward(self, x, batch, first, step)
+import os, options, phases, torch, train
+backward = phases.Autoencoder.backward
+def spoilt(self, rows, mirrored, batch, first, step):
+    sums = backward(self, rows, mirrored, batch, first, step)
     if step in (1, 6) and os.environ["RANK"] == "1":
         self.parameters[2].grad.view(-1)[7] = torch.nan
     return sums
-train.Training.backward = spoilt
+phases.Autoencoder.backward = spoilt
 options.run(train.main)
 """
 

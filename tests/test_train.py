@@ -221,9 +221,8 @@ def test_a_lost_worker_is_replaced_and_the_curve_stays(batches, tmp_path):
 
 
 def test_learning_rates():
-    constant, onecycle = recipe.Options(lr=0.5, schedule="constant"), recipe.Options(lr=0.5, schedule="onecycle")
-    assert {recipe.learning_rate(constant, p) for p in (0, 0.3, 1)} == {0.5}
-    rates = [recipe.learning_rate(onecycle, p / 100) for p in range(101)]
+    assert {recipe.learning_rate("constant", 0.5, p) for p in (0, 0.3, 1)} == {0.5}
+    rates = [recipe.learning_rate("onecycle", 0.5, p / 100) for p in range(101)]
     assert rates[0] == pytest.approx(0.02)
     assert max(rates) == rates[10] == pytest.approx(0.5)
     assert rates[100] == pytest.approx(0, abs=1e-9)
