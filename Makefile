@@ -42,8 +42,10 @@ paper: build  ## the paper's recipe, exactly, in runs/paper
 	$(TRAIN) --run $(RUN) --arch mlp --likelihood mse --latent 128 --schedule constant --lr 1e-3 \
 	  --batch-size 128 --beta 1 --no-flip $(ARGS)
 
+# before there is a run: the checkpoint that comes along
+CHECKPOINT = $(firstword $(wildcard $(RUN)/last.pt) pegasus.pt)
 sample: build  ## draw a sheet from the run in RUN to OUT
-	$(PYTHON) sample.py $(RUN)/last.pt $(OUT) $(ARGS)
+	$(PYTHON) sample.py $(CHECKPOINT) $(OUT) $(ARGS)
 
 evaluate: build  ## bits/dim, Frechet distance and what the pictures of the run in RUN are taken for
 	$(PYTHON) evaluate.py $(RUN)/last.pt $(ARGS)

@@ -83,7 +83,8 @@ def add(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
         parser.add_argument(field.name, help=meta["text"], **settings)
         return
     text = meta["text"] + ("" if field.default in (None, False, "") else f" (default: {field.default})")
-    parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **settings)
+    flag = "--" + field.name.rstrip("_").replace("_", "-")  # `from_`: what Python keeps for itself
+    parser.add_argument(flag, dest=field.name, default=argparse.SUPPRESS, help=text, **settings)
 
 
 def parse(kind: type[T], argv: list[str] | None, description: str) -> tuple[T, set[str]]:

@@ -4,8 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import options
+from options import Fault
 
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+import numpy
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import Tensor
 
 INK, GRID, PAPER = (40, 40, 40), (225, 225, 225), (255, 255, 255)
@@ -20,6 +23,18 @@ def save(image: Image.Image, path: Path, text: dict[str, object]) -> None:
         info.add_text(key, str(value))
     with options.replacing(path) as beside:
         image.save(beside, "PNG", pnginfo=info)
+
+
+def read(path: Path, size: int = 32) -> Tensor:
+    """Any picture's middle square as (1, 3, size, size) in [0, 1]. Raises Fault."""
+    try:
+        with Image.open(path) as image:
+            square = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (size, size))
+    except FileNotFoundError:
+        raise Fault(f"{path}: no such file; wanted a picture") from None
+    except Exception as error:  # a file can hold anything, and makes the readers of pictures raise as much
+        raise Fault(f"{path}: not a picture that Pillow reads ({options.brief(error)})") from None
+    return torch.from_numpy(numpy.asarray(square).copy()).permute(2, 0, 1)[None] / 255
 
 
 def caption(image: Image.Image, words: str) -> Image.Image:

@@ -4,6 +4,7 @@
     python sample.py runs/pegasus/last.pt out.png --mode horse     # 64 horses
     python sample.py runs/pegasus/last.pt out.png --mode morph     # rows from a horse to a bird
     python sample.py runs/pegasus/last.pt out.png --best 8 --coat white  # the 8 most Pegasus-like of 64, enlarged
+    python sample.py runs/pegasus/last.pt out.png --from photo.png       # out of a picture of your own
 """
 import math
 import sys
@@ -43,6 +44,8 @@ class Options:
     coat: str = option("any", "the horse's", choices=("any", *density.COATS))
     guidance: float = option(2.0, "with a learned prior, how much more a class is drawn than any; 1 is as it occurs",
                              least=0.0)
+    from_: str | None = option(None, "with a learned prior, a picture to begin from instead of noise")
+    keep: float = option(0.4, "how much of that picture to keep, 0 to 1", least=0.0, most=1.0)
     steps: int = option(16, "of the learned prior's flow", least=1, most=1000)
     temperature: float = option(1.0, "standard deviation of the noise", least=0.0)
     columns: int = option(8, "pictures in a row", least=1, most=65_536)
@@ -105,6 +108,8 @@ def check(found: Trained, chosen: Options) -> None:
     if chosen.mode not in modes(found):
         raise Fault(f"--mode: got {chosen.mode}, wanted one of {', '.join(modes(found))}, which is what this model "
                     f"of {', '.join(found.classes)} can draw")
+    if chosen.from_ and not found.learned:
+        raise Fault("--from: this model has no learned prior, and nothing else can go on from a picture; leave it")
     coated = ("pegasus", "morph", found.classes[0])
     if chosen.coat != "any" and chosen.mode not in coated:
         raise Fault(f"--coat: got {chosen.coat} with --mode {chosen.mode}, which has no {found.classes[0]}; leave it, "
@@ -162,7 +167,11 @@ def learned_latents(found: Trained, chosen: Options) -> Tensor:
     """Latents (n, latent) by the learned prior, CHUNK pictures at a time."""
     row = torch.arange(chosen.n) // chosen.columns if chosen.mode == "morph" else torch.arange(chosen.n)
     eps = chosen.temperature * vae.noise(int(row[-1]) + 1, found.model.latent, chosen.seed)[row]
-    times, parts = [i / chosen.steps for i in range(chosen.steps + 1)], []
+    begin, parts = 0.0, []
+    if chosen.from_:
+        mu, _ = found.model.encode(pictures.read(Path(chosen.from_)).to(found.device))
+        begin, eps = chosen.keep, torch.lerp(eps, found.learned.normalised(mu).cpu(), chosen.keep)
+    times = [begin + (1 - begin) * i / chosen.steps for i in range(chosen.steps + 1)]
     for rows in torch.arange(chosen.n).split(CHUNK):
         pull = {name: w[rows] if isinstance(w, Tensor) else w for name, w in weights(found, chosen).items()}
         field = told(prior.composed(found.learned.average, found.learned.none, pull), int(rows[0]), chosen)
