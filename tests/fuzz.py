@@ -75,7 +75,7 @@ def command(data: bytes) -> None:
         with contextlib.suppress(Fault, SystemExit), contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
             chosen, given = options.parse(kind, words, "")
             if kind is recipe.Options:
-                recipe.settle(chosen, given, None)
+                chosen = recipe.settle(chosen, given, None)
                 cifar10.class_indices(chosen.classes)
                 vae.latent_shape(chosen.latent)
             else:

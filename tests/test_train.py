@@ -176,7 +176,7 @@ def test_without_network_and_data_the_drawn_set_is_announced_everywhere(batches,
 
 
 def curves(folder: Path) -> list[list[float]]:
-    return [[float(row[key]) for key in train.COLUMNS[1:-1]] for row in rows(folder / "log.csv")]
+    return [[float(row[key]) for key in train.COLUMNS[2:-1]] for row in rows(folder / "log.csv")]
 
 
 def workers(n: int, folder: Path, batches: Path, *argv: object) -> subprocess.Popen:

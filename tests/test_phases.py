@@ -1,0 +1,156 @@
+"""A run of both phases through its command lines: autoencoder, then learned prior."""
+import csv
+import shutil
+from pathlib import Path
+
+import checkpoint
+import phases
+import pictures
+import prior
+import sample
+import train
+
+import pytest
+import torch
+from conftest import png
+
+COMMAND = ("--batch-size", "50", "--latent", "8x8x2", "--no-judge", "--threads", "1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_network():
+    """A thirtieth of the work: what is tested here is not how well it draws."""
+    whole = prior.Velocity.__init__.__defaults__
+    prior.Velocity.__init__.__defaults__ = (16, 16, 8)
+    yield
+    prior.Velocity.__init__.__defaults__ = whole
+
+
+def trained(folder: Path, batches: Path, epochs: int, *more: str) -> int:
+    return train.main(["--run", str(folder), "--data", str(batches), "--epochs", str(epochs),
+                       "--autoencoder-epochs", "1", *COMMAND, *more])
+
+
+@pytest.fixture(scope="module")
+def run(batches, tmp_path_factory, small_network) -> Path:
+    """An unbroken run: an epoch of the autoencoder, two of the prior."""
+    folder = tmp_path_factory.mktemp("phases") / "a"
+    assert trained(folder, batches, 3) == 0
+    return folder
+
+
+def test_the_log_says_which_phase(run):
+    rows = list(csv.DictReader((run / "log.csv").read_text().splitlines()))
+    assert [row["phase"] for row in rows] == ["autoencoder", "prior", "prior"]
+    assert rows[0]["bits_per_dim"] and not rows[1]["bits_per_dim"]
+    assert 0.5 < float(rows[2]["test_loss"]) < 3  # a velocity of zero has 2
+    assert png(run / "curves.png")[0][1] > 1200
+
+
+@pytest.mark.parametrize("step", [3, 4, 5, 10])
+def test_stopped_anywhere_a_run_goes_on_to_the_same_bits(run, batches, tmp_path, monkeypatch, step):
+    """Also at the last step of the autoencoder's epoch (4) and after the first of the prior's."""
+    ours = train.Training.train_step
+
+    def stopping(self, *args):
+        ours(self, *args)
+        if self.epoch * self.steps + self.step == step:
+            self.stop = 15
+    monkeypatch.setattr(train.Training, "train_step", stopping)
+    assert trained(tmp_path / "b", batches, 3) == 128 + 15
+    monkeypatch.setattr(train.Training, "train_step", ours)
+    assert trained(tmp_path / "b", batches, 3, "--resume") == 0
+    one, two = checkpoint.load(run / "last.pt"), checkpoint.load(tmp_path / "b" / "last.pt")
+    for part in ("model", "prior", "velocity"):
+        assert all(tensor.equal(two[part][name]) for name, tensor in one[part].items()), part
+    for i, moments in one["optimizer"]["state"].items():
+        assert all(moment.equal(two["optimizer"]["state"][i][name]) for name, moment in moments.items())
+    for name in ("log.csv", "curves.png", "pegasus.png", "samples.png"):
+        assert (run / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+def test_rows_of_a_batch_may_be_computed_apart(run, batches, tmp_path):
+    """The gradients of a batch are those of its rows 0 to 30 and 30 to 50 and of none together."""
+    state = checkpoint.load(run / "last.pt")
+    chosen = train.replace(train.Options(**state["config"]), precision="float32", run=str(tmp_path))
+    training = train.Training(chosen, train.source.load(str(batches), "horse,bird"), state, train.Group("cpu"))
+    rows, mirrored, found = torch.arange(50) * 3, torch.arange(50) % 2 == 1, []
+    for shares in ([slice(0, 50)], [slice(0, 30), slice(30, 30), slice(30, 50)]):
+        training.optimizer.zero_grad()
+        sums = sum(training.phase.backward(rows[s], mirrored[s], 50, s.start, 7) for s in shares)
+        found.append([sums, *(p.grad for p in training.phase.parameters)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_sheets_before_the_prior_say_so(batches, tmp_path, monkeypatch):
+    words, caption = [], pictures.caption
+    monkeypatch.setattr(pictures, "caption", lambda image, text: words.append(text) or caption(image, text))
+    assert train.main(["--run", str(tmp_path / "r"), "--data", str(batches), "--epochs", "1", *COMMAND]) == 0
+    assert words.count(sample.BEFORE) == 2  # samples and Pegasi; reconstructions need no prior
+    assert png(tmp_path / "r" / "pegasus.png")[1]["prior"] == sample.BEFORE
+
+
+@pytest.mark.parametrize("mode", ["pegasus", "morph", "horse", "bird", "prior"])
+def test_modes_and_that_picture_i_depends_on_seed_and_i_alone(run, mode):
+    found = sample.load(run / "last.pt")
+    options = {"mode": mode, "steps": 3, "columns": 4}
+    z = sample.latents(found, sample.Options(n=70, seed=3, **options))
+    assert z.shape == (70, 128) and z.isfinite().all()
+    assert z[:8].equal(sample.latents(found, sample.Options(n=8, seed=3, **options)))
+    assert not z.equal(sample.latents(found, sample.Options(n=70, seed=4, **options)))
+
+
+def test_guidance_and_coat_change_the_flow(run):
+    found = sample.load(run / "last.pt")
+    state = found.learned.state_dict()
+    for name, tensor in state.items():  # barely trained, all classes are alike
+        if name.startswith("average.") and tensor.is_floating_point():
+            tensor.add_(0.05 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)))
+    sets = [sample.latents(found, sample.Options(mode="horse", n=2, steps=2, **more)) for more in (
+        {}, {"guidance": 4.0}, {"coat": "white"}, {"coat": "dark"})]
+    assert all(not a.allclose(b, atol=1e-4) for i, a in enumerate(sets) for b in sets[:i])
+
+
+def test_a_small_checkpoint_draws_nearly_the_same(run, tmp_path):
+    small = tmp_path / "small.pt"
+    checkpoint.main([str(run / "last.pt"), str(small)])
+    assert small.stat().st_size < (run / "last.pt").stat().st_size * 0.4
+    found, options = sample.load(small), sample.Options(n=4, steps=4)
+    images = sample.draw(sample.load(run / "last.pt"), options)
+    assert (sample.draw(found, options) - images).abs().mean() < 0.02
+
+
+def test_what_has_no_learned_prior_stays_as_it_is(batches, tmp_path, complaint):
+    train.main(["--run", str(tmp_path / "r"), "--data", str(batches), "--epochs", "1", "--arch", "mlp", "--no-judge"])
+    last = tmp_path / "r" / "last.pt"
+    assert "has no learned prior" in complaint(checkpoint.main, last, tmp_path / "s.pt")
+    assert "--from: this model has no learned prior" in complaint(sample.main, last, tmp_path / "o.png", "--from", last)
+    assert "--prior: learned needs" in complaint(train.main, "--run", tmp_path / "q", "--arch", "mlp", "--prior",
+                                                 "learned")
+
+
+def test_begin_from_a_picture(run, tmp_path, complaint):
+    """Kept whole it comes back as the autoencoder sees it; a file that is none is refused."""
+    found, photo = sample.load(run / "last.pt"), tmp_path / "photo.png"
+    picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    pictures.save(pictures.sheet(picture, 1, 1, 0), photo, {})
+    assert pictures.read(photo).allclose(picture, atol=1 / 255)
+    again = sample.draw(found, sample.Options(mode="horse", n=1, from_=str(photo), keep=1.0))
+    with torch.no_grad():
+        assert again.allclose(found.model.reconstruct(pictures.read(photo)), atol=1e-3)
+    (tmp_path / "text.png").write_text("no picture")
+    out = tmp_path / "o.png"
+    assert "text.png: not a picture" in complaint(sample.main, run / "last.pt", out, "--from", tmp_path / "text.png")
+    assert "none.png: no such file" in complaint(sample.main, run / "last.pt", out, "--from", tmp_path / "none.png")
+
+
+def test_a_prior_of_no_epochs_and_its_start(batches, tmp_path):
+    """Begun with one epoch a run has no prior; asked for more it learns one."""
+    folder = tmp_path / "r"
+    assert train.main(["--run", str(folder), "--data", str(batches), "--epochs", "1", *COMMAND]) == 0
+    assert sample.load(folder / "last.pt").learned is None
+    shutil.copytree(folder, tmp_path / "copy")
+    assert train.main(["--run", str(folder), "--data", str(batches), "--epochs", "2", "--resume", *COMMAND]) == 0
+    assert sample.load(folder / "last.pt").learned is not None
+    assert phases.Prior.name == checkpoint.load(folder / "last.pt")["phase"]
