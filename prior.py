@@ -163,6 +163,8 @@ def integrate(field: Field, z: Tensor, times: Sequence[float]) -> Tensor:
     """
     v_before, step_before = None, 0.0
     for t, after in zip(times, times[1:], strict=False):
+        if after == t:
+            continue
         step, v = after - t, field(z, t)
         if v_before is None:
             z = z + step / 2 * (v + field(z + step * v, after))
