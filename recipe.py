@@ -22,6 +22,9 @@ class Options:
                                     "default mse for mlp, gaussian for conv", choices=tuple(vae.LIKELIHOODS))
     latent: str = option("128", "latent dimensions, or under conv a grid of rows, columns and channels: 8x8x8")
     flow: int = option(0, "Householder reflections of the posterior's samples; 0 leaves it diagonal", least=0)
+    prior: str = option("normal", "of the latents: N(0, I), or conditional on a code, a Gaussian for each value",
+                        choices=("normal", "conditional"))
+    components: int = option(10, "values of the code, under --prior conditional", least=1)
     beta: float = option(1.0, "weight of the rate in the loss", least=0.0)
     schedule: str | None = option(None, "learning rate over the run; by default constant for mlp, onecycle for conv",
                                   choices=("constant", "onecycle"))

@@ -62,7 +62,7 @@ class Training:
         self.images, self.labels = data.images.to(chosen.device), data.labels.to(chosen.device)
         self.test_images = data.test_images.to(chosen.device)
         torch.manual_seed(chosen.seed)
-        self.model = vae.VAE(chosen.arch, chosen.likelihood, chosen.latent, chosen.flow).to(chosen.device)
+        self.model = vae.build(asdict(chosen)).to(chosen.device)
         self.parameters = list(self.model.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, chosen.lr, fused=True)
         self.epoch, self.step, self.history = 0, 0, []  # step: of the epoch that is under way
@@ -120,7 +120,8 @@ class Training:
         """
         with self.autocast():
             # convolutions take no empty batch: a process without rows computes one and counts none
-            terms = self.model(x if len(x) else x.new_zeros(1, *vae.IMAGE), self.seed(step, NOISE), first)
+            terms = self.model(x if len(x) else x.new_zeros(1, *vae.IMAGE), self.seed(step, NOISE), first,
+                               step / (self.options.epochs * self.steps))
         terms = vae.Terms(*(term[:len(x)] for term in terms))
         shared = torch.stack([terms.sse.detach().sum(), terms.sse.new_tensor(self.asked > 0)])
         sse, asked = self.workers.total(shared)
