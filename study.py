@@ -91,6 +91,7 @@ def run(name: str, seed: int, chosen: Options) -> dict:
     figures = evaluate.report(found, data, judged, settings) | {
         "sse": state["history"][-1]["test_sse"],
         "blends": blends(found, data, judge.from_state(judged), chosen.n)}
+    figures["settings"]["data"] = data.name  # not where it lies on this machine
     return {"name": name, "command": words, "torch": torch.__version__, "figures": figures}
 
 
@@ -127,7 +128,7 @@ def table(done: list[dict], columns: dict[str, tuple[str, str]]) -> str:
 def write(done: list[dict], out: Path) -> None:
     """The table, the commands behind it, and the sheets."""
     settings = done[0]["figures"]["settings"]
-    words = WORDS.format(data=settings["model"]["data"], **settings["bits_per_dim"] | settings["frechet"])
+    words = WORDS.format(data=settings["data"], **settings["bits_per_dim"] | settings["frechet"])
     names = [name for name in ROWS if any(line["name"] == name for line in done)]
     parts = [words, table(done, COLUMNS), "Pegasus mode by `--blend`, the horse's share:\n", table(done, BLENDED),
              "\n".join(f"- {name}: `train.py {ROWS[name]}`" for name in names) + "\n",
