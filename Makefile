@@ -20,7 +20,7 @@ FUZZ ?= 100000
 KILLS ?= 30
 FLIPS ?= 200
 
-.PHONY: help build train paper sample evaluate test faults fuzz soak lint sanitize cuda-check clean distclean
+.PHONY: help build train paper sample evaluate study test faults fuzz soak lint sanitize cuda-check clean distclean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -49,6 +49,9 @@ sample: build  ## draw a sheet from the run in RUN to OUT
 
 evaluate: build  ## bits/dim, Frechet distance and what the pictures of the run in RUN are taken for
 	$(PYTHON) evaluate.py $(RUN)/last.pt $(ARGS)
+
+study: build  ## the paper's model and each piece, three runs each, compared in docs/study.md: hours; goes on
+	$(PYTHON) study.py --data $(DATA) $(ARGS)
 
 test: build  ## all tests
 	$(PYTHON) -m pytest

@@ -10,11 +10,12 @@ import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import options
 import checkpoint
 import cifar10
-import flow
+import conditional
 import judge
 import pictures
 import recipe
@@ -36,7 +37,7 @@ class Options:
     checkpoint: str = option("", "a checkpoint, as `make train` writes to runs/", positional=True)
     data: str = option("auto", "the data it was trained on, as for train.py; auto is where it lay then")
     mode: str = option("balanced", "what the Frechet distance and --export are of: balanced, as many draws of each "
-                       "class's density, or prior, draws of N(0, I)", choices=("balanced", "prior"))
+                       "class's density, or prior, draws of the prior", choices=("balanced", "prior"))
     n: int = option(2000, "pictures to draw in each mode", least=200)
     guidance: float = option(2.0, "of the classes' and the Pegasi's own sets, with a learned prior; balanced has none",
                              least=0.0)
@@ -63,21 +64,38 @@ def binned(x: Tensor, xhat: Tensor, variance: Tensor) -> Tensor:
     return (upper + (-(torch.special.log_ndtr(low) - upper).expm1()).log()).flatten(1).sum(1)
 
 
-@torch.no_grad()
-def log_weights(model: vae.VAE, x: Tensor, k: int, seed: int = 0, likelihood=binned) -> tuple[Tensor, Tensor]:
-    """log p(x|z) and log w = log p(x|z) + log p(z) - log q(z|x) for k posterior samples z, float64 (k, B), in nats.
+class Samples(NamedTuple):
+    """k posterior samples for each of some images: nats, float64 (k, B). A discrete code is summed out exactly."""
+    known: Tensor  # log p(x|z), or its expectation over the code
+    elbo: Tensor  # the bound with this sample, whose mean is the ELBO
+    weights: Tensor  # log w, whose log-mean-exp is the importance-weighted bound; the same where there is no code
 
-    x: images (B, 3, 32, 32) in [0, 1]. p(z) is N(0, I). A sample's noise depends on (seed, its number, row) alone.
+
+def log_weights(part: conditional.Given, x: Tensor, eps: Tensor, variance: Tensor, likelihood) -> tuple[Tensor, Tensor]:
+    """log p(x|z) and log p(x|z) + log p(z) - log q(z|x) for the sample z of standard normals eps, float64 (B,)."""
+    z = part.mu + (part.logvar / 2).exp() * eps
+    known = likelihood(x, part.decode(z), variance).double()
+    # reflections change neither |z|, and so not p(z), nor volumes, and so not q(z|x)
+    return known, known + (eps.square() - z.square() + part.logvar).double().sum(1) / 2
+
+
+@torch.no_grad()
+def samples(model: vae.VAE, x: Tensor, k: int, seed: int = 0, likelihood=binned) -> Samples:
+    """Posterior samples of images (B, 3, 32, 32) in [0, 1], with noise that depends on (seed, number, row) alone.
+
+    p(z) is N(0, I), or p(c) = 1/K and p(z|c) a Gaussian: elbo = sum_c q(c|x) [log w_c - log K q(c|x)], and
+    w = sum_c w_c / K, since E w_c = p(x|c).
     """
-    mu, logvar, units = model.posterior(x)
-    known, weights = [], []
+    given, rows = model.given(x), []
+    log_share = torch.stack([part.log_share for part in given]).double()  # (K, B)
+    share, codes = log_share.exp(), math.log(len(given))
     for i in range(k):
-        eps = vae.noise(len(x), mu.shape[1], reparam.derive_seed(seed, i, BOUND))
-        z = mu + (logvar / 2).exp() * eps
-        known.append(likelihood(x, model.decode(flow.reflect(z, units)), model.variance).double())
-        # reflections change neither |z|, and so not p(z), nor volumes, and so not q(z|x)
-        weights.append(known[-1] + (eps.square() - z.square() + logvar).double().sum(1) / 2)
-    return torch.stack(known), torch.stack(weights)
+        eps = vae.noise(len(x), given[0].mu.shape[1], reparam.derive_seed(seed, i, BOUND))
+        parts = [log_weights(part, x, eps, model.variance, likelihood) for part in given]
+        known, weights = (torch.stack(part) for part in zip(*parts, strict=True))
+        elbo = (share * (weights - log_share)).sum(0) - codes
+        rows.append(((share * known).sum(0), elbo, weights.logsumexp(0) - codes))
+    return Samples(*(torch.stack(part) for part in zip(*rows, strict=True)))
 
 
 def importance_weighted(weights: Tensor) -> Tensor:
@@ -90,10 +108,10 @@ def bounds(model: vae.VAE, images: Tensor, k: int, seed: int, batch_size: int = 
     rows = []
     for number, part in enumerate(images.split(batch_size)):
         x = vae.from_bytes(part)
-        known, weights = log_weights(model, x, k, reparam.derive_seed(seed, number, BOUND))
+        known, elbo, weights = samples(model, x, k, reparam.derive_seed(seed, number, BOUND))
         with torch.no_grad():
-            rate = reparam.reparameterize_kl(*model.encode(x), torch.tensor(0))[1].double()
-        rows.append(torch.stack([-weights.mean(0), -importance_weighted(weights), rate, -known.mean(0)]))
+            rate = model(x, torch.tensor(0)).rate.double()
+        rows.append(torch.stack([-elbo.mean(0), -importance_weighted(weights), rate, -known.mean(0)]))
     elbo, weighted, rate, distortion = torch.cat(rows, 1).mean(1).tolist()
     bits = vae.PIXELS * math.log(2)
     return {"bits_per_dim_elbo": elbo / bits, "bits_per_dim_iw": weighted / bits, "rate": rate,
@@ -178,12 +196,13 @@ def report(found: sample.Trained, data: source.Pictures, state: dict, chosen: Op
     some = turns(data.test_images, data.test_labels, chosen.images)
     figures = bounds(found.model, some, chosen.k, chosen.seed)
     seen = impressions(found, data, judge.from_state(state), chosen.n, chosen.seed, chosen.guidance)
-    pixel = found.model.variance.item()
+    pixel, codes = found.model.variance.item(), found.model.conditional
+    prior = f"{len(codes.mean)} Gaussians" if codes else "N(0, I)"
     judged = {"n": chosen.n, "classes": list(data.classes), "judge_seed": chosen.judge_seed,
               "guidance": chosen.guidance,
               "judge_accuracy": state["accuracy"], "test_photographs": len(data.test_images)}
     settings = {"model": found.about, "data": data.folder, "seed": chosen.seed,
-                "bits_per_dim": {"k": chosen.k, "images": len(some), "prior": "N(0, I)", "pixel_variance": pixel},
+                "bits_per_dim": {"k": chosen.k, "images": len(some), "prior": prior, "pixel_variance": pixel},
                 "frechet": judged | {"mode": chosen.mode, "floor_n": len(turns(data.images, data.labels, chosen.n))},
                 "called": judged, "pegasus_share": judged | {"above_quantile": 0.99}, "nearest": judged}
     return figures | {"frechet": seen["frechet"][chosen.mode], "frechet_floor": seen["floor"],

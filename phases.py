@@ -3,6 +3,8 @@
 Each phase has `parameters`, `first` and `epochs` (its part of the run's), `backward` (gradients of some rows of a
 batch and their sums), `update` (after Adam's step), `numbers` (for the terminal) and `end_epoch` (the log's columns).
 """
+import math
+
 import density
 import prior
 import recipe
@@ -44,6 +46,7 @@ class Autoencoder:
         self.options, self.model, self.workers = chosen, model, workers
         self.images, self.test_images = data.images.to(chosen.device), data.test_images.to(chosen.device)
         self.first, self.epochs = 0, min(chosen.autoencoder_epochs, chosen.epochs)
+        self.steps = math.ceil(len(self.images) / chosen.batch_size)  # an epoch
         self.parameters, self.longest = list(model.parameters()), None  # gradients are clipped to this length
 
     def learning_rate(self, progress: float) -> float:
@@ -59,7 +62,7 @@ class Autoencoder:
         with autocast(self.options):
             # convolutions take no empty batch: a process without rows computes one and counts none
             terms = self.model(x if len(x) else x.new_zeros(1, *vae.IMAGE), purpose_seed(self.options, step, NOISE),
-                               first)
+                               first, step / (self.epochs * self.steps))
         terms = vae.Terms(*(term[:len(x)] for term in terms))
         sse = self.workers.total(terms.sse.detach().sum())
         distortion = self.model.distortion(terms.sse, sse / (batch * vae.PIXELS))

@@ -23,9 +23,11 @@ class Options:
                                     "default mse for mlp, gaussian for conv", choices=tuple(vae.LIKELIHOODS))
     latent: str | None = option(None, "latent dimensions, or under conv a grid of rows, columns and channels; by "
                                 "default 8x8x8 for the learned prior, else 128")
-    prior: str | None = option(None, "of the latents: N(0, I), or learned after the autoencoder, on a grid; by default "
-                               "learned for conv", choices=("normal", "learned"))
+    prior: str | None = option(None, "of the latents: N(0, I); conditional on a code, a Gaussian for each value; or "
+                               "learned after the autoencoder, on a grid, the default for conv",
+                               choices=("normal", "conditional", "learned"))
     flow: int = option(0, "Householder reflections of the posterior's samples; 0 leaves it diagonal", least=0)
+    components: int = option(10, "values of the code, under --prior conditional", least=1)
     beta: float = option(1.0, "weight of the rate in the loss", least=0.0)
     schedule: str | None = option(None, "learning rate over the run; by default constant for mlp, onecycle for conv",
                                   choices=("constant", "onecycle"))
@@ -65,8 +67,9 @@ def computes_bfloat16(place: str) -> bool:
 def resolve(chosen: Options) -> Options:
     """Options with whatever was left open decided, for this network and this machine."""
     decided = {name: value for name, value in RECIPES[chosen.arch].items() if getattr(chosen, name) is None}
-    learned = decide_prior(chosen) == "learned"
-    decided |= {"prior": "learned" if learned else "normal", "latent": chosen.latent or ("8x8x8" if learned else "128")}
+    kind = decide_prior(chosen)
+    learned = kind == "learned"
+    decided |= {"prior": kind, "latent": chosen.latent or ("8x8x8" if learned else "128")}
     part = chosen.autoencoder_epochs or max(1, round(SHARE * chosen.epochs))
     decided |= {"autoencoder_epochs": min(part, chosen.epochs) if learned else chosen.epochs}
     place = device(chosen)
@@ -89,7 +92,7 @@ def settle(chosen: Options, given: set[str], state: dict | None) -> Options:
     """The options of this start: on resume the run's own, except those that may change. Raises Fault for others."""
     if state is None:
         return resolve(chosen)
-    stored = asdict(Options(**state["config"]))  # what an older run had no word for was as it is by default
+    stored = asdict(Options(**{"prior": "normal"} | state["config"]))  # what an older run had no word for, it had not
     for name in sorted(given - FREE - {"data"}):
         got = getattr(chosen, name)
         if got not in (stored[name], "auto"):

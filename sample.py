@@ -89,8 +89,7 @@ def load(path: Path) -> Trained:
     """The model in a checkpoint, on the CPU. Raises Fault for a file that is not one."""
     state = checkpoint.load(path)
     with checkpoint.fitting(path):
-        config = state["config"]
-        model = vae.VAE(config["arch"], config["likelihood"], config["latent"], config.get("flow", 0))
+        model = vae.build(state["config"])
         model.load_state_dict(state["model"])
         learned = prior.Learned(model.shape, len(state["classes"]) + len(density.COATS)) if state.get("prior") else None
         if learned:
@@ -130,13 +129,22 @@ def source(found: Trained, chosen: Options) -> Gaussian:
     return found.densities[density.coated(chosen.mode, chosen.coat)]
 
 
+def codes(found: Trained, chosen: Options) -> Tensor | None:
+    """The codes (n, K) of draws from a conditional prior; other latents, which know none, are given the likeliest."""
+    known = found.model.conditional
+    return known.codes(chosen.n, chosen.seed) if known and chosen.mode == "prior" else None
+
+
 def latents(found: Trained, chosen: Options) -> Tensor:
     """Latents (n, latent). Row i depends on (seed, i) alone; in `morph` on its place in a row of the sheet instead."""
     if found.learned:
         return learned_latents(found, chosen)
     if chosen.mode == "morph":
         return morph(found, chosen)
-    return density.draw(source(found, chosen), vae.noise(chosen.n, found.model.latent, chosen.seed), chosen.temperature)
+    eps = vae.noise(chosen.n, found.model.latent, chosen.seed)
+    if (code := codes(found, chosen)) is not None:
+        return found.model.conditional.draw(chosen.temperature * eps, code).cpu()
+    return density.draw(source(found, chosen), eps, chosen.temperature)
 
 
 def weights(found: Trained, chosen: Options) -> dict[int, float | Tensor]:
@@ -221,7 +229,7 @@ def draw(found: Trained, chosen: Options = Options()) -> Tensor:  # noqa: B008  
     """Images (n or best, 3, 32, 32) in [0, 1]; with `best`, that many of the n, the most Pegasus-like first."""
     check(found, chosen)
     z = latents(found, chosen)
-    images = found.model.decode(z.to(found.device)).cpu()
+    images = found.model.decode(z.to(found.device), codes(found, chosen)).cpu()
     if chosen.best:
         return images[ranking(found, z, images, chosen.coat).argsort(descending=True, stable=True)[:chosen.best]]
     return images

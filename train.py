@@ -53,7 +53,7 @@ class Training:
     def __init__(self, chosen: Options, data: source.Pictures, state: dict | None, workers: Group):
         self.options, self.folder, self.data, self.workers = chosen, Path(chosen.run), data, workers
         torch.manual_seed(chosen.seed)
-        self.model = vae.VAE(chosen.arch, chosen.likelihood, chosen.latent, chosen.flow).to(chosen.device)
+        self.model = vae.build(asdict(chosen)).to(chosen.device)
         self.learned = None
         if chosen.prior == "learned":
             names = len(data.classes) + len(density.COATS)

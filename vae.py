@@ -13,6 +13,7 @@ from typing import NamedTuple
 import flow
 import reparam
 from options import Fault
+from conditional import Conditional, Given, expected_rate, temperature
 
 import torch
 from torch import Tensor, nn
@@ -101,10 +102,12 @@ LIKELIHOODS = {"mse": squared_error, "gaussian": gaussian}
 class VAE(nn.Module):
     """An encoder to a Gaussian posterior, a decoder to the mean image, a standard normal prior.
 
-    The posterior is diagonal or, with `reflections`, that many Householder reflections of a diagonal one.
+    The posterior is diagonal or, with `reflections`, that many Householder reflections of a diagonal one. With
+    `components` the prior is so many Gaussians, and posterior and decoder depend on which one.
     """
 
-    def __init__(self, arch: str = "mlp", likelihood: str = "mse", latent: str = "128", reflections: int = 0):
+    def __init__(self, arch: str = "mlp", likelihood: str = "mse", latent: str = "128", reflections: int = 0,
+                 components: int = 0):
         super().__init__()
         self.shape = latent_shape(latent)
         self.latent = math.prod(self.shape)
@@ -112,13 +115,26 @@ class VAE(nn.Module):
         self.distortion = LIKELIHOODS[likelihood]  # (sse, variance) to nats
         self.register_buffer("variance", torch.tensor(0.5))  # of a pixel, as last measured on the training set
         self.flow = flow.Householder(reflections, self.encoder[-1], self.latent) if reflections else None
+        self.conditional = self.add_components(components) if components else None
+
+    def add_components(self, components: int) -> Conditional:
+        """A conditional prior for this network, whose decoder from now on takes z beside the code. Raises Fault."""
+        if self.flow or len(self.shape) > 1:
+            raise Fault("--prior: conditional needs a vector of latents and no --flow, whose divergence from it has no "
+                        "closed form; leave one of them out")
+        self.decoder[0] = nn.Linear(self.latent + components, self.decoder[0].out_features)
+        nn.init.zeros_(self.decoder[0].weight.data[:, self.latent:])  # as in `Conditional`
+        return Conditional(components, self.encoder[-1].in_features, self.latent)
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Images (B, 3, 32, 32) in [0, 1] to mu and logvar, float32 (B, latent), and unit vectors (B, T, latent).
 
-        A sample of N(mu, exp(logvar)), reflected at the unit vectors, is one of the posterior.
+        A sample of N(mu, exp(logvar)), reflected at the unit vectors, is one of the posterior. Under a conditional
+        prior it is that of the likeliest code.
         """
         h = self.encoder[:-1](x)
+        if self.conditional:
+            return self.conditional.likeliest(h, self.encoder[-1](h).float())
         mu, logvar = self.encoder[-1](h).float().flatten(1).chunk(2, 1)
         return mu, logvar, self.flow(h) if self.flow else mu.new_zeros(len(mu), 0, self.latent)
 
@@ -126,15 +142,49 @@ class VAE(nn.Module):
         """Images (B, 3, 32, 32) in [0, 1] to the posterior's mu and logvar before any flow, float32 (B, latent)."""
         return self.posterior(x)[:2]
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Latents (B, latent) to mean images, float32 (B, 3, 32, 32) in [0, 1]."""
-        return self.decoder(z.unflatten(1, self.shape)).float().sigmoid()
+    def decode(self, z: Tensor, code: Tensor | None = None) -> Tensor:
+        """Latents (B, latent) to mean images, float32 (B, 3, 32, 32) in [0, 1].
 
-    def forward(self, x: Tensor, seed: Tensor, row_offset: int = 0) -> Terms:
+        code: of a conditional prior, (B, K); by default the likeliest one for z.
+        """
+        if self.conditional:
+            z = torch.cat([z, self.conditional.infer(z) if code is None else code], 1)
+        return self.decoder(z if len(self.shape) == 1 else z.unflatten(1, self.shape)).float().sigmoid()
+
+    def given(self, x: Tensor) -> list[Given]:
+        """What is left when the code is known, for each code; without a conditional prior there is one."""
+        if self.conditional:
+            h = self.encoder[:-1](x)
+            return self.conditional.given(h, self.encoder[-1](h).float(), self.decode)
+        mu, logvar, units = self.posterior(x)
+        return [Given(mu.new_zeros(len(mu)), mu, logvar, lambda z: self.decode(flow.reflect(z, units)))]
+
+    def relaxed(self, x: Tensor, seed: Tensor, row_offset: int, progress: float) -> Terms:
+        """`forward` with one relaxed code for each image instead of a sum over all codes."""
+        h = self.encoder[:-1](x)
+        joint, log_share = self.encoder[-1](h).float(), self.conditional.log_shares(h)
+        code = self.conditional.relax(log_share, seed, row_offset, temperature(progress))
+        z, _ = reparam.reparameterize_kl(*self.conditional.posterior(joint, code), seed, row_offset)
+        return Terms(self.conditional.rate(log_share, joint), (x - self.decode(z, code)).square().flatten(1).sum(1))
+
+    def exact(self, x: Tensor, seed: Tensor, row_offset: int) -> Terms:
+        """`forward` with the sum over all codes."""
+        log_share, terms = [], []
+        for part in self.given(x):
+            z, rate = reparam.reparameterize_kl(part.mu, part.logvar, seed, row_offset)
+            log_share.append(part.log_share)
+            terms.append((rate, (x - part.decode(z)).square().flatten(1).sum(1)))
+        log_share, (rates, sse) = torch.stack(log_share, 1), (torch.stack(t, 1) for t in zip(*terms, strict=True))
+        return Terms(expected_rate(log_share, rates), (log_share.exp() * sse).sum(1))
+
+    def forward(self, x: Tensor, seed: Tensor, row_offset: int = 0, progress: float | None = None) -> Terms:
         """Rate and squared error with one posterior sample for each image (B, 3, 32, 32).
 
-        seed, row_offset: the sample's noise, as in `reparam.reparameterize_kl`.
+        seed, row_offset: the sample's noise, as in `reparam.reparameterize_kl`. progress: of the training, 0 to 1,
+        where a conditional prior's codes are to be relaxed; without it the terms are those of a bound.
         """
+        if self.conditional:
+            return self.exact(x, seed, row_offset) if progress is None else self.relaxed(x, seed, row_offset, progress)
         mu, logvar, units = self.posterior(x)
         z, rate = reparam.reparameterize_kl(mu, logvar, seed, row_offset)
         return Terms(rate, (x - self.decode(flow.reflect(z, units))).square().flatten(1).sum(1))
@@ -143,6 +193,12 @@ class VAE(nn.Module):
         """Images decoded again from their posterior means, (B, 3, 32, 32)."""
         mu, _, units = self.posterior(x)
         return self.decode(flow.reflect(mu, units))
+
+
+def build(config: dict) -> VAE:
+    """The model of a run's options; what an older run had no word for is as it was. Raises Fault."""
+    components = config["components"] if config.get("prior") == "conditional" else 0
+    return VAE(config["arch"], config["likelihood"], config["latent"], config.get("flow", 0), components)
 
 
 def from_bytes(images: Tensor) -> Tensor:

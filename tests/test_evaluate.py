@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import evaluate
 import sample
 import train
+from conditional import Given
 
 import pytest
 import torch
@@ -20,11 +21,12 @@ def linear(d=2, pixels=6, spread=1.0):
     precision = torch.eye(d) + w.T @ w / variance
     mean = torch.linalg.inv(precision) @ w.T / variance
 
-    def posterior(x):
+    def given(x):
         mu = (x.flatten(1) - b) @ mean.T
-        return mu, (spread / precision.diagonal()).log().expand_as(mu), torch.zeros(len(x), 0, d)
+        logvar = (spread / precision.diagonal()).log().expand_as(mu)
+        return [Given(torch.zeros(len(x)), mu, logvar, lambda z: z @ w.T + b)]
 
-    model = SimpleNamespace(posterior=posterior, decode=lambda z: z @ w.T + b, variance=variance)
+    model = SimpleNamespace(given=given, variance=variance)
     return model, MultivariateNormal(b, w @ w.T + variance * torch.eye(pixels))
 
 
@@ -35,7 +37,8 @@ def normal(x, xhat, variance):
 def test_on_a_linear_gaussian_model_the_bound_is_the_exact_density():
     model, exact = linear(spread=1.5)
     x = exact.sample((40,))
-    _, weights = evaluate.log_weights(model, x, 3000, seed=1, likelihood=normal)
+    _, elbo, weights = evaluate.samples(model, x, 3000, seed=1, likelihood=normal)
+    torch.testing.assert_close(elbo, weights)  # without a code
     bound = evaluate.importance_weighted(weights)
     torch.testing.assert_close(bound.mean(), exact.log_prob(x).double().mean(), rtol=0, atol=0.01)
     assert (bound >= weights.mean(0)).all()  # Jensen
@@ -44,14 +47,14 @@ def test_on_a_linear_gaussian_model_the_bound_is_the_exact_density():
     assert fewer == sorted(fewer)
 
 
-def test_log_weights_against_torch_distributions():
+def test_samples_against_torch_distributions():
     model, exact = linear()
     x = exact.sample((5,))
-    known, weights = evaluate.log_weights(model, x, 3, seed=2, likelihood=normal)
-    mu, logvar, _ = model.posterior(x)
+    known, _, weights = evaluate.samples(model, x, 3, seed=2, likelihood=normal)
+    (_, mu, logvar, decode), = model.given(x)
     for i in range(3):
         z = mu + (logvar / 2).exp() * evaluate.vae.noise(5, 2, evaluate.reparam.derive_seed(2, i, evaluate.BOUND))
-        like = normal(x, model.decode(z), model.variance)
+        like = normal(x, decode(z), model.variance)
         log_w = like + Normal(0.0, 1.0).log_prob(z).sum(1) - Normal(mu, (logvar / 2).exp()).log_prob(z).sum(1)
         torch.testing.assert_close(known[i], like.double())
         torch.testing.assert_close(weights[i], log_w.double(), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,162 @@
+"""Train the paper's model and one piece after the other, and compare them by the same figures.
+
+    python study.py                           # all that docs/study.jsonl lacks, then docs/study.md and pictures
+    python study.py --rows paper,gaussian     # only these
+    python study.py --rows none               # only the table, from what is there
+
+A run that was cut off goes on in runs/study. A new row is one more line in ROWS.
+"""
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import options
+import checkpoint
+import evaluate
+import judge
+import pictures
+import sample
+import source
+import train
+from options import Fault, option
+
+import torch
+
+PAPER = "--arch mlp --likelihood mse --latent 128 --schedule constant --lr 1e-3 --batch-size 128 --beta 1 --no-flip"
+MLP = "--arch mlp --schedule onecycle --lr 2e-3 --flip --epochs 60"
+GAUSSIAN = f"{MLP} --likelihood gaussian"
+ROWS = {"paper": f"{PAPER} --epochs 300",  # options of train.py
+        "one-cycle": MLP,
+        "gaussian": GAUSSIAN,
+        "conditional": f"{GAUSSIAN} --prior conditional",
+        "conditional-1": f"{GAUSSIAN} --prior conditional --components 1",
+        "flow-1": f"{GAUSSIAN} --flow 1",
+        "flow-4": f"{GAUSSIAN} --flow 4",
+        "flow-16": f"{GAUSSIAN} --flow 16",
+        "conv": "--prior normal --epochs 60",
+        "conv-grid": "--prior normal --latent 8x8x8 --epochs 60",
+        "learned": "--autoencoder-epochs 60 --epochs 200"}
+MODES, BLENDS = ("horse", "bird", "pegasus", "prior"), (0.3, 0.5, 0.7)
+COLUMNS = {"bits/dim": ("bits_per_dim_elbo", "{:.3f}"), "IW": ("bits_per_dim_iw", "{:.3f}"), "rate": ("rate", "{:.1f}"),
+           "squared error": ("sse", "{:.2f}"), "Fréchet": ("frechet_of balanced", "{:.2f}"),
+           "prior's": ("frechet_of prior", "{:.2f}"), "rebuilt": ("frechet_of reconstructions", "{:.2f}"),
+           "floor": ("frechet_floor", "{:.2f}"), "horse": ("called horse horse", "{:.1%}"),
+           "bird": ("called bird bird", "{:.1%}"), "Pegasus": ("pegasus_share pegasus", "{:.1%}"),
+           "of horses": ("pegasus_share horse", "{:.1%}"), "of birds": ("pegasus_share bird", "{:.1%}")}
+BLENDED = {f"{name} {blend}": (f"blends {blend} {key}", "{:.1%}") for blend in BLENDS
+           for name, key in (("horse", "called horse"), ("bird", "called bird"), ("Pegasus", "pegasus_share"))}
+WORDS = """# Pieces
+
+`python study.py` trains these, from {data}, and judges them. A figure is the mean over the runs, plus or minus one
+run's standard deviation.
+bits/dim: ELBO and importance-weighted (IW, K = {k}), of {images} test photographs. Rate: nats. Fréchet distance in the
+features of judge {judge_seed}, not FID, to the test photographs: of {n} draws from the class densities, of as many
+from the prior, of rebuilt test photographs; floor: of {n} training photographs. Horse, bird: the share of each one's
+mode that is called so. Pegasus: the share more Pegasus-like than 99 % of the test photographs, of pegasus, horse and
+bird mode.
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    rows: str = option("all", "names of rows, separated by commas, or all, or none")
+    seeds: int = option(3, "runs of each", least=1)
+    data: str = option("auto", "as for train.py")
+    runs: str = option("runs/study", "folder of the runs")
+    out: str = option("docs/study", "folder of the pictures; beside it the table, .md, and the figures, .jsonl")
+    n: int = option(1000, "pictures to draw in each mode", least=200)
+
+
+def blends(found: sample.Trained, data: source.Pictures, asked: judge.Judge, n: int) -> dict[str, dict]:
+    """What the judge makes of n Pegasi for each share of the first class."""
+    real = judge.pegasus_score(judge.classify(asked, data.test_images)[0], data.classes)
+    result = {}
+    for blend in BLENDS:
+        p = judge.classify(asked, sample.draw(found, sample.Options(n=n, blend=blend, seed=1)))[0]
+        share = (judge.pegasus_score(p, data.classes) > real.quantile(0.99)).double().mean().item()
+        result[str(blend)] = {"called": evaluate.called(p, data.classes), "pegasus_share": share}
+    return result
+
+
+def run(name: str, seed: int, chosen: Options) -> dict:
+    """A line of the figures: a row's run, trained now or as far as it is, and judged. Raises Fault."""
+    words, folder = f"{ROWS[name]} --seed {seed}", Path(chosen.runs) / f"{name}-{seed}"
+    if train.main([*words.split(), "--data", chosen.data, "--run", str(folder), "--no-judge", "--resume"]):
+        raise Fault(f"{folder}: stopped; the same command goes on")
+    state, found = checkpoint.load(folder / "last.pt"), sample.load(folder / "last.pt")
+    data, settings = source.load(state["data"]["folder"], ",".join(found.classes)), evaluate.Options(n=chosen.n)
+    judged = judge.get(Path(data.folder), settings.judge_seed)
+    if seed == 0:
+        picture(found, Path(chosen.out) / f"{name}.png")
+    figures = evaluate.report(found, data, judged, settings) | {
+        "sse": state["history"][-1]["test_sse"],
+        "blends": blends(found, data, judge.from_state(judged), chosen.n)}
+    figures["settings"]["data"] = data.name  # not where it lies on this machine
+    return {"name": name, "command": words, "torch": torch.__version__, "figures": figures}
+
+
+def picture(found: sample.Trained, path: Path) -> None:
+    """A sheet of eight draws for each of MODES, a row each, none chosen."""
+    draws = [sample.draw(found, sample.Options(mode=mode, n=8)) for mode in MODES]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about = found.about | {"mode": ", ".join(MODES), "seed": 0}
+    pictures.save(sample.page(torch.cat(draws), about, 8, 2), path, about)
+
+
+def cell(runs: list[dict], path: str, shape: str) -> str:
+    """Mean and standard deviation of a figure of some runs."""
+    values = []
+    for figures in runs:
+        for key in path.split():
+            figures = figures[key]
+        values.append(figures)
+    spread = f" ± {shape.format(statistics.stdev(values))}" if len(values) > 1 else ""
+    return shape.format(statistics.mean(values)) + spread
+
+
+def table(done: list[dict], columns: dict[str, tuple[str, str]]) -> str:
+    """Markdown: a line for each row that has runs."""
+    lines = [f"| | epochs | runs | {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) + 2)]
+    for name in ROWS:
+        runs = [line["figures"] for line in done if line["name"] == name]
+        if runs:
+            cells = " | ".join(cell(runs, *column) for column in columns.values())
+            lines.append(f"| {name} | {runs[0]['settings']['model']['epochs']} | {len(runs)} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def write(done: list[dict], out: Path) -> None:
+    """The table, the commands behind it, and the sheets."""
+    settings = done[0]["figures"]["settings"]
+    words = WORDS.format(data=settings["data"], **settings["bits_per_dim"] | settings["frechet"])
+    names = [name for name in ROWS if any(line["name"] == name for line in done)]
+    parts = [words, table(done, COLUMNS), "Pegasus mode by `--blend`, the horse's share:\n", table(done, BLENDED),
+             "\n".join(f"- {name}: `train.py {ROWS[name]}`" for name in names) + "\n",
+             f"Eight draws each, none chosen, of the run with seed 0; rows: {', '.join(MODES)}.\n",
+             *(f"{name}\n\n![{name}]({out.name}/{name}.png)\n" for name in names)]
+    with options.replacing(out.with_suffix(".md")) as beside:
+        beside.write_text("\n".join(parts))
+
+
+def main(argv: list[str] | None = None) -> None:
+    chosen, _ = options.parse(Options, argv, __doc__)
+    names = {"all": list(ROWS), "none": []}.get(chosen.rows, chosen.rows.split(","))
+    if set(names) - set(ROWS):
+        raise Fault(f"--rows: got {chosen.rows}, wanted names out of {', '.join(ROWS)}, or all, or none")
+    out = Path(chosen.out)
+    lines = out.with_suffix(".jsonl")
+    done = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
+    for seed in range(chosen.seeds):
+        for name in names:
+            if f"{ROWS[name]} --seed {seed}" not in [line["command"] for line in done]:
+                done.append(run(name, seed, chosen))
+                with options.writing(lines, "choose another --out"), open(lines, "a") as file:
+                    file.write(json.dumps(done[-1]) + "\n")
+                write(done, out)
+    if done:
+        write(done, out)
+
+
+if __name__ == "__main__":
+    options.run(main)
