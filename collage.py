@@ -1,0 +1,160 @@
+"""Wings of birds on backs of horses, in pixels: silhouettes, outlines, shapes laid over pictures. No network is asked.
+
+All horses and birds are images (n, 3, 32, 32) in [0, 1]; a wing is (n, 2, 32, 32), its mask and its brightness, upright
+with the root at the middle of the lower edge. Points are x, y between -1 and 1, as in `grid_sample`.
+"""
+import math
+
+import vae
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+SIZE = vae.IMAGE[1]
+SKY = (0.36, 0.58, 0.86)  # before which light wings and most horses stand out
+# the far wing and the near one: brightness, x of the root, lean to the tail, length and width; a picture is 2 wide
+PAIR = ((0.75, 0.0, 0.0, 1.0, 0.55), (0.97, 0.06, 0.75, 1.1, 0.7))
+
+
+def places(like: Tensor) -> tuple[Tensor, Tensor]:
+    """The pixels' x and y, (1, 32) and (32, 1)."""
+    at = (torch.arange(SIZE, device=like.device) + 0.5) / (SIZE / 2) - 1
+    return at[None], at[:, None]
+
+
+def warped(images: Tensor, turn: Tensor, shift: Tensor) -> Tensor:
+    """Images (n, c, 32, 32) that show at p what lay at turn p + shift, (n, 2, 2) and (n, 2); zero from outside."""
+    where = functional.affine_grid(torch.cat([turn, shift[..., None]], 2), list(images.shape), align_corners=False)
+    return functional.grid_sample(images, where, align_corners=False)
+
+
+def unlike(images: Tensor, color: Tensor) -> Tensor:
+    """How far pixels and their neighbours are from a color (n, 3), (n, 32, 32)."""
+    return functional.avg_pool2d((images - color[..., None, None]).abs().mean(1), 3, 1, 1)
+
+
+def border(images: Tensor) -> Tensor:
+    """Pixels at the edges, (n, 3, 256)."""
+    sides = images[:, :, :2], images[:, :, -2:], images[..., :2], images[..., -2:]
+    return torch.cat([side.flatten(2) for side in sides], 2)
+
+
+def silhouettes(birds: Tensor) -> Tensor:
+    """Masks (n, 1, 32, 32) of what is unlike the border and near the middle."""
+    x, y = places(birds)
+    far = (birds - border(birds).median(2).values[..., None, None]).abs().mean(1, keepdim=True)
+    bar = 0.5 * far.flatten(1).quantile(0.93, 1)[:, None, None, None]
+    mask = ((far - bar) / 0.03).sigmoid() * torch.exp(-((x.square() + y.square()) / 0.55).square())
+    return (mask + functional.avg_pool2d(mask, 3, 1, 1)) / 2
+
+
+def axes(masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Centres (n, 2) of masks (n, 1, 32, 32), and short and long axis in the columns of (n, 2, 2)."""
+    x, y = places(masks)
+    at = torch.stack(torch.broadcast_tensors(x, y), 2).flatten(0, 1)  # (1024, 2)
+    share = masks.flatten(1) / masks.flatten(1).sum(1, keepdim=True)
+    centre = share @ at
+    off = at - centre[:, None]
+    values, vectors = torch.linalg.eigh((off * share[..., None]).transpose(1, 2) @ off)
+    return centre, vectors * values.clamp(min=1e-4).sqrt()[:, None]
+
+
+def ideal(like: Tensor) -> Tensor:
+    """The mask (32, 32) of a wing as one imagines it: a straight edge at the left, feathers at the right, a tip."""
+    x, y = places(like)
+    up = (1 - y) / 2
+    left = 0.1 - 0.6 * (1 - up.square())
+    right = left + 0.35 * (1 - up) + 1.15 * (math.pi * up.pow(0.75)).sin()
+    return ((x - left) / 0.06).sigmoid() * ((right - x) / 0.06).sigmoid()
+
+
+def wings(birds: Tensor) -> tuple[Tensor, Tensor]:
+    """Birds' silhouettes stretched along their axes into wings (n, 2, 32, 32), and how near each is to the ideal."""
+    masks, wanted = silhouettes(birds), ideal(birds)
+    centre, axis = axes(masks)
+    upright = warped(torch.cat([masks, birds.mean(1, keepdim=True)], 1), 1.75 * axis, centre)
+    ways = torch.stack([upright.flip(flips) for flips in ((), (2,), (3,), (2, 3))])
+    sharp = (4 * ways[:, :, 0] - 1.4).clamp(0, 1)
+    like, way = (torch.minimum(sharp, wanted).sum((2, 3)) / torch.maximum(sharp, wanted).sum((2, 3))).max(0)
+    wing = ways[way, torch.arange(len(birds), device=birds.device)]
+    near = functional.max_pool2d(wanted[None, None], 5, 1, 2)  # what lies far from the ideal is no part of it
+    return torch.cat([(3 * wing[:, :1] - 0.9).clamp(0, 1) * near, wing[:, 1:]], 1), like
+
+
+def outline(horses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Color of the sky (n, 3); the first row of each column that is unlike it (n, 32); the row of the back (n,)."""
+    sky = horses[:, :, :8, 6:26].flatten(2).median(2).values
+    far = unlike(horses, sky)
+    seen = far > (0.55 * far[:, 12:22, 8:24].flatten(1).quantile(0.8, 1)).clamp(min=0.1)[:, None, None]
+    first = torch.where(seen.any(1), seen.float().argmax(1), SIZE).float()
+    return sky, first, first[:, 10:22].median(1).values
+
+
+def raised(horses: Tensor) -> Tensor:
+    """How many pixels above the back, at the left and at the right, are more like the coat than the sky, (n, 2).
+
+    A raised head makes the difference.
+    """
+    coat = horses[..., 16:21, 11:21].flatten(2).median(2).values
+    body = ((unlike(horses, outline(horses)[0]) - unlike(horses, coat)) / 0.05).sigmoid()[:, 5:15]
+    return torch.stack([body[..., 3:12].sum((1, 2)), body[..., 20:29].sum((1, 2))], 1)
+
+
+def calm(horses: Tensor) -> Tensor:
+    """How good a place for wings is, (n,): a plain sky above a straight back."""
+    sky, first, back = outline(horses)
+    wild = (horses[:, :, :9, 4:28] - sky[..., None, None]).abs().mean((1, 2, 3))
+    return -6 * wild - 0.3 * (first[:, 10:22] - back[:, None]).abs().mean(1)
+
+
+def whole(horses: Tensor) -> Tensor:
+    """How much of a horse is seen, (n,): a body unlike the sky and what is beside it, a head, legs."""
+    coat, beside = horses[..., 16:21, 11:21].flatten(2).median(2).values, horses[..., 16:21, [0, 1, 2, 29, 30, 31]]
+    alone = (beside - coat[..., None, None]).abs().mean((1, 2, 3)).clamp(max=0.25)
+    body = (coat - outline(horses)[0]).abs().mean(1).clamp(max=0.3)
+    legs = horses[..., 24:29, 6:26].mean(1).std(2).mean(1).clamp(max=0.12)
+    return 5 * body + 6 * alone + 8 * legs + 0.1 * raised(horses).diff().abs()[:, 0].clamp(max=15)
+
+
+def with_room(horses: Tensor) -> Tensor:
+    """The horses four fifths as large, their backs in row 15 and sky above."""
+    sky, _, back = outline(horses)
+    fade = torch.linspace(1, 0, 6, device=horses.device)[:, None]
+    top = torch.lerp(horses[:, :, :6], sky[..., None, None], fade)
+    wide = functional.pad(torch.cat([top, horses[:, :, 6:]], 2), (4, 4, 0, 0), mode="reflect")
+    tall = torch.cat([sky[..., None, None].expand(-1, -1, 24, 40), wide], 2)
+    rows = (back.long()[:, None] + 5 + torch.arange(40, device=horses.device)).clamp(max=SIZE + 23)
+    cut = tall.gather(2, rows[:, None, :, None].expand(-1, 3, -1, 40))
+    return functional.interpolate(cut, (SIZE, SIZE), mode="bilinear", antialias=True)
+
+
+def blue(horses: Tensor) -> Tensor:
+    """The horses before a blue sky, but those before a dark background, which shows light wings as well."""
+    sky = horses[:, :, :6].flatten(2).median(2).values
+    above = ((16 - torch.arange(SIZE, device=horses.device)) / 2).sigmoid()[:, None]
+    share = ((0.14 - unlike(horses, sky)) / 0.04).sigmoid() * above * (sky.mean(1) > 0.3)[:, None, None]
+    return torch.lerp(horses, horses.new_tensor(SKY)[:, None, None].expand_as(horses), share[:, None])
+
+
+def spread(wing: Tensor, root: Tensor, lean: float, length: float, width: float) -> Tensor:
+    """Wings (n, 2, 32, 32) moved to roots (n, 2), leaning to the right by an angle."""
+    across = root.new_tensor([math.cos(lean), math.sin(lean)]) * 2 / width
+    along = root.new_tensor([-math.sin(lean), math.cos(lean)]) * 2 / length
+    turn = torch.stack([across, along]).expand(len(root), 2, 2)
+    return warped(wing, turn, root.new_tensor([0, 1]) - (turn @ root[..., None])[..., 0])
+
+
+def winged(horses: Tensor, wing: Tensor) -> tuple[Tensor, Tensor]:
+    """Horses with heads at the left given two wings each, and where these are, masks (n, 1, 32, 32)."""
+    (_, y), back, cover = places(horses), outline(horses)[2], torch.zeros_like(horses[:, :1])
+    body = (y > ((back - 1) / (SIZE / 2) - 1)[:, None, None, None]).float()
+    for light, x, *form in PAIR:
+        root = torch.stack([torch.full_like(back, x), (back + 1.5) / (SIZE / 2) - 1], 1)
+        mask, shade = spread(wing, root, *form).split(1, 1)
+        shade = shade - (shade * mask).sum((2, 3), keepdim=True) / mask.sum((2, 3), keepdim=True).clamp(min=1e-3)
+        rim = functional.max_pool2d(mask, 3, 1, 1) - mask  # darker, or light wings melt into light horses
+        horses = horses * (1 - rim * (0.12 + 0.33 * body))
+        horses = torch.lerp(horses, (light + 0.5 * shade).clamp(0, 1).expand_as(horses), mask)
+        cover = torch.maximum(cover, mask)
+    return horses, cover

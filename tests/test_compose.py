@@ -1,0 +1,121 @@
+import collage
+import compose
+import prior
+import vae
+
+import pytest
+import torch
+
+SKY = torch.tensor([0.8, 0.9, 1.0])
+
+
+def scene(color, *boxes):
+    """A picture (1, 3, 32, 32) of one color with dark boxes, each (top, bottom, left, right)."""
+    image = torch.as_tensor(color)[None, :, None, None].expand(1, 3, 32, 32).clone()
+    for top, bottom, left, right in boxes:
+        image[..., top:bottom, left:right] = torch.tensor([0.4, 0.2, 0.1])[:, None, None]
+    return image
+
+
+def horse(down=0, sky=SKY):
+    """Body, two legs, a head at the left; the back in row 15 + down."""
+    return scene(sky, *((t + down, b + down, *sides) for t, b, *sides in (
+        (15, 22, 8, 25), (22, 29, 9, 11), (22, 29, 22, 24), (9, 17, 5, 9))))
+
+
+def test_a_silhouette_is_what_is_unlike_the_border():
+    mask = collage.silhouettes(scene(SKY, (12, 20, 8, 24)))[0, 0]
+    assert mask[14:18, 10:22].min() > 0.8
+    assert torch.cat([mask[:9], mask[23:]]).max() < 0.05
+
+
+@pytest.mark.parametrize("box", [(14, 18, 6, 26), (6, 26, 14, 18)], ids=("lying", "standing"))
+def test_wings_stand_upright_however_the_bird_flies(box):
+    """Stretched to one form, so both are nearly the same wing."""
+    wing, like = collage.wings(scene(SKY, box))
+    mask = wing[0, 0]
+    assert mask.shape == (32, 32) and 0 < like.item() <= 1
+    assert mask[16].sum() > 10 and mask[:, 16].sum() > 20
+    other = collage.wings(scene(SKY, (box[2], box[3], box[0], box[1])))[0][0, 0]
+    torch.testing.assert_close(mask, other, rtol=0, atol=0.2)
+
+
+def test_outline_finds_the_back_and_the_head():
+    sky, first, back = collage.outline(horse())
+    torch.testing.assert_close(sky[0], SKY)
+    assert abs(back.item() - 15) <= 1
+    assert first[0, 6] < first[0, 16] and first[0, 30] == collage.SIZE
+    left, right = collage.raised(horse())[0]
+    assert left > right + 5
+    assert torch.equal(collage.raised(horse().flip(3))[0].argmax(), torch.tensor(1))
+
+
+def test_a_whole_horse_on_a_calm_sky_ranks_before_a_cut_one():
+    cut = scene(SKY, (15, 32, 0, 32))
+    assert collage.whole(horse()) > collage.whole(cut)
+    noisy = horse()
+    noisy[:, :, :9] = torch.rand(1, 3, 9, 32, generator=torch.Generator().manual_seed(0))
+    assert collage.calm(horse()) > collage.calm(noisy)
+
+
+@pytest.mark.parametrize("down", [-8, -4, 0])
+def test_room_above_the_back_wherever_it_was(down):
+    roomy = collage.with_room(horse(down))
+    assert roomy.shape == (1, 3, 32, 32)
+    assert abs(collage.outline(roomy)[2].item() - 15) <= 1
+    torch.testing.assert_close(roomy[0, :, 2, 16], SKY, rtol=0, atol=0.01)
+
+
+def test_light_skies_turn_blue_and_dark_ones_stay():
+    before, after = horse(), collage.blue(horse())
+    torch.testing.assert_close(after[0, :, 2, 16], torch.tensor(collage.SKY), rtol=0, atol=0.05)
+    torch.testing.assert_close(after[0, :, 17:], before[0, :, 17:], rtol=0, atol=0.2)
+    night = horse(sky=[0.05, 0.05, 0.1])
+    assert torch.equal(collage.blue(night), night)
+
+
+def test_wings_lie_on_the_back_and_leave_the_rest():
+    wing, _ = collage.wings(scene(SKY, (6, 26, 12, 20)))
+    before = collage.blue(horse())
+    after, cover = collage.winged(before, wing)
+    assert after.min() >= 0 and after.max() <= 1
+    assert cover[0, 0, :15].sum() > 40 and cover[0, 0, 20:].max() == 0
+    assert torch.equal(after[..., 20:, :], before[..., 20:, :])
+    assert torch.equal(after[..., :9], before[..., :9])  # the head
+    there = cover[0, 0] > 0.9
+    assert after[0].mean(0)[there].median() > before[0].mean(0)[there].median() + 0.1
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """An untrained model and prior, which moves nothing, and their bank."""
+    torch.manual_seed(0)
+    model = vae.VAE("conv", "gaussian", "8x8x2").eval()
+    learned = prior.Learned(model.shape, 4)
+    return model, learned, compose.prepare(model, learned, None, ("horse", "bird"), draws=12, horses=3, birds=4)
+
+
+def test_the_bank_is_small_and_always_the_same(parts):
+    model, learned, bank = parts
+    assert {name: len(z) for name, z in bank.items()} == {"any": 6, "white": 3, "dark": 3, "birds": 4}
+    assert all(z.dtype == torch.float16 and z.shape[1] == 128 for z in bank.values())
+    again = compose.prepare(model, learned, None, ("horse", "bird"), draws=12, horses=3, birds=4)
+    assert all(torch.equal(bank[name], again[name]) for name in bank)
+
+
+@pytest.mark.parametrize("first", [0, 2, 3])
+def test_a_pegasus_is_a_function_of_the_seed_and_its_number(parts, first):
+    z = compose.pegasus(*parts, 9, 5, first)
+    assert z.shape == (9, 128) and z.dtype == torch.float32 and torch.isfinite(z).all()
+    torch.testing.assert_close(compose.pegasus(*parts, 4, 5, first), z[:4], rtol=0, atol=0.05)  # bfloat16 inside
+    assert (compose.pegasus(*parts, 9, 6, first) - z).abs().mean() > 0.1
+    assert torch.cdist(z, z).fill_diagonal_(9).min() > 0.1
+
+
+def test_each_part_is_taken_once_before_any_comes_again():
+    of = torch.arange(50)
+    rows = compose.order(of, 100, 3, 1)
+    assert rows[:50].sort().values.tolist() == rows[50:].sort().values.tolist() == of.tolist()
+    assert not torch.equal(rows[:50], rows[50:])
+    assert torch.equal(compose.order(of, 70, 3, 1), rows[:70])
+    assert not torch.equal(compose.order(of, 100, 4, 1), rows)
