@@ -1,6 +1,6 @@
 """Wings of birds on backs of horses, in pixels: silhouettes, outlines, shapes laid over pictures. No network is asked.
 
-All horses and birds are images (n, 3, 32, 32) in [0, 1]; a wing is (n, 2, 32, 32), its mask and its brightness, upright
+All horses and birds are images (n, 3, 32, 32) in [0, 1]; a wing is (n, 4, 32, 32), its mask and its colors, upright
 with the root at the middle of the lower edge. Points are x, y between -1 and 1, as in `grid_sample`.
 """
 import math
@@ -14,7 +14,7 @@ from torch.nn import functional
 SIZE = vae.IMAGE[1]
 SKY = (0.36, 0.58, 0.86)  # before which light wings and most horses stand out
 # the far wing and the near one: brightness, x of the root, lean to the tail, length and width; a picture is 2 wide
-PAIR = ((0.75, 0.0, 0.0, 1.0, 0.55), (0.97, 0.06, 0.75, 1.1, 0.7))
+PAIR = ((0.75, 0.0, 0.0, 1.0, 0.7), (0.95, 0.06, 0.75, 1.15, 0.85))
 
 
 def places(like: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,7 +61,7 @@ def axes(masks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def ideal(like: Tensor) -> Tensor:
-    """The mask (32, 32) of a wing as one imagines it: a straight edge at the left, feathers at the right, a tip."""
+    """The mask (32, 32) that birds are chosen by: a straight edge at the left, feathers at the right, a tip."""
     x, y = places(like)
     up = (1 - y) / 2
     left = 0.1 - 0.6 * (1 - up.square())
@@ -70,16 +70,15 @@ def ideal(like: Tensor) -> Tensor:
 
 
 def wings(birds: Tensor) -> tuple[Tensor, Tensor]:
-    """Birds' silhouettes stretched along their axes into wings (n, 2, 32, 32), and how near each is to the ideal."""
+    """Birds stretched along their axes into wings (n, 4, 32, 32), and how near each silhouette is to the ideal."""
     masks, wanted = silhouettes(birds), ideal(birds)
     centre, axis = axes(masks)
-    upright = warped(torch.cat([masks, birds.mean(1, keepdim=True)], 1), 1.75 * axis, centre)
+    upright = warped(torch.cat([masks, birds], 1), 1.75 * axis, centre)
     ways = torch.stack([upright.flip(flips) for flips in ((), (2,), (3,), (2, 3))])
     sharp = (4 * ways[:, :, 0] - 1.4).clamp(0, 1)
     like, way = (torch.minimum(sharp, wanted).sum((2, 3)) / torch.maximum(sharp, wanted).sum((2, 3))).max(0)
     wing = ways[way, torch.arange(len(birds), device=birds.device)]
-    near = functional.max_pool2d(wanted[None, None], 5, 1, 2)  # what lies far from the ideal is no part of it
-    return torch.cat([(3 * wing[:, :1] - 0.9).clamp(0, 1) * near, wing[:, 1:]], 1), like
+    return torch.cat([(3 * wing[:, :1] - 0.9).clamp(0, 1), wing[:, 1:]], 1), like
 
 
 def outline(horses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,7 +137,7 @@ def blue(horses: Tensor) -> Tensor:
 
 
 def spread(wing: Tensor, root: Tensor, lean: float, length: float, width: float) -> Tensor:
-    """Wings (n, 2, 32, 32) moved to roots (n, 2), leaning to the right by an angle."""
+    """Wings (n, 4, 32, 32) moved to roots (n, 2), leaning to the right by an angle."""
     across = root.new_tensor([math.cos(lean), math.sin(lean)]) * 2 / width
     along = root.new_tensor([-math.sin(lean), math.cos(lean)]) * 2 / length
     turn = torch.stack([across, along]).expand(len(root), 2, 2)
@@ -146,15 +145,16 @@ def spread(wing: Tensor, root: Tensor, lean: float, length: float, width: float)
 
 
 def winged(horses: Tensor, wing: Tensor) -> tuple[Tensor, Tensor]:
-    """Horses with heads at the left given two wings each, and where these are, masks (n, 1, 32, 32)."""
-    (_, y), back, cover = places(horses), outline(horses)[2], torch.zeros_like(horses[:, :1])
-    body = (y > ((back - 1) / (SIZE / 2) - 1)[:, None, None, None]).float()
+    """Horses with heads at the left given two wings each, and where these are, masks (n, 1, 32, 32).
+
+    Wings keep their shades and are lifted to one brightness: dark ones above a back are taken for riders and trees.
+    """
+    back, cover = outline(horses)[2], torch.zeros_like(horses[:, :1])
     for light, x, *form in PAIR:
         root = torch.stack([torch.full_like(back, x), (back + 1.5) / (SIZE / 2) - 1], 1)
-        mask, shade = spread(wing, root, *form).split(1, 1)
-        shade = shade - (shade * mask).sum((2, 3), keepdim=True) / mask.sum((2, 3), keepdim=True).clamp(min=1e-3)
+        mask, colors = spread(wing, root, *form).split([1, 3], 1)
+        mean = (colors * mask).sum((2, 3), keepdim=True) / mask.sum((2, 3), keepdim=True).clamp(min=1e-3)
         rim = functional.max_pool2d(mask, 3, 1, 1) - mask  # darker, or light wings melt into light horses
-        horses = horses * (1 - rim * (0.12 + 0.33 * body))
-        horses = torch.lerp(horses, (light + 0.5 * shade).clamp(0, 1).expand_as(horses), mask)
+        horses = torch.lerp(horses * (1 - 0.15 * rim), (colors + light - mean).clamp(0, 1), mask)
         cover = torch.maximum(cover, mask)
     return horses, cover

@@ -1,15 +1,16 @@
 """A Pegasus by the learned prior: wings of a bird that it drew on the back of a horse that it drew.
 
 `prepare` draws many of both, once, after training, and keeps the best as latents: horses seen whole from the side with
-room above the back, and birds whose silhouettes make wings. `pegasus` lays a bird's silhouette twice over a horse's
-back, in pixels (sums of latents or of velocities leave no wings), goes back from there to t = 0.7 on the way from
-noise, and follows the prior again, as a bird in the cells that wings cover and as a horse in all others.
+room above the back, and birds whose silhouettes make wings. `pegasus` lays a bird twice over a horse's back, upright
+and light, in pixels (sums of latents or of velocities leave no wings), goes back from there to t = START on the way
+from noise, and follows the prior again, as a bird in the cells that wings cover and as a horse in all others.
 """
 import cifar10
 import collage
 import density
 import judge
 import prior
+import recipe
 import reparam
 import vae
 
@@ -18,7 +19,12 @@ from torch import Tensor
 from torch.nn import functional
 
 BIRD, HORSE, ROOM, TRIAL, NOISE = range(5)  # purposes of derived seeds
-START = 0.75  # later, wings look glued on; earlier, they fade
+START = 0.6  # later, wings look glued on; earlier, they fade
+
+
+def autocast(like: Tensor) -> torch.autocast:
+    place = like.device.type
+    return torch.autocast(place, torch.bfloat16, enabled=recipe.computes_bfloat16(place))
 
 
 @torch.no_grad()
@@ -28,7 +34,7 @@ def follow(learned: prior.Learned, weights: dict[int, float | Tensor], z: Tensor
     for first in range(0, len(z), 64):
         some = slice(first, first + 64)
         own = {name: w[some] if isinstance(w, Tensor) else w for name, w in weights.items()}
-        with torch.autocast(z.device.type, torch.bfloat16):
+        with autocast(z):
             parts.append(prior.integrate(prior.composed(learned.average, learned.none, own), z[some], times))
     return torch.cat(parts)
 
@@ -36,14 +42,14 @@ def follow(learned: prior.Learned, weights: dict[int, float | Tensor], z: Tensor
 @torch.no_grad()
 def decode(model: vae.VAE, learned: prior.Learned, z: Tensor) -> Tensor:
     """Normalised latents (n, latent) to images (n, 3, 32, 32) in [0, 1]."""
-    with torch.autocast(z.device.type, torch.bfloat16):
+    with autocast(z):
         return torch.cat([model.decode(learned.latents(part)) for part in z.split(250)])
 
 
 @torch.no_grad()
 def encode(model: vae.VAE, learned: prior.Learned, images: Tensor) -> Tensor:
     """Images (n, 3, 32, 32) to normalised latents (n, latent)."""
-    with torch.autocast(images.device.type, torch.bfloat16):
+    with autocast(images):
         return torch.cat([learned.normalised(model.encode(part)[0]) for part in images.split(250)])
 
 

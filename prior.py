@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 
+import density
 import reparam
 
 import torch
@@ -134,6 +135,11 @@ class Learned(nn.Module):
         """Take the averaged weights a little nearer to the trained ones, faster at the beginning."""
         nearer = 1 - min(decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.average.parameters()), list(self.velocity.parameters()), nearer)
+
+
+def build(shape: tuple[int, int, int], classes: tuple[str, ...]) -> Learned:
+    """A prior for a run's classes, and coats of the first."""
+    return Learned(shape, len(classes) + len(density.COATS))
 
 
 def hide(names: Tensor, none: int, seed: Tensor, first: int) -> Tensor:

@@ -43,7 +43,8 @@ class Options:
     run: str = option("runs/pegasus", "folder of the run")
     resume: bool = option(False, "go on with the run in the folder, or start it")
     overwrite: bool = option(False, "begin anew in a folder that holds a run")
-    judge: bool = option(True, "put into the checkpoint the judge that --best asks; trained once for each data set")
+    judge: bool = option(True, "put into the checkpoint the judge that --best asks, trained once for each data set, "
+                         "and the parts that Pegasi are composed of")
     threads: int = option(0, "CPU threads; 0 is one a core", least=0, most=1024)
     precision: str = option("auto", "of matrix products; auto is bfloat16 where the processor computes with it",
                             choices=("auto", "float32", "bfloat16"))

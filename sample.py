@@ -13,6 +13,8 @@ from pathlib import Path
 
 import options
 import checkpoint
+import cifar10
+import compose
 import density
 import judge
 import pictures
@@ -62,6 +64,7 @@ class Trained:
     about: dict[str, object]
     judge: judge.Judge | None
     learned: prior.Learned | None  # once it is being trained
+    bank: dict[str, Tensor] | None  # what its Pegasi are composed of, at the end of a run
 
     @property
     def device(self) -> str:
@@ -82,7 +85,7 @@ def trained(state: dict, model: vae.VAE, learned: prior.Learned | None) -> Train
              "epochs": f"{state['epoch']:g}", "data": state["data"]["name"]}
     about |= {"prior": BEFORE if waits else "learned"} if learned or waits else {}
     asked = judge.from_state(state["judge"]) if state.get("judge") else None
-    return Trained(model, densities, tuple(state["classes"]), about, asked, learned)
+    return Trained(model, densities, tuple(state["classes"]), about, asked, learned, state.get("bank"))
 
 
 def load(path: Path) -> Trained:
@@ -91,7 +94,7 @@ def load(path: Path) -> Trained:
     with checkpoint.fitting(path):
         model = vae.build(state["config"])
         model.load_state_dict(state["model"])
-        learned = prior.Learned(model.shape, len(state["classes"]) + len(density.COATS)) if state.get("prior") else None
+        learned = prior.build(model.shape, state["classes"]) if state.get("prior") else None
         if learned:
             learned.load(state["prior"], None)
         return trained(state, model, learned)
@@ -147,9 +150,14 @@ def latents(found: Trained, chosen: Options) -> Tensor:
     return density.draw(source(found, chosen), eps, chosen.temperature)
 
 
+def kind(found: Trained, coat: str) -> int:
+    """The learned prior's number of the first class with a coat."""
+    return len(found.classes) + density.COATS.index(coat) if coat != "any" else 0
+
+
 def weights(found: Trained, chosen: Options) -> dict[int, float | Tensor]:
     """How much of each class the learned prior's flow follows; in `morph` (n, 1), changing along a row of the sheet."""
-    first = len(found.classes) + density.COATS.index(chosen.coat) if chosen.coat != "any" else 0
+    first = kind(found, chosen.coat)
     if chosen.mode == "prior":
         return {}
     if chosen.mode == "morph":
@@ -173,6 +181,8 @@ def told(field: prior.Field, done: int, chosen: Options) -> prior.Field:
 @torch.no_grad()
 def learned_latents(found: Trained, chosen: Options) -> Tensor:
     """Latents (n, latent) by the learned prior, CHUNK pictures at a time."""
+    if chosen.mode == "pegasus" and found.bank and not chosen.from_:
+        return compose.pegasus(found.model, found.learned, found.bank, chosen.n, chosen.seed, kind(found, chosen.coat))
     row = torch.arange(chosen.n) // chosen.columns if chosen.mode == "morph" else torch.arange(chosen.n)
     eps = chosen.temperature * vae.noise(int(row[-1]) + 1, found.model.latent, chosen.seed)[row]
     begin, parts = 0.0, []
@@ -208,19 +218,24 @@ def likeness(found: Trained, z: Tensor, coat: str) -> Tensor:
     return torch.minimum(density.log_density(first, z), density.log_density(second, z))
 
 
-def ranking(found: Trained, z: Tensor, images: Tensor, coat: str) -> Tensor:
+def ranking(found: Trained, z: Tensor, images: Tensor, chosen: Options) -> Tensor:
     """What `--best` goes by, (n,), for latents and their images: the judge's score where there is one, and the coat.
 
     With a coat, the sum of an image's ranks by score and by brightness: neither has a unit that the other knows.
     """
     if len(found.classes) < 2:
         raise Fault(f"--best: a Pegasus needs two classes, this model knows {found.classes[0]} only; leave it")
-    score = likeness(found, z, coat)
     if found.judge:
-        score = judge.pegasus_score(judge.classify(found.judge, images)[0], found.classes)
-    if coat == "any":
+        seen = judge.classify(found.judge, images)[0]
+        # composed Pegasi have wings: what they may lack is a horse
+        composed = found.bank and chosen.mode == "pegasus"
+        horse = seen[:, cifar10.CLASSES.index(found.classes[0])]
+        score = horse if composed else judge.pegasus_score(seen, found.classes)
+    else:
+        score = likeness(found, z, chosen.coat)
+    if chosen.coat == "any":
         return score
-    light = density.brightness(images) * (1 if coat == "white" else -1)
+    light = density.brightness(images) * (1 if chosen.coat == "white" else -1)
     return score.argsort(stable=True).argsort() + light.argsort(stable=True).argsort()
 
 
@@ -231,7 +246,7 @@ def draw(found: Trained, chosen: Options = Options()) -> Tensor:  # noqa: B008  
     z = latents(found, chosen)
     images = found.model.decode(z.to(found.device), codes(found, chosen)).cpu()
     if chosen.best:
-        return images[ranking(found, z, images, chosen.coat).argsort(descending=True, stable=True)[:chosen.best]]
+        return images[ranking(found, z, images, chosen).argsort(descending=True, stable=True)[:chosen.best]]
     return images
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import options
 import checkpoint
+import compose
 import density
 import folder
 import judge
@@ -54,10 +55,8 @@ class Training:
         self.options, self.folder, self.data, self.workers = chosen, Path(chosen.run), data, workers
         torch.manual_seed(chosen.seed)
         self.model = vae.build(asdict(chosen)).to(chosen.device)
-        self.learned = None
-        if chosen.prior == "learned":
-            names = len(data.classes) + len(density.COATS)
-            self.learned = prior.Learned(self.model.shape, names).to(chosen.device)
+        learned = chosen.prior == "learned"
+        self.learned = prior.build(self.model.shape, data.classes).to(chosen.device) if learned else None
         self.epoch, self.step, self.history = 0, 0, []  # step: of the epoch that is under way
         self.totals = torch.zeros(phases.SUMS, dtype=torch.float64, device=chosen.device)  # of that epoch so far
         self.asked, self.stop = 0, 0  # the signal that asks this process to leave; once all of them know, to all
@@ -66,6 +65,7 @@ class Training:
         self.refit, self.fitted, self.fitted_at = 0.0, {}, None  # densities: when due, as last fitted, and where
         self.steps = math.ceil(len(data.images) / chosen.batch_size)  # an epoch
         self.judge = state.get("judge") if state else None  # its state: trained at the end, and only carried along
+        self.bank = None  # what Pegasi are composed of: of one prior, and so not carried along when it learns more
         if state:
             self.restore(state)
         else:
@@ -85,6 +85,7 @@ class Training:
         self.epoch, self.step, self.history = state["epochs_done"], state["step"], state["history"]
         if self.learned:
             self.learned.load(state["prior"], state["velocity"])
+        self.bank = state.get("bank") if self.epoch == self.options.epochs else None
         self.enter()
         if state.get("phase", self.phase.name) == self.phase.name:
             self.optimizer.load_state_dict(state["optimizer"])
@@ -105,7 +106,7 @@ class Training:
                 "phase": self.phase.name, "prior": self.learned.drawing() if self.learned else None,
                 "velocity": self.learned.velocity.state_dict() if self.learned else None,
                 "totals": self.totals, "skipped": self.skipped, "history": self.history,
-                "rng": torch.get_rng_state(), "densities": self.densities(), "judge": self.judge}
+                "rng": torch.get_rng_state(), "densities": self.densities(), "judge": self.judge, "bank": self.bank}
 
     def densities(self) -> dict[str, list[Tensor]]:
         """The classes' latents: at the end of the model as it is, before that anew when it costs 0.5 % of the time."""
@@ -244,12 +245,19 @@ class Training:
             print(f"{left}: {self.folder}/last.pt and pictures")
         return 128 + self.stop if self.stop else 0
 
-    def add_judge(self) -> None:
-        """Put the judge into the checkpoint of a finished run, which nobody has to wait for: it is saved already."""
+    def add(self) -> None:
+        """Put judge and parts for Pegasi into the checkpoint of a finished run, which draws without them already."""
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if self.options.judge and not self.judge:
+        if not self.options.judge:
+            return
+        before = self.judge, self.bank
+        if not self.judge:
             self.judge = judge.get(Path(self.data.folder), 0, self.options.device, self.options.precision)
+        if self.phase.name == "prior" and len(self.data.classes) > 1 and not self.bank:
+            print("parts for Pegasi are drawn; two minutes or so", flush=True)
+            self.bank = compose.prepare(self.model, self.learned, judge.from_state(self.judge), self.data.classes)
+        if (self.judge, self.bank) != before:
             self.save()
 
     def ask_to_stop(self, signum: int, _frame: object) -> None:
@@ -285,7 +293,7 @@ def main(argv: list[str] | None = None) -> int:
         status = training.train()
         workers.leave()
         if workers.leads and status == 0:
-            training.add_judge()
+            training.add()
     return status
 
 

@@ -3,6 +3,7 @@ import math
 import conditional
 import density
 import evaluate
+import phases
 import reparam
 import sample
 import train
@@ -92,8 +93,8 @@ def test_the_prior_is_trained(batches, tmp_path):
     training = train.begin(chosen, set(), train.Group("cpu"))
     torch.nn.init.normal_(training.model.decoder[0].weight)  # codes do nothing at the start
     before = {name: p.detach().clone() for name, p in training.model.named_parameters()}
-    x = train.gather(training.images, torch.arange(100), None)
-    with training.autocast(), torch.no_grad():
+    x = phases.gather(training.phase.images, torch.arange(100), None)
+    with phases.autocast(training.options), torch.no_grad():
         relaxed, exact = (training.model(x, training.seed(0, train.NOISE), 0, progress).sse.sum().double()
                           for progress in (0, None))
     training.train_step(torch.arange(100), None)
@@ -213,7 +214,7 @@ def test_a_run(batches, tmp_path, complaint):
                            epochs=2, judge=False)
     training = train.begin(train.recipe.resolve(chosen), set(), train.Group("cpu"))
     (tmp_path / "b").mkdir()
-    training.train_step(train.epoch_order(0, 0, len(training.images))[:128], None)
+    training.train_step(train.epoch_order(0, 0, len(training.data.images))[:128], None)
     training.save()
     run("b", "--resume")
     one, two = (sample.load(tmp_path / name / "last.pt") for name in "ab")

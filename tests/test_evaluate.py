@@ -95,8 +95,8 @@ def test_bounds_of_a_model():
 
 
 def test_nearest_and_called():
-    features = torch.tensor([[0.0, 0], [3, 4]])
-    assert evaluate.nearest(features, torch.tensor([[0.0, 1], [3, 4], [9, 9]])) == pytest.approx(0.5)
+    features = torch.tensor([[0.0, 0], [3, 4], [9, 1]])
+    assert evaluate.nearest(features, torch.tensor([[0.0, 1], [3, 4], [9, 9]])) == pytest.approx(1)
     assert evaluate.nearest(features, features) == 0
     p = torch.zeros(4, 10)
     p[[0, 1, 2, 3], [7, 7, 2, 5]] = 1

