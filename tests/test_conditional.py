@@ -95,7 +95,8 @@ def test_the_prior_is_trained(batches, tmp_path):
     before = {name: p.detach().clone() for name, p in training.model.named_parameters()}
     x = phases.gather(training.phase.images, torch.arange(100), None)
     with phases.autocast(training.options), torch.no_grad():
-        relaxed, exact = (training.model(x, training.seed(0, train.NOISE), 0, progress).sse.sum().double()
+        seed = phases.purpose_seed(training.options, 0, phases.NOISE)
+        relaxed, exact = (training.model(x, seed, 0, progress).sse.sum().double()
                           for progress in (0, None))
     training.train_step(torch.arange(100), None)
     torch.testing.assert_close(training.totals[2], relaxed)
