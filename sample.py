@@ -48,6 +48,8 @@ class Options:
                              least=0.0)
     from_: str | None = option(None, "with a learned prior, a picture to begin from instead of noise")
     keep: float = option(0.4, "how much of that picture to keep, 0 to 1", least=0.0, most=1.0)
+    composed: bool = option(True, "Pegasi of a horse's body and a bird's wings, where the model has the parts; else by "
+                            "guidance and blend alone")
     steps: int = option(16, "of the learned prior's flow", least=1, most=1000)
     temperature: float = option(1.0, "standard deviation of the noise", least=0.0)
     columns: int = option(8, "pictures in a row", least=1, most=65_536)
@@ -145,9 +147,18 @@ def latents(found: Trained, chosen: Options) -> Tensor:
     if chosen.mode == "morph":
         return morph(found, chosen)
     eps = vae.noise(chosen.n, found.model.latent, chosen.seed)
+    if chosen.mode == "prior" and found.about.get("prior") == BEFORE:
+        return aggregate(found, eps, chosen.temperature)
     if (code := codes(found, chosen)) is not None:
         return found.model.conditional.draw(chosen.temperature * eps, code).cpu()
     return density.draw(source(found, chosen), eps, chosen.temperature)
+
+
+def aggregate(found: Trained, eps: Tensor, temperature: float) -> Tensor:
+    """Latents (n, latent) out of standard normals: in turn one by each class's density."""
+    sets = torch.stack([density.draw(found.densities[name], eps, temperature) for name in found.classes])
+    rows = torch.arange(len(eps))
+    return sets[rows % len(sets), rows]
 
 
 def kind(found: Trained, coat: str) -> int:
@@ -181,8 +192,9 @@ def told(field: prior.Field, done: int, chosen: Options) -> prior.Field:
 @torch.no_grad()
 def learned_latents(found: Trained, chosen: Options) -> Tensor:
     """Latents (n, latent) by the learned prior, CHUNK pictures at a time."""
-    if chosen.mode == "pegasus" and found.bank and not chosen.from_:
-        return compose.pegasus(found.model, found.learned, found.bank, chosen.n, chosen.seed, kind(found, chosen.coat))
+    if chosen.mode == "pegasus" and found.bank and chosen.composed and not chosen.from_:
+        return compose.pegasus(found.model, found.learned, found.bank, chosen.n, chosen.seed, kind(found, chosen.coat),
+                               steps=math.ceil((1 - compose.START) * chosen.steps)).cpu()
     row = torch.arange(chosen.n) // chosen.columns if chosen.mode == "morph" else torch.arange(chosen.n)
     eps = chosen.temperature * vae.noise(int(row[-1]) + 1, found.model.latent, chosen.seed)[row]
     begin, parts = 0.0, []
@@ -228,7 +240,7 @@ def ranking(found: Trained, z: Tensor, images: Tensor, chosen: Options) -> Tenso
     if found.judge:
         seen = judge.classify(found.judge, images)[0]
         # composed Pegasi have wings: what they may lack is a horse
-        composed = found.bank and chosen.mode == "pegasus"
+        composed = found.bank and chosen.composed and chosen.mode == "pegasus"
         horse = seen[:, cifar10.CLASSES.index(found.classes[0])]
         score = horse if composed else judge.pegasus_score(seen, found.classes)
     else:

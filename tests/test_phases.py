@@ -1,9 +1,11 @@
 """A run of both phases through its command lines: autoencoder, then learned prior."""
 import csv
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import checkpoint
+import compose
 import phases
 import pictures
 import prior
@@ -89,6 +91,9 @@ def test_sheets_before_the_prior_say_so(batches, tmp_path, monkeypatch):
     assert train.main(["--run", str(tmp_path / "r"), "--data", str(batches), "--epochs", "1", *COMMAND]) == 0
     assert words.count(sample.BEFORE) == 2  # samples and Pegasi; reconstructions need no prior
     assert png(tmp_path / "r" / "pegasus.png")[1]["prior"] == sample.BEFORE
+    found = sample.load(tmp_path / "r" / "last.pt")
+    z = sample.latents(found, sample.Options(mode="prior", n=6, temperature=0.0))
+    assert z[::2].allclose(found.densities["horse"].mean) and z[1::2].allclose(found.densities["bird"].mean)
 
 
 @pytest.mark.parametrize("mode", ["pegasus", "morph", "horse", "bird", "prior"])
@@ -143,6 +148,22 @@ def test_begin_from_a_picture(run, tmp_path, complaint):
     out = tmp_path / "o.png"
     assert "text.png: not a picture" in complaint(sample.main, run / "last.pt", out, "--from", tmp_path / "text.png")
     assert "none.png: no such file" in complaint(sample.main, run / "last.pt", out, "--from", tmp_path / "none.png")
+
+
+def test_parts_for_pegasi_come_at_the_end_and_are_drawn_from(run, batches, tmp_path, monkeypatch):
+    whole = compose.prepare
+    monkeypatch.setattr(compose, "prepare", lambda *args: whole(*args, draws=12, horses=3, birds=4))
+    argv = [word for word in COMMAND if word != "--no-judge"]
+    assert train.main(["--run", str(tmp_path), "--data", str(batches), "--epochs", "2", *argv]) == 0
+    found = sample.load(tmp_path / "last.pt")
+    assert {name: len(parts) for name, parts in found.bank.items()} == {"any": 6, "white": 3, "dark": 3, "birds": 4}
+    chosen = sample.Options(n=4, seed=2, steps=5)
+    z = compose.pegasus(found.model, found.learned, found.bank, 4, 2, 0, steps=2)
+    assert sample.latents(found, chosen).equal(z)
+    assert not sample.latents(found, replace(chosen, composed=False)).allclose(z, atol=0.1)
+    assert not sample.latents(found, replace(chosen, coat="dark")).allclose(z, atol=0.1)
+    monkeypatch.setattr(compose, "prepare", None)  # a finished run has them already
+    assert train.main(["--run", str(tmp_path), "--resume", "--epochs", "2"]) == 0
 
 
 def test_a_prior_of_no_epochs_and_its_start(batches, tmp_path):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import cifar10
 import density
 import judge
 import sample
@@ -160,3 +161,12 @@ def test_one_class_has_nothing_to_mix(batches, tmp_path, complaint):
 
 def test_places_that_cannot_be_written(last, tmp_path, complaint):
     assert "none/out.png: can't be written" in complaint(sample.main, last, tmp_path / "none" / "out.png")
+
+
+def test_the_checkpoint_that_comes_along():
+    found = sample.load(ROOT / "pegasus.pt")
+    assert (ROOT / "pegasus.pt").stat().st_size <= 8_000_000
+    for coat in ("any", "white"):
+        images = sample.draw(found, sample.Options(n=32, coat=coat))
+        horse = judge.classify(found.judge, images)[0].argmax(1) == cifar10.CLASSES.index("horse")
+        assert horse.double().mean() > 0.6
