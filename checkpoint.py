@@ -126,9 +126,13 @@ def small(state: dict) -> dict:
 def main(argv: list[str] | None = None) -> None:
     chosen, _ = options.parse(Options, argv, __doc__)
     state = load(Path(chosen.checkpoint))
+    if Path(chosen.out).exists() and os.path.samefile(chosen.checkpoint, chosen.out):
+        raise Fault(f"{chosen.out}: is the checkpoint itself, which could not be resumed any more; choose another name")
     if state.get("phase") != "prior":
         raise Fault(f"{chosen.checkpoint}: has no learned prior, so drawing needs nearly all of it; use it as it is")
-    save(Path(chosen.out), small(state))
+    with fitting(Path(chosen.checkpoint)):
+        state = small(state)
+    save(Path(chosen.out), state)
     print(f"{chosen.out}: {Path(chosen.out).stat().st_size / 2**20:.1f} MiB")
 
 

@@ -102,7 +102,7 @@ def mounts(model: vae.VAE, learned: prior.Learned, asked: judge.Judge | None, na
 
 def crossed(model: vae.VAE, learned: prior.Learned, horses: Tensor, birds: Tensor, eps: Tensor, kind: int,
             steps: int = 6) -> Tensor:
-    """Horses with birds' wings, of normalised latents and noise, all (n, latent); every other one mirrored."""
+    """Horses with birds' wings, of normalised latents and noise, all (n, latent); half of them mirrored."""
     wing = collage.wings(decode(model, learned, birds))[0]
     images, cover = collage.winged(decode(model, learned, horses), wing)
     images, cover = (torch.where(eps[:, 0, None, None, None] > 0, x, x.flip(3)) for x in (images, cover))
@@ -129,6 +129,14 @@ def prepare(model: vae.VAE, learned: prior.Learned, asked: judge.Judge | None, c
             score += sum(belief(asked, tried, names) for names in sides)
         bank[name] = z[best(score, times * horses)].half().cpu()
     return bank | {"birds": wings.half().cpu()}
+
+
+def check(bank: dict[str, Tensor] | None, latent: int) -> None:
+    """Raise ValueError for what is no bank of latents; None is one of a run that has not ended."""
+    shapes = {name: parts.shape for name, parts in (bank or {}).items()}
+    if bank is not None and (set(shapes) != {"any", "birds", *density.COATS} or
+                             any(shape[0] < 1 or shape[1:] != (latent,) for shape in shapes.values())):
+        raise ValueError(f"parts of Pegasi have shapes {shapes}")
 
 
 def order(of: Tensor, n: int, seed: int, purpose: int) -> Tensor:

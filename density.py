@@ -136,6 +136,12 @@ def draw(gaussian: Gaussian, eps: Tensor, temperature: float = 1.0) -> Tensor:
     return (gaussian.mean.double() + temperature * (eps.double() @ root(gaussian).T)).float()
 
 
+def draw_in_turn(gaussians: list[Gaussian], eps: Tensor, temperature: float = 1.0) -> Tensor:
+    """Draws (n, d), one by each Gaussian in turn, from standard normals (n, d)."""
+    rows = torch.arange(len(eps))
+    return torch.stack([draw(gaussian, eps, temperature) for gaussian in gaussians])[rows % len(gaussians), rows]
+
+
 def log_density(gaussian: Gaussian, z: Tensor) -> Tensor:
     """log N(z; mean, covariance) up to a constant of d alone, for z (n, d); float64 (n,)."""
     lower = root(gaussian)

@@ -15,6 +15,7 @@ import options
 import checkpoint
 import log
 import pictures
+import recipe
 import sample
 import source
 import vae
@@ -75,7 +76,10 @@ def open_run(chosen: Options) -> dict | None:
     folder = Path(chosen.run)
     last = folder / "last.pt"
     if chosen.resume and not chosen.overwrite:
-        return checkpoint.load(last) if last.exists() else None
+        state = checkpoint.load(last) if last.exists() else None
+        if state is not None and "optimizer" not in state:
+            raise Fault(f"{last}: a small checkpoint, which only draws; --overwrite begins anew, --run names another")
+        return state
     if not chosen.overwrite and (last.exists() or (folder / "log.csv").exists()):
         raise Fault(f"{folder} holds a run; --resume goes on with it, --overwrite begins anew, --run names another")
     last.unlink(missing_ok=True)
@@ -103,8 +107,8 @@ def describe(chosen: Options, data: source.Pictures, history: list[dict]) -> Non
     if not history:
         log.write(folder / "speed.csv", log.SPEED, [])
     if chosen.prior == "learned":
-        print(f"{chosen.autoencoder_epochs} epochs for the autoencoder, "
-              f"{chosen.epochs - chosen.autoencoder_epochs} for the prior of its latents")
+        part = recipe.split(chosen)
+        print(f"{part} epochs for the autoencoder, {chosen.epochs - part} for the prior of its latents")
     print(f"{len(data.images):,} pictures ({', '.join(data.classes)}) from {data.name}, {chosen.arch}, "
           f"{chosen.precision}, {chosen.threads} threads, {chosen.device}; to {chosen.run}")
 

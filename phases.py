@@ -40,12 +40,12 @@ def purpose_seed(chosen: Options, step: int, purpose: int) -> Tensor:
 
 class Autoencoder:
     """The first phase: encoder and decoder, from photographs."""
-    name = "autoencoder"
+    name, flag = "autoencoder", "--lr"
 
     def __init__(self, chosen: Options, data: source.Pictures, model: vae.VAE, workers: Group):
         self.options, self.model, self.workers = chosen, model, workers
         self.images, self.test_images = data.images.to(chosen.device), data.test_images.to(chosen.device)
-        self.first, self.epochs = 0, min(chosen.autoencoder_epochs, chosen.epochs)
+        self.first, self.epochs = 0, recipe.split(chosen)
         self.steps = math.ceil(len(self.images) / chosen.batch_size)  # an epoch
         self.parameters, self.longest = list(model.parameters()), None  # gradients are clipped to this length
 
@@ -104,11 +104,11 @@ class Autoencoder:
 
 class Prior:
     """The second phase: a flow in the latent space of the autoencoder, which stays as it is."""
-    name = "prior"
+    name, flag = "prior", "--prior-lr"
 
     def __init__(self, chosen: Options, data: source.Pictures, model: vae.VAE, learned: prior.Learned, workers: Group):
         self.options, self.model, self.learned, self.workers = chosen, model, learned, workers
-        self.first, self.epochs = chosen.autoencoder_epochs, chosen.epochs - chosen.autoencoder_epochs
+        self.first, self.epochs = recipe.split(chosen), chosen.epochs - recipe.split(chosen)
         self.parameters, self.longest = list(learned.velocity.parameters()), 1.0
         views = [self.posteriors(data.images, mirrored) for mirrored in ((False, True) if chosen.flip else (False,))]
         self.mu, self.logvar = (torch.cat(each) for each in zip(*views, strict=True))

@@ -155,6 +155,7 @@ def step_seconds(velocity: Velocity, batch_size: int) -> float:
     for _ in range(2):
         begun.append(time.monotonic())
         velocity(z, z[:, 0], z[:, 0].long()).sum().backward()
+        velocity.enter.bias.grad.sum().item()  # waits for a GPU
     velocity.zero_grad()
     return time.monotonic() - begun[-1]
 
@@ -163,7 +164,7 @@ Field = Callable[[Tensor, float], Tensor]  # velocities (B, latent) of latents (
 
 
 def integrate(field: Field, z: Tensor, times: Sequence[float]) -> Tensor:
-    """Follow dz/dt = field(z, t) through the times, to second order, with one look at the field a step.
+    """Follow dz/dt = field(z, t) through the times, to second order, with one look at the field a step but the first.
 
     Adams and Bashforth's two-step method for steps of any length, after a first step of Heun's.
     """

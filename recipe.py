@@ -29,8 +29,8 @@ class Options:
     flow: int = option(0, "Householder reflections of the posterior's samples; 0 leaves it diagonal", least=0)
     components: int = option(10, "values of the code, under --prior conditional", least=1)
     beta: float = option(1.0, "weight of the rate in the loss", least=0.0)
-    schedule: str | None = option(None, "learning rate over the run; by default constant for mlp, onecycle for conv",
-                                  choices=("constant", "onecycle"))
+    schedule: str | None = option(None, "learning rate over the autoencoder's epochs; by default constant for mlp, "
+                                  "onecycle for conv", choices=("constant", "onecycle"))
     epochs: int = option(300, "passes over the training pictures", least=1)
     autoencoder_epochs: int | None = option(None, "how many of them are the autoencoder's; by default a fifth where "
                                             "the prior is learned, else all", least=1)
@@ -71,8 +71,10 @@ def resolve(chosen: Options) -> Options:
     kind = decide_prior(chosen)
     learned = kind == "learned"
     decided |= {"prior": kind, "latent": chosen.latent or ("8x8x8" if learned else "128")}
+    if chosen.autoencoder_epochs and not learned:
+        raise Fault("--autoencoder-epochs: only a run with --prior learned has epochs of another kind; leave it")
     part = chosen.autoencoder_epochs or max(1, round(SHARE * chosen.epochs))
-    decided |= {"autoencoder_epochs": min(part, chosen.epochs) if learned else chosen.epochs}
+    decided |= {"autoencoder_epochs": part if learned else None}
     place = device(chosen)
     fast = "bfloat16" if computes_bfloat16(place) else "float32"
     precision = fast if chosen.precision == "auto" else chosen.precision
@@ -81,12 +83,17 @@ def resolve(chosen: Options) -> Options:
 
 
 def decide_prior(chosen: Options) -> str:
-    """`normal` or `learned`, by default the latter where there can be one. Raises Fault where it is asked in vain."""
+    """A run's prior: unless asked, learned where it can be, else normal. Raises Fault where it is learned in vain."""
     grid = chosen.arch == "conv" and "x" in (chosen.latent or "8x8x8") and not chosen.flow
     if chosen.prior == "learned" and not grid:
         raise Fault("--prior: learned needs --arch conv, a grid of latents (--latent 8x8x8) and --flow 0; leave it, or "
                     "use --prior normal")
     return chosen.prior or ("learned" if grid else "normal")
+
+
+def split(chosen: Options) -> int:
+    """How many of a run's epochs are its autoencoder's."""
+    return min(chosen.autoencoder_epochs or chosen.epochs, chosen.epochs)
 
 
 def settle(chosen: Options, given: set[str], state: dict | None) -> Options:
@@ -101,6 +108,9 @@ def settle(chosen: Options, given: set[str], state: dict | None) -> Options:
             raise Fault(f"--{flag}: got {got}, but the run in {chosen.run} has {stored[name]}; leave it, use another "
                         "--run, or --overwrite")
     free = {name: getattr(chosen, name) for name in FREE & (given | {"run", "resume", "overwrite"})}
+    under_way = state.get("phase") != "prior" and state["epochs_done"] < (stored["autoencoder_epochs"] or 0)
+    if under_way and free.get("epochs", stored["epochs"]) != stored["epochs"] and "autoencoder_epochs" not in given:
+        stored["autoencoder_epochs"] = None  # decided anew
     return resolve(replace(Options(**stored), **free, **({"data": chosen.data} if chosen.data != "auto" else {})))
 
 

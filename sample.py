@@ -48,8 +48,8 @@ class Options:
                              least=0.0)
     from_: str | None = option(None, "with a learned prior, a picture to begin from instead of noise")
     keep: float = option(0.4, "how much of that picture to keep, 0 to 1", least=0.0, most=1.0)
-    composed: bool = option(True, "Pegasi of a horse's body and a bird's wings, where the model has the parts; else by "
-                            "guidance and blend alone")
+    composed: bool = option(True, "Pegasi of a horse's body and a bird's wings, where the model has the parts; else, "
+                            "or where blend, guidance or temperature is given, by these alone")
     steps: int = option(16, "of the learned prior's flow", least=1, most=1000)
     temperature: float = option(1.0, "standard deviation of the noise", least=0.0)
     columns: int = option(8, "pictures in a row", least=1, most=65_536)
@@ -82,7 +82,9 @@ def trained(state: dict, model: vae.VAE, learned: prior.Learned | None) -> Train
     fitted = {f"{part} of {name}": tensor for name, gaussian in densities.items()
               for part, tensor in gaussian._asdict().items()}
     drawing = {f"prior {name}": tensor for name, tensor in learned.drawing().items()} if learned else {}
-    weights = model.state_dict() | fitted | drawing
+    bank = {f"bank {name}": parts for name, parts in (state.get("bank") or {}).items()}
+    compose.check(state.get("bank"), model.latent)
+    weights = model.state_dict() | fitted | drawing | bank
     about = {"Software": "Pegasus VAE", "model": checkpoint.digest(weights, config),
              "epochs": f"{state['epoch']:g}", "data": state["data"]["name"]}
     about |= {"prior": BEFORE if waits else "learned"} if learned or waits else {}
@@ -112,7 +114,7 @@ def check(found: Trained, chosen: Options) -> None:
     if chosen.mode not in modes(found):
         raise Fault(f"--mode: got {chosen.mode}, wanted one of {', '.join(modes(found))}, which is what this model "
                     f"of {', '.join(found.classes)} can draw")
-    if chosen.from_ and not found.learned:
+    if chosen.from_ is not None and not found.learned:
         raise Fault("--from: this model has no learned prior, and nothing else can go on from a picture; leave it")
     coated = ("pegasus", "morph", found.classes[0])
     if chosen.coat != "any" and chosen.mode not in coated:
@@ -148,17 +150,16 @@ def latents(found: Trained, chosen: Options) -> Tensor:
         return morph(found, chosen)
     eps = vae.noise(chosen.n, found.model.latent, chosen.seed)
     if chosen.mode == "prior" and found.about.get("prior") == BEFORE:
-        return aggregate(found, eps, chosen.temperature)
+        return density.draw_in_turn([found.densities[name] for name in found.classes], eps, chosen.temperature)
     if (code := codes(found, chosen)) is not None:
         return found.model.conditional.draw(chosen.temperature * eps, code).cpu()
     return density.draw(source(found, chosen), eps, chosen.temperature)
 
 
-def aggregate(found: Trained, eps: Tensor, temperature: float) -> Tensor:
-    """Latents (n, latent) out of standard normals: in turn one by each class's density."""
-    sets = torch.stack([density.draw(found.densities[name], eps, temperature) for name in found.classes])
-    rows = torch.arange(len(eps))
-    return sets[rows % len(sets), rows]
+def composes(found: Trained, chosen: Options) -> bool:
+    """Whether Pegasi are composed of parts."""
+    usual = (chosen.blend, chosen.guidance, chosen.temperature) == (0.5, 2.0, 1.0)
+    return bool(chosen.mode == "pegasus" and found.bank and chosen.composed and usual and chosen.from_ is None)
 
 
 def kind(found: Trained, coat: str) -> int:
@@ -192,18 +193,18 @@ def told(field: prior.Field, done: int, chosen: Options) -> prior.Field:
 @torch.no_grad()
 def learned_latents(found: Trained, chosen: Options) -> Tensor:
     """Latents (n, latent) by the learned prior, CHUNK pictures at a time."""
-    if chosen.mode == "pegasus" and found.bank and chosen.composed and not chosen.from_:
+    if composes(found, chosen):
         return compose.pegasus(found.model, found.learned, found.bank, chosen.n, chosen.seed, kind(found, chosen.coat),
                                steps=math.ceil((1 - compose.START) * chosen.steps)).cpu()
     row = torch.arange(chosen.n) // chosen.columns if chosen.mode == "morph" else torch.arange(chosen.n)
     eps = chosen.temperature * vae.noise(int(row[-1]) + 1, found.model.latent, chosen.seed)[row]
-    begin, parts = 0.0, []
-    if chosen.from_:
+    begin, parts, pulls = 0.0, [], weights(found, chosen)
+    if chosen.from_ is not None:
         mu, _ = found.model.encode(pictures.read(Path(chosen.from_)).to(found.device))
         begin, eps = chosen.keep, torch.lerp(eps, found.learned.normalised(mu).cpu(), chosen.keep)
     times = [begin + (1 - begin) * i / chosen.steps for i in range(chosen.steps + 1)]
     for rows in torch.arange(chosen.n).split(CHUNK):
-        pull = {name: w[rows] if isinstance(w, Tensor) else w for name, w in weights(found, chosen).items()}
+        pull = {name: w[rows].to(found.device) if isinstance(w, Tensor) else w for name, w in pulls.items()}
         field = told(prior.composed(found.learned.average, found.learned.none, pull), int(rows[0]), chosen)
         with torch.autocast(found.device, torch.bfloat16, enabled=recipe.computes_bfloat16(found.device)):
             parts.append(prior.integrate(field, eps[rows].to(found.device), times).cpu())
@@ -240,11 +241,12 @@ def ranking(found: Trained, z: Tensor, images: Tensor, chosen: Options) -> Tenso
     if found.judge:
         seen = judge.classify(found.judge, images)[0]
         # composed Pegasi have wings: what they may lack is a horse
-        composed = found.bank and chosen.composed and chosen.mode == "pegasus"
         horse = seen[:, cifar10.CLASSES.index(found.classes[0])]
-        score = horse if composed else judge.pegasus_score(seen, found.classes)
-    else:
+        score = horse if composes(found, chosen) else judge.pegasus_score(seen, found.classes)
+    elif found.densities:
         score = likeness(found, z, chosen.coat)
+    else:
+        raise Fault("--best: this small checkpoint has no judge to ask; leave it, or use the run's last.pt")
     if chosen.coat == "any":
         return score
     light = density.brightness(images) * (1 if chosen.coat == "white" else -1)
@@ -285,6 +287,9 @@ def main(argv: list[str] | None = None) -> None:
     found = load(Path(chosen.checkpoint))
     images = draw(found, chosen)
     about = found.about | {key: getattr(chosen, key) for key in ("mode", "seed", "temperature", "blend", "coat")}
+    if found.learned:
+        about |= {"steps": chosen.steps, "guidance": chosen.guidance, "composed": composes(found, chosen)}
+        about |= {"from": chosen.from_, "keep": chosen.keep} if chosen.from_ is not None else {}
     about |= {"best": f"of {chosen.n} by {'judge' if found.judge else 'density'}"} if chosen.best else {}
     pictures.save(page(images, about, chosen.columns, scale), Path(chosen.out), about)
     what = f"the best {len(images)} of {chosen.n} pictures" if chosen.best else f"{len(images)} pictures"

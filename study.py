@@ -90,7 +90,7 @@ def run(name: str, seed: int, chosen: Options) -> dict:
     if seed == 0:
         picture(found, Path(chosen.out) / f"{name}.png")
     figures = evaluate.report(found, data, judged, settings) | {
-        "sse": state["history"][-1]["test_sse"],
+        "sse": [row["test_sse"] for row in state["history"] if "test_sse" in row][-1],
         "blends": blends(found, data, judge.from_state(judged), chosen.n)}
     figures["settings"]["data"] = data.name  # not where it lies on this machine
     return {"name": name, "command": words, "torch": torch.__version__, "figures": figures}

@@ -71,10 +71,10 @@ class Training:
         else:
             self.enter()
 
-    def enter(self) -> None:
-        """Begin the phase that the epoch is of."""
-        chosen, begun = self.options, self.epoch >= self.options.autoencoder_epochs
-        if self.learned and begun and chosen.epochs > chosen.autoencoder_epochs:
+    def enter(self, begun: bool = False) -> None:
+        """Begin the phase that the epoch is of; begun: the prior's is under way."""
+        chosen = self.options
+        if self.learned and (begun or recipe.split(chosen) <= self.epoch < chosen.epochs):
             self.phase = phases.Prior(chosen, self.data, self.model, self.learned, self.workers)
         else:
             self.phase = phases.Autoencoder(chosen, self.data, self.model, self.workers)
@@ -86,7 +86,7 @@ class Training:
         if self.learned:
             self.learned.load(state["prior"], state["velocity"])
         self.bank = state.get("bank") if self.epoch == self.options.epochs else None
-        self.enter()
+        self.enter(state.get("phase") == "prior")
         if state.get("phase", self.phase.name) == self.phase.name:
             self.optimizer.load_state_dict(state["optimizer"])
         for p, moments in self.optimizer.state.items():  # which torch does not look at
@@ -110,7 +110,7 @@ class Training:
 
     def densities(self) -> dict[str, list[Tensor]]:
         """The classes' latents: at the end of the model as it is, before that anew when it costs 0.5 % of the time."""
-        begun, place = time.monotonic(), min((self.epoch, self.step), (self.options.autoencoder_epochs, 0))
+        begun, place = time.monotonic(), min((self.epoch, self.step), (recipe.split(self.options), 0))
         if place != self.fitted_at and (self.stop or self.epoch == self.options.epochs or begun >= self.refit):
             with phases.autocast(self.options):
                 self.fitted = density.fit_classes(self.model, self.data.images, self.data.labels,
@@ -161,7 +161,7 @@ class Training:
         if in_a_row >= PATIENCE:
             epoch, step = (i + 1 for i in divmod(self.epoch * self.steps + self.step - in_a_row, self.steps))
             raise Fault(f"{self.folder}: gradient or loss not finite in {PATIENCE} steps in a row, from epoch {epoch}, "
-                        f"step {step} on; what was saved last is still there; begin again with a lower --lr")
+                        f"step {step} on; what was saved last is still there; take a lower {self.phase.flag}")
 
     def means(self, images: int) -> list[float]:
         """The sums of the epoch's first so many images for each of them, those of skipped steps left out."""
@@ -186,7 +186,7 @@ class Training:
         values = self.phase.end_epoch(means)
         if not math.isfinite(sum(values.values())):
             raise Fault(f"{self.folder}: the loss is no longer finite in epoch {self.epoch + 1}; what was saved last "
-                        "is still there; begin again with a lower --lr")
+                        f"is still there; begin again with a lower {self.phase.flag}")
         row = {"epoch": self.epoch + 1, "phase": self.phase.name, **values, "skipped": int(self.skipped[0]),
                "data": self.data.name}
         self.history.append(row)
@@ -214,8 +214,8 @@ class Training:
 
     def later(self) -> float:
         """About how many seconds the phase after this one takes, by the time of two of its steps."""
-        epochs = self.options.epochs - self.options.autoencoder_epochs
-        if not self.learned or self.phase.name == "prior" or epochs < 1:
+        epochs = self.options.epochs - recipe.split(self.options)
+        if not self.learned or self.phase.name == "prior" or not self.workers.leads:
             return 0.0
         with phases.autocast(self.options):
             return epochs * self.steps * prior.step_seconds(self.learned.velocity, self.options.batch_size)
@@ -249,15 +249,12 @@ class Training:
         """Put judge and parts for Pegasi into the checkpoint of a finished run, which draws without them already."""
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if not self.options.judge:
-            return
-        before = self.judge, self.bank
-        if not self.judge:
+        if self.options.judge and not self.judge:
             self.judge = judge.get(Path(self.data.folder), 0, self.options.device, self.options.precision)
-        if self.phase.name == "prior" and len(self.data.classes) > 1 and not self.bank:
+            self.save()
+        if self.judge and self.phase.name == "prior" and len(self.data.classes) > 1 and not self.bank:
             print("parts for Pegasi are drawn; two minutes or so", flush=True)
             self.bank = compose.prepare(self.model, self.learned, judge.from_state(self.judge), self.data.classes)
-        if (self.judge, self.bank) != before:
             self.save()
 
     def ask_to_stop(self, signum: int, _frame: object) -> None:
@@ -287,12 +284,14 @@ def main(argv: list[str] | None = None) -> int:
     if workers.restarts:
         chosen = replace(chosen, resume=True, overwrite=False)
     with folder.lock(Path(chosen.run)) if workers.leads else contextlib.nullcontext():
-        training = begin(chosen, given, workers)
-        if workers.leads:
-            folder.describe(training.options, training.data, training.history)
-        status = training.train()
-        workers.leave()
-        if workers.leads and status == 0:
+        try:  # who goes without leaving may abort, and say nothing of why
+            training = begin(chosen, given, workers)
+            if workers.leads:
+                folder.describe(training.options, training.data, training.history)
+            status = training.train()
+        finally:
+            workers.leave()
+        if workers.leads and status == 0 and not training.asked:
             training.add()
     return status
 
