@@ -54,7 +54,8 @@ bits/dim: ELBO and importance-weighted (IW, K = {k}), of {images} test photograp
 features of judge {judge_seed}, not FID, to the test photographs: of {n} draws from the class densities, of as many
 from the prior, of rebuilt test photographs; floor: of {n} training photographs. Horse, bird: the share of each one's
 mode that is called so. Pegasus: the share more Pegasus-like than 99 % of the test photographs, of pegasus, horse and
-bird mode.
+bird mode. The learned prior's Fréchet distance is without guidance; its modes have guidance {guidance}, its Pegasi are
+composed, and by `--blend` they are sums of velocities (`--no-composed`).
 """
 
 
@@ -73,7 +74,7 @@ def blends(found: sample.Trained, data: source.Pictures, asked: judge.Judge, n: 
     real = judge.pegasus_score(judge.classify(asked, data.test_images)[0], data.classes)
     result = {}
     for blend in BLENDS:
-        p = judge.classify(asked, sample.draw(found, sample.Options(n=n, blend=blend, seed=1)))[0]
+        p = judge.classify(asked, sample.draw(found, sample.Options(n=n, blend=blend, seed=1, composed=False)))[0]
         share = (judge.pegasus_score(p, data.classes) > real.quantile(0.99)).double().mean().item()
         result[str(blend)] = {"called": evaluate.called(p, data.classes), "pegasus_share": share}
     return result
@@ -82,7 +83,8 @@ def blends(found: sample.Trained, data: source.Pictures, asked: judge.Judge, n: 
 def run(name: str, seed: int, chosen: Options) -> dict:
     """A line of the figures: a row's run, trained now or as far as it is, and judged. Raises Fault."""
     words, folder = f"{ROWS[name]} --seed {seed}", Path(chosen.runs) / f"{name}-{seed}"
-    if train.main([*words.split(), "--data", chosen.data, "--run", str(folder), "--no-judge", "--resume"]):
+    parts = [] if "autoencoder" in words else ["--no-judge"]  # with the judge come the parts of Pegasi
+    if train.main([*words.split(), "--data", chosen.data, "--run", str(folder), *parts, "--resume"]):
         raise Fault(f"{folder}: stopped; the same command goes on")
     state, found = checkpoint.load(folder / "last.pt"), sample.load(folder / "last.pt")
     data, settings = source.load(state["data"]["folder"], ",".join(found.classes)), evaluate.Options(n=chosen.n)

@@ -117,13 +117,36 @@ def test_guidance_and_coat_change_the_flow(run):
     assert all(not a.allclose(b, atol=1e-4) for i, a in enumerate(sets) for b in sets[:i])
 
 
-def test_a_small_checkpoint_draws_nearly_the_same(run, tmp_path):
-    small = tmp_path / "small.pt"
+def test_a_small_checkpoint_draws_nearly_the_same(run, tmp_path, complaint):
+    small = tmp_path / "last.pt"
     checkpoint.main([str(run / "last.pt"), str(small)])
     assert small.stat().st_size < (run / "last.pt").stat().st_size * 0.4
     found, options = sample.load(small), sample.Options(n=4, steps=4)
     images = sample.draw(sample.load(run / "last.pt"), options)
     assert (sample.draw(found, options) - images).abs().mean() < 0.02
+    assert "a small checkpoint, which only draws" in complaint(train.main, "--run", tmp_path, "--resume")
+    assert "has no judge" in complaint(sample.main, small, tmp_path / "o.png", "--best", 3)
+    assert "is the checkpoint itself" in complaint(checkpoint.main, run / "last.pt", run / "last.pt")
+
+
+def test_how_epochs_are_split(run, batches, tmp_path, complaint):
+    """A fifth is the autoencoder's; before it is done it follows --epochs, later it stays; asked for, it is kept."""
+    def parts(given: dict, state: dict | None) -> tuple[int, int]:
+        chosen = train.recipe.settle(train.Options(**given), set(given), state)
+        return train.recipe.split(chosen), chosen.epochs
+    state = checkpoint.load(run / "last.pt")
+    assert parts({"epochs": 300}, None) == (60, 300)
+    assert parts({"epochs": 1}, None) == (1, 1)
+    assert parts({"epochs": 5, "autoencoder_epochs": 9}, None) == (5, 5)
+    assert parts({"epochs": 9, "arch": "mlp"}, None) == (9, 9)
+    assert parts({"epochs": 300}, state) == (1, 300)
+    early = state | {"phase": "autoencoder", "epochs_done": 3, "config": state["config"] | {
+        "epochs": 300, "autoencoder_epochs": 60}}
+    assert parts({}, early) == (60, 300)
+    assert parts({"epochs": 100}, early) == (20, 100)
+    assert parts({"epochs": 100, "autoencoder_epochs": 60}, early) == (60, 100)
+    assert "--autoencoder-epochs: only a run with" in complaint(
+        train.main, "--run", tmp_path / "r", "--arch", "mlp", "--autoencoder-epochs", 3)
 
 
 def test_what_has_no_learned_prior_stays_as_it_is(batches, tmp_path, complaint):
