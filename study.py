@@ -131,7 +131,8 @@ def table(done: list[dict], columns: dict[str, tuple[str, str]]) -> str:
 def write(done: list[dict], out: Path) -> None:
     """The table, the commands behind it, and the sheets."""
     settings = done[0]["figures"]["settings"]
-    words = WORDS.format(data=settings["data"], **settings["bits_per_dim"] | settings["frechet"])
+    words = WORDS.format(**settings["bits_per_dim"] | settings["frechet"] | {
+        "data": settings["data"], "guidance": evaluate.Options().guidance})
     names = [name for name in ROWS if any(line["name"] == name for line in done)]
     parts = [words, table(done, COLUMNS), "Pegasus mode by `--blend`, the horse's share:\n", table(done, BLENDED),
              "\n".join(f"- {name}: `train.py {ROWS[name]}`" for name in names) + "\n",
