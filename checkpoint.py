@@ -116,11 +116,12 @@ def digest(tensors: dict[str, Tensor], config: dict) -> str:
 
 
 def small(state: dict) -> dict:
-    """A state without what only training needs, weights in bfloat16: a fifth of the size, and it can't be resumed."""
+    """A state without what only training needs and this machine's paths, weights in bfloat16: a sixth of the size."""
     kept = {key: value for key, value in state.items() if key not in TRAINING}
     halves = {part: {name: tensor.bfloat16() if tensor.is_floating_point() else tensor
                      for name, tensor in state[part].items()} for part in ("model", "prior")}
-    return kept | halves | {"densities": {}}
+    here = {"config": state["config"] | {"data": "auto", "run": ""}, "data": state["data"] | {"folder": "auto"}}
+    return kept | halves | here | {"densities": {}}
 
 
 def main(argv: list[str] | None = None) -> None:

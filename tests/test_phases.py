@@ -121,6 +121,7 @@ def test_a_small_checkpoint_draws_nearly_the_same(run, tmp_path, complaint):
     small = tmp_path / "last.pt"
     checkpoint.main([str(run / "last.pt"), str(small)])
     assert small.stat().st_size < (run / "last.pt").stat().st_size * 0.4
+    assert str(run.parent.parent).encode() not in small.read_bytes()
     found, options = sample.load(small), sample.Options(n=4, steps=4)
     images = sample.draw(sample.load(run / "last.pt"), options)
     assert (sample.draw(found, options) - images).abs().mean() < 0.02
