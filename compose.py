@@ -23,6 +23,7 @@ START = 0.6  # later, wings look glued on; earlier, they fade
 
 
 def autocast(like: Tensor) -> torch.autocast:
+    """bfloat16 where a tensor's device computes with it."""
     place = like.device.type
     return torch.autocast(place, torch.bfloat16, enabled=recipe.computes_bfloat16(place))
 

@@ -19,7 +19,6 @@ import density
 import judge
 import pictures
 import prior
-import recipe
 import reparam
 import vae
 from options import Fault, option
@@ -206,8 +205,9 @@ def learned_latents(found: Trained, chosen: Options) -> Tensor:
     for rows in torch.arange(chosen.n).split(CHUNK):
         pull = {name: w[rows].to(found.device) if isinstance(w, Tensor) else w for name, w in pulls.items()}
         field = told(prior.composed(found.learned.average, found.learned.none, pull), int(rows[0]), chosen)
-        with torch.autocast(found.device, torch.bfloat16, enabled=recipe.computes_bfloat16(found.device)):
-            parts.append(prior.integrate(field, eps[rows].to(found.device), times).cpu())
+        z = eps[rows].to(found.device)
+        with compose.autocast(z):
+            parts.append(prior.integrate(field, z, times).cpu())
     return found.learned.latents(torch.cat(parts).to(found.device)).cpu()
 
 
