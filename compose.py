@@ -10,7 +10,6 @@ import collage
 import density
 import judge
 import prior
-import recipe
 import reparam
 import vae
 
@@ -22,35 +21,17 @@ BIRD, HORSE, ROOM, TRIAL, NOISE = range(5)  # purposes of derived seeds
 START = 0.6  # later, wings look glued on; earlier, they fade
 
 
-def autocast(like: Tensor) -> torch.autocast:
-    """bfloat16 where a tensor's device computes with it."""
-    place = like.device.type
-    return torch.autocast(place, torch.bfloat16, enabled=recipe.computes_bfloat16(place))
-
-
-@torch.no_grad()
-def follow(learned: prior.Learned, weights: dict[int, float | Tensor], z: Tensor, start: float, steps: int) -> Tensor:
-    """Normalised latents (n, latent) from time `start` to 1. weights: as `prior.composed`, or of each, (n, latent)."""
-    times, parts = [start + (1 - start) * i / steps for i in range(steps + 1)], []
-    for first in range(0, len(z), 64):
-        some = slice(first, first + 64)
-        own = {name: w[some] if isinstance(w, Tensor) else w for name, w in weights.items()}
-        with autocast(z):
-            parts.append(prior.integrate(prior.composed(learned.average, learned.none, own), z[some], times))
-    return torch.cat(parts)
-
-
 @torch.no_grad()
 def decode(model: vae.VAE, learned: prior.Learned, z: Tensor) -> Tensor:
     """Normalised latents (n, latent) to images (n, 3, 32, 32) in [0, 1]."""
-    with autocast(z):
+    with prior.autocast(z):
         return torch.cat([model.decode(learned.latents(part)) for part in z.split(250)])
 
 
 @torch.no_grad()
 def encode(model: vae.VAE, learned: prior.Learned, images: Tensor) -> Tensor:
     """Images (n, 3, 32, 32) to normalised latents (n, latent)."""
-    with autocast(images):
+    with prior.autocast(images):
         return torch.cat([learned.normalised(model.encode(part)[0]) for part in images.split(250)])
 
 
@@ -73,7 +54,7 @@ def best(score: Tensor, n: int) -> Tensor:
 def donors(model: vae.VAE, learned: prior.Learned, asked: judge.Judge | None, name: str, draws: int,
            n: int) -> Tensor:
     """Normalised latents (n, latent) of drawn birds: silhouettes that are most like wings, on plain backgrounds."""
-    z = follow(learned, {1: 2.0}, noise(learned, draws, reparam.derive_seed(0, 1, BIRD)), 0.0, 10)
+    z = prior.follow(learned, {1: 2.0}, noise(learned, draws, reparam.derive_seed(0, 1, BIRD)), 0.0, 10)
     images = decode(model, learned, z)
     edge = collage.border(images)
     plain = (edge - edge.median(2, keepdim=True).values).abs().mean((1, 2))
@@ -87,13 +68,13 @@ def mounts(model: vae.VAE, learned: prior.Learned, asked: judge.Judge | None, na
 
     Made smaller and put before a sky in pixels, they are drawn anew from halfway, which makes one picture of it.
     """
-    z = follow(learned, {kind: 3.0}, noise(learned, draws, reparam.derive_seed(0, kind, HORSE)), 0.0, 10)
+    z = prior.follow(learned, {kind: 3.0}, noise(learned, draws, reparam.derive_seed(0, kind, HORSE)), 0.0, 10)
     images = decode(model, learned, z)
     low = (collage.outline(images)[2] - 10).abs()
     images = images[best(belief(asked, images, (name,)) + collage.calm(images) - 0.1 * low, 3 * n // 2)]
     z = encode(model, learned, collage.blue(collage.with_room(images)))
     z = torch.lerp(noise(learned, len(z), reparam.derive_seed(0, kind, ROOM)), z, 0.5)
-    images = decode(model, learned, follow(learned, {kind: 2.5}, z, 0.5, 8))
+    images = decode(model, learned, prior.follow(learned, {kind: 2.5}, z, 0.5, 8))
     low = (collage.outline(images)[2] - 15).abs()
     score = 3 * belief(asked, images, (name,)) + collage.calm(images) + collage.whole(images) - 0.2 * low
     left, right = collage.raised(images).unbind(1)
@@ -110,7 +91,7 @@ def crossed(model: vae.VAE, learned: prior.Learned, horses: Tensor, birds: Tenso
     channels, side, _ = learned.velocity.shape
     above = (1.5 * functional.adaptive_avg_pool2d(cover, side)).clamp(max=1).expand(-1, channels, -1, -1).flatten(1)
     z = torch.lerp(eps, encode(model, learned, images), START)
-    return follow(learned, {kind: 2 * (1 - above), 1: 2 * above}, z, START, steps)
+    return prior.follow(learned, {kind: 2 * (1 - above), 1: 2 * above}, z, START, steps)
 
 
 def prepare(model: vae.VAE, learned: prior.Learned, asked: judge.Judge | None, classes: tuple[str, ...],

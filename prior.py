@@ -12,11 +12,14 @@ import time
 from collections.abc import Callable, Sequence
 
 import density
+import recipe
 import reparam
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+CHUNK = 64  # latents that are drawn at a time
 
 
 class Block(nn.Module):
@@ -197,3 +200,23 @@ def composed(velocity: nn.Module, none: int, weights: dict[int, float | Tensor])
             return parts[0]
         return parts[0] + sum(w * (part - parts[0]) for w, part in zip(weights.values(), parts[1:], strict=True))
     return field
+
+
+def autocast(like: Tensor) -> torch.autocast:
+    """bfloat16 where a tensor's device computes with it."""
+    place = like.device.type
+    return torch.autocast(place, torch.bfloat16, enabled=recipe.computes_bfloat16(place))
+
+
+@torch.no_grad()
+def follow(learned: Learned, weights: dict[int, float | Tensor], z: Tensor, start: float, steps: int) -> Tensor:
+    """Normalised latents (n, latent) from time `start` to 1, CHUNK at a time.
+
+    weights: as `composed`; of each latent its own where a weight has n rows.
+    """
+    times, parts = [start + (1 - start) * i / steps for i in range(steps + 1)], []
+    for rows in torch.arange(len(z), device=z.device).split(CHUNK):
+        own = {name: w[rows] if isinstance(w, Tensor) else w for name, w in weights.items()}
+        with autocast(z):
+            parts.append(integrate(composed(learned.average, learned.none, own), z[rows], times))
+    return torch.cat(parts)

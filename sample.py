@@ -8,6 +8,7 @@
 """
 import math
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,6 @@ from PIL import Image
 from torch import Tensor
 
 LARGEST = 2**28  # pixels of a sheet
-CHUNK = 64  # pictures that the learned prior draws at a time
 BEFORE = "drawn from the aggregate posterior: the learned prior is not trained yet"
 
 
@@ -144,7 +144,8 @@ def codes(found: Trained, chosen: Options) -> Tensor | None:
 def latents(found: Trained, chosen: Options) -> Tensor:
     """Latents (n, latent). Row i depends on (seed, i) alone; in `morph` on its place in a row of the sheet instead."""
     if found.learned:
-        return learned_latents(found, chosen)
+        with told(found.learned.average, chosen):
+            return learned_latents(found, chosen)
     if chosen.mode == "morph":
         return morph(found, chosen)
     eps = vae.noise(chosen.n, found.model.latent, chosen.seed)
@@ -180,35 +181,34 @@ def weights(found: Trained, chosen: Options) -> dict[int, float | Tensor]:
     return {number or first: chosen.guidance}
 
 
-def told(field: prior.Field, done: int, chosen: Options) -> prior.Field:
-    """A field that keeps a line on the terminal up to date of how far the drawing is."""
-    def telling(z: Tensor, t: float) -> Tensor:
-        share = (done + t * len(z)) / chosen.n
+def told(average: torch.nn.Module, chosen: Options) -> AbstractContextManager:
+    """Keep a line on the terminal up to date of how far the drawing is, whenever the averaged velocity is asked."""
+    done, before = 0, 0.0
+
+    def tell(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        nonlocal done, before
+        t = inputs[1][0].item()
+        done, before = done + prior.CHUNK * (t < before), t
+        share = min(done / chosen.n + t * min(prior.CHUNK / chosen.n, 1), 1)
         print(f"\r{chosen.mode}: {share:.0%} of {chosen.n} drawn", end="\033[K\r", file=sys.stderr, flush=True)
-        return field(z, t)
-    return telling if sys.stderr.isatty() else field
+    return average.register_forward_pre_hook(tell) if sys.stderr.isatty() else nullcontext()
 
 
 @torch.no_grad()
 def learned_latents(found: Trained, chosen: Options) -> Tensor:
-    """Latents (n, latent) by the learned prior, CHUNK pictures at a time."""
+    """Latents (n, latent) by the learned prior."""
     if composes(found, chosen):
         return compose.pegasus(found.model, found.learned, found.bank, chosen.n, chosen.seed, kind(found, chosen.coat),
                                steps=math.ceil((1 - compose.START) * chosen.steps)).cpu()
     row = torch.arange(chosen.n) // chosen.columns if chosen.mode == "morph" else torch.arange(chosen.n)
     eps = chosen.temperature * vae.noise(int(row[-1]) + 1, found.model.latent, chosen.seed)[row]
-    begin, parts, pulls = 0.0, [], weights(found, chosen)
+    begin = chosen.keep if chosen.from_ is not None else 0.0
     if chosen.from_ is not None:
         mu, _ = found.model.encode(pictures.read(Path(chosen.from_)).to(found.device))
-        begin, eps = chosen.keep, torch.lerp(eps, found.learned.normalised(mu).cpu(), chosen.keep)
-    times = [begin + (1 - begin) * i / chosen.steps for i in range(chosen.steps + 1)]
-    for rows in torch.arange(chosen.n).split(CHUNK):
-        pull = {name: w[rows].to(found.device) if isinstance(w, Tensor) else w for name, w in pulls.items()}
-        field = told(prior.composed(found.learned.average, found.learned.none, pull), int(rows[0]), chosen)
-        z = eps[rows].to(found.device)
-        with compose.autocast(z):
-            parts.append(prior.integrate(field, z, times).cpu())
-    return found.learned.latents(torch.cat(parts).to(found.device)).cpu()
+        eps = torch.lerp(eps, found.learned.normalised(mu).cpu(), begin)
+    pulls = {name: w.to(found.device) if isinstance(w, Tensor) else w for name, w in weights(found, chosen).items()}
+    z = prior.follow(found.learned, pulls, eps.to(found.device), begin, chosen.steps)
+    return found.learned.latents(z).cpu()
 
 
 def morph(found: Trained, chosen: Options) -> Tensor:
