@@ -96,6 +96,8 @@ def fitting(path: Path | None) -> Iterator[None]:
     """What goes wrong when a whole file's state does not fit this program, as a Fault; without a file as it is."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
         if path is None:
             raise

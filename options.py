@@ -13,7 +13,7 @@ from typing import TypeVar
 try:
     import numpy  # noqa: F401
     import PIL  # noqa: F401
-    import torch  # noqa: F401
+    import torch
 except ModuleNotFoundError as error:
     print(f"{sys.argv[0]}: {sys.executable} has no {error.name}; use .venv/bin/python, which `make build` makes",
           file=sys.stderr)
@@ -135,6 +135,8 @@ def run(main: Callable[[], int | None]) -> None:
         sys.exit(complain(str(fault)))
     except OSError as error:
         sys.exit(complain(f"{error.filename or 'file'}: {error.strerror or error}"))
+    except torch.OutOfMemoryError as error:
+        sys.exit(complain(f"the GPU's memory is full ({brief(error)}); use a smaller --batch-size, or --device cpu"))
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -1,11 +1,14 @@
 import subprocess
 import sys
 
+import options
+import checkpoint
 import recipe
 import sample
 import train
 
 import pytest
+import torch
 from conftest import ROOT
 
 
@@ -75,3 +78,14 @@ def test_help_lists_the_options(capsys):
             main(["--help"])
         assert left.value.code == 0
         assert "--seed" in capsys.readouterr().out
+
+
+def test_a_full_gpu_is_told_in_one_sentence(capsys):
+    def main():
+        with checkpoint.fitting(ROOT / "last.pt"):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    with pytest.raises(SystemExit) as left:
+        options.run(main)
+    assert left.value.code == 2
+    said = capsys.readouterr().err
+    assert "the GPU's memory is full (CUDA out of memory" in said and "another version" not in said
