@@ -48,9 +48,9 @@ class Options:
     threads: int = option(0, "CPU threads; 0 is one a core", least=0, most=1024)
     precision: str = option("auto", "of matrix products; auto is bfloat16 where the processor computes with it",
                             choices=("auto", "float32", "bfloat16"))
-    device: str = option("auto", "auto is cuda where there is one", choices=("auto", "cpu", "cuda"))
+    device: str = option("auto", "auto is cuda where there is one, at each start anew", choices=("auto", "cpu", "cuda"))
     save_seconds: float | None = option(None, "seconds between checkpoints; by default 60, or up to 600 where saving "
-                                        "would take over a hundredth of the run", least=0.0)
+                                        "would take over a two-hundredth of it", least=0.0)
 
 
 def device(chosen: Options) -> str:
@@ -107,7 +107,7 @@ def settle(chosen: Options, given: set[str], state: dict | None) -> Options:
             flag = name.replace("_", "-")
             raise Fault(f"--{flag}: got {got}, but the run in {chosen.run} has {stored[name]}; leave it, use another "
                         "--run, or --overwrite")
-    free = {name: getattr(chosen, name) for name in FREE & (given | {"run", "resume", "overwrite"})}
+    free = {name: getattr(chosen, name) for name in FREE & (given | {"run", "resume", "overwrite", "device"})}
     under_way = state.get("phase") != "prior" and state["epochs_done"] < (stored["autoencoder_epochs"] or 0)
     if under_way and free.get("epochs", stored["epochs"]) != stored["epochs"] and "autoencoder_epochs" not in given:
         stored["autoencoder_epochs"] = None  # decided anew

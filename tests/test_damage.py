@@ -221,7 +221,7 @@ def test_nine_in_a_row_do_not(batches, tmp_path, spoil):
     assert rows(tmp_path / "run" / "log.csv")[0]["skipped"] == "9"
 
 
-def test_saving_takes_under_a_hundredth_of_the_time(batches, tmp_path):
+def test_saving_takes_a_small_part_of_the_time(batches, tmp_path):
     """By default; an interval that was asked for stays."""
     chosen = train.recipe.resolve(train.Options(arch="mlp", run=str(tmp_path)))
     training = train.Training(chosen, train.source.load(str(batches), "horse,bird"), None, train.Group("cpu"))

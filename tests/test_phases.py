@@ -150,6 +150,14 @@ def test_how_epochs_are_split(run, batches, tmp_path, complaint):
         train.main, "--run", tmp_path / "r", "--arch", "mlp", "--autoencoder-epochs", 3)
 
 
+def test_a_run_goes_on_where_there_is_another_device(run):
+    state = checkpoint.load(run / "last.pt")
+    elsewhere = state | {"config": state["config"] | {"device": "cuda"}}
+    chosen = train.recipe.settle(train.Options(device="cpu"), {"device"}, elsewhere)
+    assert chosen.device == "cpu"
+    assert train.recipe.settle(train.Options(), set(), elsewhere).device == train.recipe.device(train.Options())
+
+
 def test_what_has_no_learned_prior_stays_as_it_is(batches, tmp_path, complaint):
     train.main(["--run", str(tmp_path / "r"), "--data", str(batches), "--epochs", "1", "--arch", "mlp", "--no-judge"])
     last = tmp_path / "r" / "last.pt"
@@ -188,6 +196,8 @@ def test_parts_for_pegasi_come_at_the_end_and_are_drawn_from(run, batches, tmp_p
     assert not sample.latents(found, replace(chosen, coat="dark")).allclose(z, atol=0.1)
     monkeypatch.setattr(compose, "prepare", None)  # a finished run has them already
     assert train.main(["--run", str(tmp_path), "--resume", "--epochs", "2"]) == 0
+    assert train.main(["--run", str(tmp_path), "--resume", "--epochs", "3", "--no-judge"]) == 0
+    assert sample.load(tmp_path / "last.pt").bank is None
 
 
 def test_a_prior_of_no_epochs_and_its_start(batches, tmp_path):
