@@ -96,10 +96,8 @@ def fitting(path: Path | None) -> Iterator[None]:
     """What goes wrong when a whole file's state does not fit this program, as a Fault; without a file as it is."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        if path is None:
+        if path is None or isinstance(error, torch.OutOfMemoryError):
             raise
         reason = options.brief(error)
         raise Fault(f"{path}: a checkpoint of another version ({reason}); train again, or use that version") from None

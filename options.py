@@ -68,21 +68,20 @@ class Parser(argparse.ArgumentParser):
 
 
 def add(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
-    """Add one field of an options dataclass to a parser; a field without a default is positional."""
+    """Add one field of an options dataclass to a parser, as its metadata says."""
     meta, settings = field.metadata, {}
     kind = field.type.__args__[0] if isinstance(field.type, types.UnionType) else field.type  # X | None is X
     if kind is str:
         settings["type"] = words
     if kind in (int, float):
-        settings["type"] = number(kind, meta.get("least", -math.inf), meta.get("above", -math.inf),
-                                  meta.get("most", math.inf))
+        settings["type"] = number(kind, **{key: meta[key] for key in ("least", "above", "most") if key in meta})
     if kind is bool:
         settings["action"] = argparse.BooleanOptionalAction
     settings |= {key: meta[key] for key in ("choices", "metavar", "nargs") if key in meta}
     if meta.get("positional"):
         parser.add_argument(field.name, help=meta["text"], **settings)
         return
-    text = meta["text"] + ("" if field.default in (None, False, "") else f" (default: {field.default})")
+    text = meta["text"] + ("" if str(field.default) in ("None", "False", "") else f" (default: {field.default})")
     flag = "--" + field.name.rstrip("_").replace("_", "-")  # `from_`: what Python keeps for itself
     parser.add_argument(flag, dest=field.name, default=argparse.SUPPRESS, help=text, **settings)
 
@@ -132,15 +131,12 @@ def run(main: Callable[[], int | None]) -> None:
     try:
         sys.exit(main())
     except Fault as fault:
-        sys.exit(complain(str(fault)))
+        sentence = str(fault)
     except OSError as error:
-        sys.exit(complain(f"{error.filename or 'file'}: {error.strerror or error}"))
+        sentence = f"{error.filename or 'file'}: {error.strerror or error}"
     except torch.OutOfMemoryError as error:
-        sys.exit(complain(f"the GPU's memory is full ({brief(error)}); use a smaller --batch-size, or --device cpu"))
+        sentence = f"the GPU's memory is full ({brief(error)}); use a smaller --batch-size, or --device cpu"
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def complain(sentence: str) -> int:
     print(f"{sys.argv[0]}: {sentence}", file=sys.stderr)
-    return 2
+    sys.exit(2)

@@ -78,28 +78,22 @@ class Autoencoder:
         return {"loss": distortion + self.options.beta * rate, "rate": rate, "distortion": distortion}
 
     @torch.no_grad()
-    def test(self, batch_size: int = 500) -> tuple[float, ...]:
-        """Mean distortion, rate, squared error and bits/dim of the test pictures, with the same noise every time."""
-        share, totals = self.workers.share(len(self.test_images)), torch.zeros(2, dtype=torch.float64)
-        totals = totals.to(self.options.device)
-        for first in range(share.start, share.stop, batch_size):
-            part = self.test_images[first:min(first + batch_size, share.stop)]
+    def end_epoch(self, means: list[float]) -> dict[str, float]:
+        """Measure the variance, test with the same noise every time; the log's columns."""
+        variance = self.model.variance.fill_(means[2] / vae.PIXELS).double()
+        share, totals = self.workers.share(len(self.test_images)), self.test_images.new_zeros(2, dtype=torch.float64)
+        seed = purpose_seed(Options(device=self.options.device), 0, TEST)
+        for first in range(share.start, share.stop, 500):
+            part = self.test_images[first:min(first + 500, share.stop)]
             with autocast(self.options):
-                terms = self.model(vae.from_bytes(part), purpose_seed(Options(device=self.options.device), 0, TEST),
-                                   first)
+                terms = self.model(vae.from_bytes(part), seed, first)
             totals += torch.stack([terms.rate.sum(), terms.sse.sum()])
         rate, sse = self.workers.total(totals) / len(self.test_images)
-        variance = self.model.variance.double()
-        numbers = self.model.distortion(sse, variance), rate, sse, vae.bits_per_dim(sse, rate, variance)
-        return tuple(number.item() for number in numbers)
-
-    def end_epoch(self, means: list[float]) -> dict[str, float]:
-        """Measure the variance, test; the log's columns."""
-        self.model.variance.fill_(means[2] / vae.PIXELS)
-        distortion, rate, sse, bits = self.test()
-        train = {f"train_{name}": value for name, value in self.numbers(means).items()}
-        return train | {"test_loss": distortion + self.options.beta * rate, "test_rate": rate,
-                        "test_distortion": distortion, "test_sse": sse, "bits_per_dim": bits}
+        distortion = self.model.distortion(sse, variance)
+        tested = {"test_loss": distortion + self.options.beta * rate, "test_rate": rate, "test_distortion": distortion,
+                  "test_sse": sse, "bits_per_dim": vae.bits_per_dim(sse, rate, variance)}
+        return ({f"train_{name}": value for name, value in self.numbers(means).items()}
+                | {name: value.item() for name, value in tested.items()})
 
 
 class Prior:
@@ -163,10 +157,9 @@ class Prior:
     def end_epoch(self, means: list[float]) -> dict[str, float]:
         """Test the averaged weights; the log's columns."""
         share, total = self.workers.share(len(self.test_mu)), self.test_mu.new_zeros(1, dtype=torch.float64)
-        fixed = Options(device=self.options.device)
+        seeds = [purpose_seed(Options(device=self.options.device), 0, purpose) for purpose in (START, NOISE, TIME)]
         for first in range(share.start, share.stop, 500):
             part = slice(first, min(first + 500, share.stop))
-            seeds = [purpose_seed(fixed, 0, purpose) for purpose in (START, NOISE, TIME)]
             total += self.loss(self.learned.average, self.test_mu[part], self.test_logvar[part], self.test_names[part],
                                seeds, first).sum()
         return {"train_loss": means[0], "test_loss": (self.workers.total(total) / len(self.test_mu)).item()}

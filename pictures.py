@@ -75,43 +75,6 @@ def limits(values: Sequence[float]) -> tuple[float, float]:
     return low - room, high + room
 
 
-class Plot:
-    """One set of axes in a box of an image."""
-
-    def __init__(self, draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], x: Sequence, y: Sequence):
-        self.draw, self.font = draw, ImageFont.load_default(14)
-        self.left, self.top, self.right, self.bottom = box[0] + 76, box[1] + 34, box[2] - 20, box[3] - 50
-        self.x_limits, self.y_limits = (min(x[0], 1), max(x[-1], x[0] + 1)), limits(y)
-
-    def point(self, x: float, y: float) -> tuple[float, float]:
-        (x0, x1), (y0, y1) = self.x_limits, self.y_limits
-        return (self.left + (x - x0) / (x1 - x0) * (self.right - self.left),
-                self.bottom - (y - y0) / (y1 - y0) * (self.bottom - self.top))
-
-    def axes(self, title: str, x_name: str, y_name: str) -> None:
-        for value in ticks(*self.y_limits):
-            _, y = self.point(0, value)
-            self.draw.line((self.left, y, self.right, y), GRID)
-            self.draw.text((self.left - 8, y), f"{value:,.10g}", INK, self.font, "rm")
-        for value in ticks(*self.x_limits, most=10):
-            if value == int(value):
-                x, _ = self.point(value, self.y_limits[0])
-                self.draw.line((x, self.bottom, x, self.bottom + 5), INK)
-                self.draw.text((x, self.bottom + 8), f"{value:,.10g}", INK, self.font, "mt")
-        self.draw.line((self.left, self.top, self.left, self.bottom, self.right, self.bottom), INK)
-        middle = (self.left + self.right) / 2
-        self.draw.text((middle, self.top - 30), title, INK, ImageFont.load_default(17), "mt")
-        self.draw.text((middle, self.bottom + 44), x_name, INK, self.font, "mb")
-        self.draw.text((self.left, self.top - 6), y_name, INK, self.font, "mb")
-
-    def curve(self, x: Sequence, y: Sequence, number: int, name: str = "") -> None:
-        points = [self.point(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(b)]
-        if len(points) == 1:
-            self.draw.circle(points[0], 3, COLORS[number])
-        self.draw.line(points, COLORS[number], 2, "curve")
-        self.draw.text((self.right - 50 * (1 - number), self.top - 6), name, COLORS[number], self.font, "rb")
-
-
 PANELS = (("Train loss", ("train_loss",)), ("Test loss", ("test_loss",)),
           ("Distortion", ("train_distortion", "test_distortion")), ("Rate (KL)", ("train_rate", "test_rate")))
 PRIOR = ("Learned prior", ("train_loss", "test_loss"))
@@ -119,12 +82,35 @@ PRIOR = ("Learned prior", ("train_loss", "test_loss"))
 
 def panel(page: Image.Image, box: tuple[int, int, int, int], rows: Sequence[dict], title: str,
           columns: tuple[str, ...], unit: str) -> None:
-    """Curves of some columns against epochs in a box of an image."""
+    """Curves of some columns against epochs, on axes of their own in a box of an image."""
     epochs, series = [row["epoch"] for row in rows], [[row[column] for row in rows] for column in columns]
-    plot = Plot(ImageDraw.Draw(page), box, epochs, sum(series, []))
-    plot.axes(title, "epoch", unit)
+    left, top, right, bottom = box[0] + 76, box[1] + 34, box[2] - 20, box[3] - 50
+    (x0, x1), (y0, y1) = (min(epochs[0], 1), max(epochs[-1], epochs[0] + 1)), limits(sum(series, []))
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(14)
+
+    def point(x: float, y: float) -> tuple[float, float]:
+        return left + (x - x0) / (x1 - x0) * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top)
+
+    for value in ticks(y0, y1):
+        _, y = point(0, value)
+        draw.line((left, y, right, y), GRID)
+        draw.text((left - 8, y), f"{value:,.10g}", INK, font, "rm")
+    for value in ticks(x0, x1, most=10):
+        if value == int(value):
+            x, _ = point(value, y0)
+            draw.line((x, bottom, x, bottom + 5), INK)
+            draw.text((x, bottom + 8), f"{value:,.10g}", INK, font, "mt")
+    draw.line((left, top, left, bottom, right, bottom), INK)
+    draw.text(((left + right) / 2, top - 30), title, INK, ImageFont.load_default(17), "mt")
+    draw.text(((left + right) / 2, bottom + 44), "epoch", INK, font, "mb")
+    draw.text((left, top - 6), unit, INK, font, "mb")
     for number, (column, values) in enumerate(zip(columns, series, strict=True)):
-        plot.curve(epochs, values, number, column.split("_")[0] if len(columns) > 1 else "")
+        points = [point(a, b) for a, b in zip(epochs, values, strict=True) if math.isfinite(b)]
+        if len(points) == 1:
+            draw.circle(points[0], 3, COLORS[number])
+        draw.line(points, COLORS[number], 2, "curve")
+        if len(columns) > 1:
+            draw.text((right - 50 * (1 - number), top - 6), column.split("_")[0], COLORS[number], font, "rb")
 
 
 def curves(history: Sequence[dict], words: str) -> Image.Image:

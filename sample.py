@@ -173,12 +173,11 @@ def weights(found: Trained, chosen: Options) -> dict[int, float | Tensor]:
     if chosen.mode == "prior":
         return {}
     if chosen.mode == "morph":
-        along = torch.arange(chosen.n)[:, None] % chosen.columns / max(chosen.columns - 1, 1)
+        along = torch.arange(chosen.n, device=found.device)[:, None] % chosen.columns / max(chosen.columns - 1, 1)
         return {first: chosen.guidance * (1 - along), 1: chosen.guidance * along}
     if chosen.mode == "pegasus":
         return {first: 2 * chosen.blend * chosen.guidance, 1: 2 * (1 - chosen.blend) * chosen.guidance}
-    number = found.classes.index(chosen.mode)
-    return {number or first: chosen.guidance}
+    return {found.classes.index(chosen.mode) or first: chosen.guidance}
 
 
 def told(average: torch.nn.Module, chosen: Options) -> AbstractContextManager:
@@ -206,8 +205,7 @@ def learned_latents(found: Trained, chosen: Options) -> Tensor:
     if chosen.from_ is not None:
         mu, _ = found.model.encode(pictures.read(Path(chosen.from_)).to(found.device))
         eps = torch.lerp(eps, found.learned.normalised(mu).cpu(), begin)
-    pulls = {name: w.to(found.device) if isinstance(w, Tensor) else w for name, w in weights(found, chosen).items()}
-    z = prior.follow(found.learned, pulls, eps.to(found.device), begin, chosen.steps)
+    z = prior.follow(found.learned, weights(found, chosen), eps.to(found.device), begin, chosen.steps)
     return found.learned.latents(z).cpu()
 
 

@@ -48,10 +48,8 @@ def automatic() -> Path:
     if os.environ.get("CIFAR10_DIR"):
         return Path(os.environ["CIFAR10_DIR"])
     folder = DATA / cifar10.FOLDER
-    if folder.is_dir() and not cifar10.missing(folder):
-        return folder
     try:
-        return cifar10.download(DATA)
+        return locate("cifar10")
     except cifar10.Unreachable as reason:
         if folder.is_dir():  # begun by hand: say what it lacks, rather than train on something else
             return folder
@@ -75,11 +73,10 @@ def locate(data: str) -> Path:
 
 def load(data: str, classes: str) -> Pictures:
     """All pictures of some classes. Raises Fault for whatever is wrong with them."""
-    cifar10.class_indices(classes)  # before anything is downloaded
+    names = tuple(cifar10.CLASSES[i] for i in cifar10.class_indices(classes))  # before anything is downloaded
     folder = locate(data)
     train, test = cifar10.load(folder, classes, cifar10.TRAIN), cifar10.load(folder, classes, cifar10.TEST)
     digest = hashlib.sha256()
     for tensor in (*train, *test):
         digest.update(tensor.numpy())
-    names = tuple(cifar10.CLASSES[i] for i in cifar10.class_indices(classes))
     return Pictures(*train, *test, names, str(folder.resolve()), folder.resolve().name, digest.hexdigest())
