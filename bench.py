@@ -21,12 +21,13 @@ import copy
 import csv
 import dataclasses
 import json
+import math
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import options
@@ -110,7 +111,7 @@ def time_training(chosen: recipe.Options, data: source.Pictures, rounds: int, ag
     training = train.Training(chosen, data, None, Group("cpu"))
     training.epoch = chosen.epochs - 1  # of the learned prior where there is one
     training.enter()
-    n, batch = len(data.images), chosen.batch_size
+    n, batch = len(data.images), min(chosen.batch_size, len(data.images))
     candidates = {"ours": lambda: our_epoch(training)}
     if against and chosen.prior == "normal":
         for workers in (0, 2):
@@ -155,28 +156,33 @@ def processes_speed(base: recipe.Options, data: str, processes: int) -> float:
         return max(float(row["images_per_second"]) for row in list(csv.DictReader(file))[1:])  # 1 is the autoencoder's
 
 
+def time_network(name: str, chosen: argparse.Namespace, data: source.Pictures, place: str) -> Iterator[dict]:
+    """Rows of figures of one network, which are printed as they come. place: a folder to train in."""
+    network = {"mlp": {"arch": "mlp"}, "conv": {"latent": chosen.latent, "prior": "normal"},
+               "prior": {"latent": "8x8x8", "epochs": 2}}[name]
+    base = recipe.resolve(recipe.Options(**network, run=place, threads=chosen.threads, save_seconds=math.inf))
+    torch.set_num_threads(base.threads)
+    print(f"{name}, latent {base.latent}, {base.threads} threads, {base.precision}, {chosen.rounds} rounds; "
+          f"{machine('cpu')}", flush=True)
+    for changes, n in variants(base, chosen.images, chosen.sizes):
+        against = not changes and n == chosen.images
+        speeds = time_training(dataclasses.replace(base, **changes), part(data, n), chosen.rounds, against)
+        yield {"arch": name, **changes, "images": n, **speeds}
+    for count in (1, 2) if chosen.sizes else ():
+        yield {"arch": name, "processes": count, "ours": processes_speed(base, chosen.data, count)}
+
+
 def train_command(chosen: argparse.Namespace) -> None:
     """The subcommand `train`."""
     torch.set_flush_denormal(True)
     data, rows = source.load(chosen.data, "horse,bird"), []
-    for arch in chosen.arch:
-        network = {"mlp": {"arch": "mlp"}, "conv": {"latent": chosen.latent, "prior": "normal"},
-                   "prior": {"latent": "8x8x8", "epochs": 2}}[arch]
-        base = recipe.resolve(recipe.Options(**network, run=tempfile.mkdtemp(), threads=chosen.threads))
-        torch.set_num_threads(base.threads)
-        print(f"{arch}, latent {base.latent}, {base.threads} threads, {base.precision}, {chosen.rounds} rounds; "
-              f"{machine('cpu')}", flush=True)
-        for changes, n in variants(base, chosen.images, chosen.sizes):
-            against = not changes and n == chosen.images
-            speeds = time_training(dataclasses.replace(base, **changes), part(data, n), chosen.rounds, against)
-            rows.append({"arch": arch, **changes, "images": n, **speeds})
-            show_training(rows[-1])
-        for count in (1, 2) if chosen.sizes else ():
-            rows.append({"arch": arch, "processes": count, "ours": processes_speed(base, chosen.data, count)})
-            show_training(rows[-1])
+    with tempfile.TemporaryDirectory() as place:
+        for name in chosen.arch:
+            for row in time_network(name, chosen, data, place):
+                show_training(row)
+                rows.append(row)
     if chosen.json:
-        with open(chosen.json, "w") as file:
-            json.dump({"machine": machine("cpu"), "rows": rows}, file, indent=1)
+        Path(chosen.json).write_text(json.dumps({"machine": machine("cpu"), "rows": rows}, indent=1))
 
 
 def show_training(row: dict) -> None:

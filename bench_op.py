@@ -44,24 +44,18 @@ def check(shape: tuple[int, int], dtype: torch.dtype, device: str) -> None:
     mu, logvar = mu.requires_grad_(), logvar.requires_grad_()
     tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}[dtype]
     for function in (reparam.reparameterize_kl, torch.compile(reparam.reparameterize_kl, fullgraph=True)):
-        got = *function(mu, logvar, seed), *gradients(function, mu, logvar, seed, dz, dkl)
-        wanted = (*reparam.reference(mu, logvar, seed),
-                  *gradients(reparam.reference, mu, logvar, seed, dz, dkl))
+        got, wanted = ((*f(mu, logvar, seed), *gradients(f, mu, logvar, seed, dz, dkl))
+                       for f in (function, reparam.reference))
         for name, g, w in zip(("z", "kl", "dmu", "dlogvar"), got, wanted, strict=True):
             torch.testing.assert_close(g, w, rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def saved_bytes(function: Callable, mu: Tensor, logvar: Tensor, seed: Tensor) -> int:
     """Bytes of the distinct tensors that autograd keeps for the backward."""
-    kept = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.data_ptr(), tensor.shape] = tensor.nbytes
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         function(mu, logvar, seed)
-    return sum(kept.values())
+    return sum({(tensor.data_ptr(), tensor.shape): tensor.nbytes for tensor in kept}.values())
 
 
 def medians(candidates: dict[str, Callable], seconds: float, device: str) -> tuple[dict[str, float], int]:

@@ -74,8 +74,7 @@ class Conditional(nn.Module):
 
         joint: W_h h + b, mu's beside logvar's, (B, 2 latent).
         """
-        mu, logvar = (joint + (code @ self.shift).float()).chunk(2, 1)
-        return mu, logvar
+        return (joint + (code @ self.shift).float()).chunk(2, 1)
 
     def whiten(self, joint: Tensor) -> tuple[Tensor, Tensor]:
         """mu and logvar of q(z|x,k) for all k, (B, K, latent), in coordinates where p(z|k) is N(0, I)."""
@@ -89,14 +88,13 @@ class Conditional(nn.Module):
 
     def given(self, h: Tensor, joint: Tensor, decode: Callable[[Tensor, Tensor], Tensor]) -> list[Given]:
         """For each code what images with these h and `joint` are coded as. decode: of z and codes (B, K)."""
-        mu, logvar = (part.unbind(1) for part in self.whiten(joint))
         codes = torch.eye(len(self.mean), device=joint.device)
 
-        def decode_given(z: Tensor, k: int) -> Tensor:
+        def decode_given(k: int, z: Tensor) -> Tensor:
             return decode(self.mean[k] + (self.logvar[k] / 2).exp() * z, codes[k].expand(len(z), -1))
 
-        shares = self.log_shares(h).unbind(1)
-        return [Given(shares[k], mu[k], logvar[k], functools.partial(decode_given, k=k)) for k in range(len(codes))]
+        parts = zip(*(part.unbind(1) for part in (self.log_shares(h), *self.whiten(joint))), strict=True)
+        return [Given(*part, functools.partial(decode_given, k)) for k, part in enumerate(parts)]
 
     def likeliest(self, h: Tensor, joint: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """mu, logvar, (B, latent), and no unit vectors, (B, 0, latent), of q(z|x,c) with the likeliest c."""

@@ -104,19 +104,16 @@ def fit_classes(model: vae.VAE, images: Tensor, labels: Tensor, classes: tuple[s
         part = slice(first, first + batch_size)
         mu, variance, units = encode(model, images[part].to(model.variance.device))
         for name, mask in masks.items():
-            if mask[part].any():
-                rows = mask[part]
+            if (rows := mask[part]).any():
                 moments[name].add(mu[rows], flow.mean_covariance(variance[rows], units[rows]))
     return {name: [tensor.float() for tensor in sums.gaussian()] for name, sums in moments.items()}
 
 
 def product(first: Gaussian, second: Gaussian, blend: float = 0.5) -> Gaussian:
     """What is likely under both: p(z) ~ first(z)^blend second(z)^(1 - blend), a Gaussian again; in float64."""
-    weights = blend, 1 - blend
-    precisions = [w * g.covariance.double().inverse() for w, g in zip(weights, (first, second), strict=True)]
-    covariance = sum(precisions).inverse()
-    pulls = [p @ g.mean.double() for p, g in zip(precisions, (first, second), strict=True)]
-    return Gaussian(covariance @ sum(pulls), covariance)
+    p, q = blend * first.covariance.double().inverse(), (1 - blend) * second.covariance.double().inverse()
+    covariance = (p + q).inverse()
+    return Gaussian(covariance @ (p @ first.mean.double() + q @ second.mean.double()), covariance)
 
 
 def root(gaussian: Gaussian) -> Tensor:

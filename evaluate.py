@@ -171,7 +171,7 @@ def impressions(found: sample.Trained, data: source.Pictures, asked: judge.Judge
     """What a judge makes of each mode's pictures, of the test photographs and of their reconstructions.
 
     Returns dicts of set name to value: `called`, `pegasus_score` (mean) and `pegasus_share` (above 99 % of the test
-    photographs), `frechet` to them, `nearest` (to a training photograph); `floor` is n photographs' Frechet distance.
+    photographs), `frechet_of` to them, `nearest` (to a training photograph); `frechet_floor` is n photographs'.
     """
     test = vae.from_bytes(data.test_images)
     again = torch.cat([found.model.reconstruct(part) for part in test.split(500)])
@@ -181,14 +181,14 @@ def impressions(found: sample.Trained, data: source.Pictures, asked: judge.Judge
     shown = tuple(dict.fromkeys((*data.classes, *(("airplane",) if "bird" in data.classes else ()))))
     result = {"called": {name: called(p, shown) for name, (p, _) in seen.items()},
               "nearest": {name: nearest(features, known) for name, (_, features) in seen.items()},
-              "frechet": {name: judge.frechet(features, real) for name, (_, features) in seen.items()
-                          if name != "photographs"}, "pegasus_share": {}, "pegasus_score": {}}
+              "frechet_of": {name: judge.frechet(features, real) for name, (_, features) in seen.items()
+                             if name != "photographs"}, "pegasus_share": {}, "pegasus_score": {}}
     if len(data.classes) > 1:
         scores = {name: judge.pegasus_score(p, data.classes) for name, (p, _) in seen.items()}
         bar = scores["photographs"].quantile(0.99)
         result["pegasus_score"] = {name: score.mean().item() for name, score in scores.items()}
         result["pegasus_share"] = {name: (score > bar).double().mean().item() for name, score in scores.items()}
-    return result | {"floor": judge.frechet(turns(known, data.labels, n), real)}
+    return result | {"frechet_floor": judge.frechet(turns(known, data.labels, n), real)}
 
 
 def report(found: sample.Trained, data: source.Pictures, state: dict, chosen: Options) -> dict:
@@ -205,10 +205,7 @@ def report(found: sample.Trained, data: source.Pictures, state: dict, chosen: Op
                 "bits_per_dim": {"k": chosen.k, "images": len(some), "prior": prior, "pixel_variance": pixel},
                 "frechet": judged | {"mode": chosen.mode, "floor_n": len(turns(data.images, data.labels, chosen.n))},
                 "called": judged, "pegasus_share": judged | {"above_quantile": 0.99}, "nearest": judged}
-    return figures | {"frechet": seen["frechet"][chosen.mode], "frechet_floor": seen["floor"],
-                      "frechet_of": seen["frechet"], "called": seen["called"],
-                      "pegasus_share": seen["pegasus_share"], "pegasus_score": seen["pegasus_score"],
-                      "nearest": seen["nearest"], "settings": settings}
+    return figures | {"frechet": seen["frechet_of"][chosen.mode], **seen, "settings": settings}
 
 
 def table(figures: dict) -> str:

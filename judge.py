@@ -5,9 +5,11 @@
 A residual network of 540,000 weights, kept as float16 (1.1 MB) beside the data and in each checkpoint. `sample.py
 --best` chooses by the one of seed 0, `evaluate.py` reports by another: who chooses is not asked how good the choice is.
 """
+import contextlib
 import hashlib
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import options
@@ -15,7 +17,7 @@ import checkpoint
 import cifar10
 import log
 import recipe
-from options import Fault
+from options import Fault, option
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,12 @@ from torch.nn import functional
 FEATURES, EPOCHS, BATCH, PEAK = 112, 10, 256, 0.2
 VERSION = 1  # of network and training: what an earlier one made is made anew
 LIKE = {"bird": ("bird", "airplane")}  # wings spread against the sky are an airplane to most classifiers
+
+
+@dataclass(frozen=True)
+class Options:
+    folder: str = option("", "a folder of CIFAR-10's binary batches", positional=True)
+    seed: int = option(0, "which judge", least=0)
 
 
 def layers(before: int, after: int) -> list[nn.Module]:
@@ -71,8 +79,7 @@ def classify(judge: Judge, images: Tensor, batch_size: int = 500) -> tuple[Tenso
         x = part / 255 if part.dtype == torch.uint8 else part
         features = torch.stack([judge.features(x), judge.features(x.flip(3))])
         rows.append((judge.head(features).softmax(2).mean(0), features.mean(0)))
-    probabilities, features = (torch.cat(part) for part in zip(*rows, strict=True))
-    return probabilities, features
+    return tuple(torch.cat(part) for part in zip(*rows, strict=True))
 
 
 def pegasus_score(probabilities: Tensor, classes: tuple[str, ...]) -> Tensor:
@@ -120,16 +127,6 @@ def show(epoch: int, step: float, begun: float) -> None:
         print(f"\rjudge: epoch {epoch + 1}/{EPOCHS}  {log.clock(left)} left ", end=end, file=sys.stderr, flush=True)
 
 
-def learn(judge: Judge, optimizer: torch.optim.Optimizer, x: Tensor, labels: Tensor, autocast: torch.autocast) -> None:
-    """One step on a batch (B, 3, 32, 32) in [0, 1], its labels smoothed by 0.1."""
-    with autocast:
-        logits = judge(x)
-    loss = functional.cross_entropy(logits.float(), labels, label_smoothing=0.1)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-
-
 def fit(images: Tensor, labels: Tensor, seed: int = 0, device: str = "cpu", precision: str = "float32") -> Judge:
     """A judge trained on bytes (n, 3, 32, 32) with labels (n,), 0 to 9; a function of these arguments alone.
 
@@ -149,21 +146,23 @@ def fit(images: Tensor, labels: Tensor, seed: int = 0, device: str = "cpu", prec
         row = rows[step % each]
         for settings in optimizer.param_groups:
             settings["lr"] = learning_rate(step / (EPOCHS * each))
-        learn(judge, optimizer, augment(images[row].to(device), generator), labels[row].to(device), autocast)
+        x = augment(images[row].to(device), generator)
+        with autocast:
+            logits = judge(x)
+        loss = functional.cross_entropy(logits.float(), labels[row].to(device), label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
         show(step // each, (step + 1) / (EPOCHS * each), begun)
     return judge.cpu().eval()
-
-
-def accuracy(judge: Judge, images: Tensor, labels: Tensor) -> float:
-    """The share of images that are given their label."""
-    return (classify(judge, images)[0].argmax(1) == labels).double().mean().item()
 
 
 def to_state(judge: Judge, images: Tensor, labels: Tensor, seed: int) -> dict:
     """A judge as plain types, its weights as float16, with its accuracy, as float16, on test photographs."""
     weights = {name: value.half() if value.is_floating_point() else value for name, value in judge.state_dict().items()}
     state = {"version": VERSION, "seed": seed, "weights": weights}
-    return state | {"accuracy": accuracy(from_state(state), images, labels)}
+    right = classify(from_state(state), images)[0].argmax(1) == labels
+    return state | {"accuracy": right.double().mean().item()}
 
 
 def from_state(state: dict) -> Judge:
@@ -176,17 +175,7 @@ def from_state(state: dict) -> Judge:
 def photographs(folder: Path, files: tuple[str, ...]) -> tuple[Tensor, Tensor]:
     """All images of some batch files, uint8 (n, 3, 32, 32), and CIFAR-10's labels (n,), whatever classes there are."""
     parts = [cifar10.read(folder / name) for name in files]
-    images, labels = (torch.cat(part) for part in zip(*parts, strict=True))
-    return images, labels
-
-
-def kept(path: Path) -> dict | None:
-    """A judge's state in a file, or None where there is none that is whole and of this version."""
-    try:
-        state = checkpoint.load(path)
-    except Fault:
-        return None
-    return state if state.get("version") == VERSION else None
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
 def get(folder: Path, seed: int = 0, device: str = "cpu", precision: str = "float32") -> dict:
@@ -198,8 +187,9 @@ def get(folder: Path, seed: int = 0, device: str = "cpu", precision: str = "floa
     for name in (*cifar10.TRAIN, *cifar10.TEST):
         digest.update((folder / name).read_bytes())
     path = folder.parent / f"{folder.name}-judge-{digest.hexdigest()[:12]}-{seed}.pt"
-    if found := kept(path):
-        return found
+    with contextlib.suppress(Fault):  # none is there that is whole
+        if (found := checkpoint.load(path)).get("version") == VERSION:
+            return found
     (images, labels), test = photographs(folder, cifar10.TRAIN), photographs(folder, cifar10.TEST)
     print(f"training a judge on {len(images):,} pictures, once for this data", file=sys.stderr, flush=True)
     begun = time.monotonic()
@@ -214,13 +204,11 @@ def get(folder: Path, seed: int = 0, device: str = "cpu", precision: str = "floa
     return state
 
 
-def main() -> None:
-    if len(sys.argv) not in (2, 3) or not sys.argv[-1].isdigit() and len(sys.argv) == 3:
-        raise Fault("wanted a folder of CIFAR-10's binary batches, and a seed if another than 0")
+def main(argv: list[str] | None = None) -> None:
+    chosen, _ = options.parse(Options, argv, __doc__)
     place = recipe.resolve(recipe.Options())
     torch.set_flush_denormal(True)
-    seed = int(sys.argv[2]) if len(sys.argv) == 3 else 0
-    state = get(Path(sys.argv[1]).resolve(), seed, place.device, place.precision)
+    state = get(Path(chosen.folder).resolve(), chosen.seed, place.device, place.precision)
     print(f"{100 * state['accuracy']:.2f} % of test pictures right")
 
 

@@ -153,14 +153,13 @@ def hide(names: Tensor, none: int, seed: Tensor, first: int) -> Tensor:
 
 def step_seconds(velocity: Velocity, batch_size: int) -> float:
     """What a training step takes, the second of two."""
-    weight = next(velocity.parameters())
-    z, begun = weight.new_zeros(batch_size, math.prod(velocity.shape)), []
+    z = velocity.enter.weight.new_zeros(batch_size, math.prod(velocity.shape))
     for _ in range(2):
-        begun.append(time.monotonic())
+        begun = time.monotonic()
         velocity(z, z[:, 0], z[:, 0].long()).sum().backward()
         velocity.enter.bias.grad.sum().item()  # waits for a GPU
     velocity.zero_grad()
-    return time.monotonic() - begun[-1]
+    return time.monotonic() - begun
 
 
 Field = Callable[[Tensor, float], Tensor]  # velocities (B, latent) of latents (B, latent) at a time
@@ -189,9 +188,8 @@ def composed(velocity: nn.Module, none: int, weights: dict[int, float | Tensor])
 
     weights: of class numbers; a number, or (B, 1) where pictures differ, or (latent,) where places of the grid do.
     """
-    alone = not weights or len(weights) == 1 and all(isinstance(w, float) and w == 1 for w in weights.values())
-    names = list(weights) or [none]
-    names = names if alone else [none, *names]
+    alone = len(weights) < 2 and all(isinstance(w, float) and w == 1 for w in weights.values())
+    names = list(weights) if weights and alone else [none, *weights]
 
     def field(z: Tensor, t: float) -> Tensor:
         rows = torch.tensor(names, device=z.device).repeat_interleave(len(z))
@@ -212,7 +210,7 @@ def autocast(like: Tensor) -> torch.autocast:
 def follow(learned: Learned, weights: dict[int, float | Tensor], z: Tensor, start: float, steps: int) -> Tensor:
     """Normalised latents (n, latent) from time `start` to 1, CHUNK at a time.
 
-    weights: as `composed`; of each latent its own where a weight has n rows.
+    weights: as `composed`, where tensors have a row for each latent.
     """
     times, parts = [start + (1 - start) * i / steps for i in range(steps + 1)], []
     for rows in torch.arange(len(z), device=z.device).split(CHUNK):

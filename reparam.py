@@ -11,6 +11,7 @@ The work is done by the extension `pegasus_op` where it is built (python setup.p
 `reference`, to the same noise. PEGASUS_EXTENSION=0 takes the reference anyway; PEGASUS_SIMD=baseline|avx2|avx512
 forces the extension's instruction set, which changes no bit of the result.
 """
+import contextlib
 import math
 import os
 import sys
@@ -102,22 +103,10 @@ def check(mu: Tensor, logvar: Tensor, seed: Tensor) -> None:
         raise ValueError(f"seed: got {got}, wanted torch.int64 of one element on {mu.device}")
 
 
-def load_extension():
-    """The module `pegasus_op`, or None where it is not built or PEGASUS_EXTENSION=0."""
-    if UNWANTED:
-        return None
-    try:
-        import pegasus_op
-    except ModuleNotFoundError:
-        return None
-    return pegasus_op
-
-
 def fake_forward(mu: Tensor, logvar: Tensor, seed: Tensor, row_offset: int = 0) -> tuple[Tensor, Tensor]:
     """Shapes and dtypes of `reparameterize_kl`, for the compiler."""
     check(mu, logvar, seed)
-    dtype = torch.float64 if mu.dtype == torch.float64 else torch.float32
-    return mu.new_empty(mu.shape), mu.new_empty(mu.shape[:1], dtype=dtype)
+    return mu.new_empty(mu.shape), mu.new_empty(mu.shape[:1], dtype=torch.promote_types(mu.dtype, torch.float32))
 
 
 def fake_backward(dz: Tensor, dkl: Tensor, mu: Tensor, logvar: Tensor, seed: Tensor,
@@ -143,14 +132,6 @@ def no_second_derivative(ctx, *gradients_of_gradients: Tensor) -> None:
                        "PEGASUS_EXTENSION=0 takes the reference, which does")
 
 
-def register() -> None:
-    """Tell torch.library the ops' shapes and derivatives; importing the extension has defined the ops."""
-    torch.library.register_fake("pegasus::reparameterize_kl", fake_forward)
-    torch.library.register_fake("pegasus::reparameterize_kl_backward", fake_backward)
-    torch.library.register_autograd("pegasus::reparameterize_kl", gradients, setup_context=save_inputs)
-    torch.library.register_autograd("pegasus::reparameterize_kl_backward", no_second_derivative)
-
-
 class Fused(torch.autograd.Function):
     """What register_autograd does for the op, at two thirds of its cost a call: for eager mode alone."""
 
@@ -169,9 +150,15 @@ class Fused(torch.autograd.Function):
 
 
 apply_fused = super(torch.autograd.Function, Fused).apply  # Function.apply without its 5 us of care for torch.func
-extension = load_extension()
-if extension:
-    register()
+extension = None  # the module `pegasus_op`, where it is built and wanted
+if not UNWANTED:
+    with contextlib.suppress(ModuleNotFoundError):
+        import pegasus_op as extension
+if extension:  # importing it has defined the ops; here are their shapes and derivatives
+    torch.library.register_fake("pegasus::reparameterize_kl", fake_forward)
+    torch.library.register_fake("pegasus::reparameterize_kl_backward", fake_backward)
+    torch.library.register_autograd("pegasus::reparameterize_kl", gradients, setup_context=save_inputs)
+    torch.library.register_autograd("pegasus::reparameterize_kl_backward", no_second_derivative)
     forward_op = torch.ops.pegasus.reparameterize_kl.default
     backward_op = torch.ops.pegasus.reparameterize_kl_backward.default
 silent = UNWANTED

@@ -20,7 +20,6 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError
 from setuptools.modified import newer_group
 
-ROOT = Path(__file__).resolve().parent
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of torch 2.10 and later
 # No contraction of a * b + c: every instruction set is to give the same bits.
 KERNEL = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-Wno-maybe-uninitialized"]
@@ -55,12 +54,6 @@ def architectures(compiler: str) -> list[str]:
         return [a.removesuffix("+PTX").replace(".", "") for a in wanted]
     known = subprocess.run([compiler, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
     return [a.replace(".", "") for a in ARCHITECTURES if f"sm_{a.replace('.', '')}" in known]
-
-
-def architecture_flags(names: list[str]) -> list[str]:
-    """Code for each architecture, and PTX of the last for those to come."""
-    code = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
-    return [*code, f"-gencode=arch=compute_{names[-1]},code=compute_{names[-1]}"]
 
 
 def cuda_library_directories(compiler: str) -> list[str]:
@@ -109,8 +102,10 @@ class BuildOp(build_ext):
     def cuda_object(self, compiler: str, names: list[str]) -> str:
         result = Path(self.build_temp) / "reparam.cu.o"
         result.parent.mkdir(parents=True, exist_ok=True)
-        self.spawn([compiler, "-std=c++20", "-O3", "-Xcompiler", "-fPIC", *architecture_flags(names),
-                    "-c", "csrc/reparam.cu", "-o", str(result)])
+        flags = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
+        flags.append(f"-gencode=arch=compute_{names[-1]},code=compute_{names[-1]}")  # PTX, for those to come
+        self.spawn([compiler, "-std=c++20", "-O3", "-Xcompiler", "-fPIC", *flags, "-c", "csrc/reparam.cu",
+                    "-o", str(result)])
         return str(result)
 
     def run(self) -> None:
@@ -131,6 +126,6 @@ class BuildOp(build_ext):
         self.extensions = []
 
 
-sources = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").iterdir())]
+sources = sorted(map(str, Path("csrc").iterdir()))
 setup(name="pegasus-op", version="0.1.0", py_modules=["reparam"], cmdclass={"build_ext": BuildOp},
       ext_modules=[Extension("pegasus_op", ["csrc/module.cpp"], depends=[*sources, "setup.py"], language="c++")])

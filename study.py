@@ -6,6 +6,7 @@
 
 A run that was cut off goes on in runs/study. A new row is one more line in ROWS.
 """
+import functools
 import json
 import statistics
 from dataclasses import dataclass
@@ -108,11 +109,7 @@ def picture(found: sample.Trained, path: Path) -> None:
 
 def cell(runs: list[dict], path: str, shape: str) -> str:
     """Mean and standard deviation of a figure of some runs."""
-    values = []
-    for figures in runs:
-        for key in path.split():
-            figures = figures[key]
-        values.append(figures)
+    values = [functools.reduce(dict.__getitem__, path.split(), figures) for figures in runs]
     spread = f" ± {shape.format(statistics.stdev(values))}" if len(values) > 1 else ""
     return shape.format(statistics.mean(values)) + spread
 
@@ -138,7 +135,7 @@ def write(done: list[dict], out: Path) -> None:
              "\n".join(f"- {name}: `train.py {ROWS[name]}`" for name in names) + "\n",
              f"Eight draws each, none chosen, of the run with seed 0; rows: {', '.join(MODES)}.\n",
              *(f"{name}\n\n![{name}]({out.name}/{name}.png)\n" for name in names)]
-    with options.replacing(out.with_suffix(".md")) as beside:
+    with options.replacing(out.with_name(out.name + ".md")) as beside:
         beside.write_text("\n".join(parts))
 
 
@@ -148,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
     if set(names) - set(ROWS):
         raise Fault(f"--rows: got {chosen.rows}, wanted names out of {', '.join(ROWS)}, or all, or none")
     out = Path(chosen.out)
-    lines = out.with_suffix(".jsonl")
+    lines = out.with_name(out.name + ".jsonl")
     done = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
     for seed in range(chosen.seeds):
         for name in names:

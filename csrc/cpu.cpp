@@ -40,14 +40,9 @@ static PEGASUS_INLINE T fold(T lane[lanes]) {
   return lane[0];
 }
 
-template <class T>
-static PEGASUS_INLINE T* row_of(void* base, int64_t row, int64_t stride) {
+template <class T, class Void>
+static PEGASUS_INLINE T* row_of(Void* base, int64_t row, int64_t stride) {
   return static_cast<T*>(base) + row * stride;
-}
-
-template <class T>
-static PEGASUS_INLINE const T* row_of(const void* base, int64_t row, int64_t stride) {
-  return static_cast<const T*>(base) + row * stride;
 }
 
 struct Bfloat16 : Short<Bfloat16Bits> {};
@@ -97,14 +92,10 @@ static PEGASUS_INLINE void normals(Noise noise, uint64_t group, int count, Vecto
   }
 }
 
-struct Sums {
-  Vector part[lanes / width];
-};
-
 // The first `count` columns of a chunk; columns past it, up to the end of a group of lanes, may be computed too.
 template <class Format, class Element>
 static PEGASUS_INLINE void forward_chunk(Noise noise, uint64_t group, int count, const Element* mu,
-                                         const Element* logvar, Element* z, Sums& sums) {
+                                         const Element* logvar, Element* z, Vector sums[lanes / width]) {
   Vector eps[chunk / width];
   normals(noise, group, count, eps);
   for (int at = 0; at < count; at += lanes) {
@@ -112,7 +103,7 @@ static PEGASUS_INLINE void forward_chunk(Noise noise, uint64_t group, int count,
     for (int i = 0; i < lanes / width; ++i) {
       int column = at + i * width;
       Vector sample;
-      sums.part[i] += forward_element<Vector>(Format::load(mu + column), Format::load(logvar + column),
+      sums[i] += forward_element<Vector>(Format::load(mu + column), Format::load(logvar + column),
                                               eps[column / width], sample);
       Format::store(z + column, sample);
     }
@@ -150,7 +141,7 @@ struct Padded {
 template <class Format, class Element>
 static PEGASUS_INLINE float forward_row(Format, Noise noise, int64_t columns, const Element* mu,
                                                    const Element* logvar, Element* z) {
-  Sums sums = {};
+  Vector sums[lanes / width] = {};
   int64_t at = 0;
   for (; at + chunk <= columns; at += chunk)
     forward_chunk<Format>(noise, at / 4, chunk, mu + at, logvar + at, z + at, sums);
@@ -160,7 +151,7 @@ static PEGASUS_INLINE float forward_row(Format, Noise noise, int64_t columns, co
     tail_z.copy_to(z + at, rest);
   }
   float lane[lanes];
-  __builtin_memcpy(lane, sums.part, sizeof lane);
+  __builtin_memcpy(lane, sums, sizeof lane);
   return fold(lane) * 0.5f;
 }
 
@@ -211,8 +202,8 @@ static __attribute__((noinline)) void forward_rows(const Arguments& a, int64_t f
   for (int64_t row = first_row; row < last_row; ++row) {
     Noise noise{key, seed, static_cast<uint64_t>(row) + static_cast<uint64_t>(a.row_offset)};
     static_cast<Real*>(a.kl)[row] =
-        forward_row(Format{}, noise, a.columns, row_of<Element>(a.mu, row, a.mu_stride),
-                    row_of<Element>(a.logvar, row, a.logvar_stride), row_of<Element>(a.z, row, a.columns));
+        forward_row(Format{}, noise, a.columns, row_of<const Element>(a.mu, row, a.mu_stride),
+                    row_of<const Element>(a.logvar, row, a.logvar_stride), row_of<Element>(a.z, row, a.columns));
   }
 }
 
@@ -223,9 +214,9 @@ static __attribute__((noinline)) void backward_rows(const Arguments& a, int64_t 
   const Key<Wide> key(seed);
   for (int64_t row = first_row; row < last_row; ++row) {
     Noise noise{key, seed, static_cast<uint64_t>(row) + static_cast<uint64_t>(a.row_offset)};
-    backward_row(Format{}, noise, a.columns, row_of<Element>(a.mu, row, a.mu_stride),
-                 row_of<Element>(a.logvar, row, a.logvar_stride), row_of<Element>(a.dz, row, a.dz_stride),
-                 *row_of<Real>(a.dkl, row, a.dkl_stride) / 2, row_of<Element>(a.dmu, row, a.columns),
+    backward_row(Format{}, noise, a.columns, row_of<const Element>(a.mu, row, a.mu_stride),
+                 row_of<const Element>(a.logvar, row, a.logvar_stride), row_of<const Element>(a.dz, row, a.dz_stride),
+                 *row_of<const Real>(a.dkl, row, a.dkl_stride) / 2, row_of<Element>(a.dmu, row, a.columns),
                  row_of<Element>(a.dlogvar, row, a.columns));
   }
 }

@@ -199,10 +199,6 @@ static PEGASUS_INLINE void box_muller(uint32_t w0, uint32_t w1, double& first, d
   second = r * (w1 & 0x40000000u ? cosine : sine);
 }
 
-static PEGASUS_INLINE void box_muller(uint32_t w0, uint32_t w1, float& first, float& second) {
-  box_muller<float>(w0, w1, first, second);
-}
-
 // ---- one element, and one group of four ----
 
 template <class F>

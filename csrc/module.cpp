@@ -48,25 +48,22 @@ std::vector<Level> levels() {  // lowest first
 #endif
 }
 
-std::string level_names() {
-  std::string names;
-  for (const Level& level : levels()) names += (names.empty() ? "" : ", ") + std::string(level.kernels->level);
-  return names;
-}
-
 const CpuKernels& choose_kernels() {
-  const char* wanted = std::getenv("PEGASUS_SIMD");
+  const char* set = std::getenv("PEGASUS_SIMD");
+  const std::string wanted = set ? set : "";
   const CpuKernels* best = nullptr;
+  std::string names;
   for (const Level& level : levels()) {
-    if (wanted && *wanted && std::string(wanted) == level.kernels->level) {
+    if (wanted == level.kernels->level) {
       if (!level.supported)
-        throw std::runtime_error("PEGASUS_SIMD: got " + std::string(wanted) + ", which this processor lacks");
+        throw std::runtime_error("PEGASUS_SIMD: got " + wanted + ", which this processor lacks");
       return *level.kernels;
     }
     if (level.supported) best = level.kernels;
+    names += (names.empty() ? "" : ", ") + std::string(level.kernels->level);
   }
-  if (wanted && *wanted)
-    throw std::runtime_error("PEGASUS_SIMD: got '" + std::string(wanted) + "', wanted one of " + level_names());
+  if (!wanted.empty())
+    throw std::runtime_error("PEGASUS_SIMD: got '" + wanted + "', wanted one of " + names);
   return *best;
 }
 
@@ -101,24 +98,16 @@ std::string device(const Tensor& t) {
   return (t.is_cuda() ? "cuda:" : "device ") + std::to_string(t.get_device_index());
 }
 
-bool same_device(const Tensor& a, const Tensor& b) {
-  return a.device() == b.device();
-}
-
 [[noreturn]] void refuse(const std::string& argument, const std::string& got, const std::string& wanted) {
   throw std::runtime_error(argument + ": got " + got + ", wanted " + wanted);
 }
 
-bool same_shape(const Tensor& a, const Tensor& b) {
-  return a.dim() == b.dim() && a.size(0) == b.size(0) && (a.dim() < 2 || a.size(1) == b.size(1));
-}
-
-// `argument` is to be what `like` (called `owner`) is: shape, dtype and device.
+// `argument` is to be what `like`, mu, is: shape, dtype and device.
 void check_like(const Tensor& t, const Tensor& like, const char* argument) {
-  if (!same_shape(t, like)) refuse(argument, "shape " + shape(t), "mu's " + shape(like));
+  if (!t.sizes().equals(like.sizes())) refuse(argument, "shape " + shape(t), "mu's " + shape(like));
   if (t.scalar_type() != like.scalar_type())
     refuse(argument, "dtype " + name(t.scalar_type()), "mu's " + name(like.scalar_type()));
-  if (!same_device(t, like)) refuse(argument, "device " + device(t), "mu's " + device(like));
+  if (t.device() != like.device()) refuse(argument, "device " + device(t), "mu's " + device(like));
 }
 
 Dtype check(const Tensor& mu, const Tensor& logvar, const Tensor& seed) {
@@ -133,7 +122,7 @@ Dtype check(const Tensor& mu, const Tensor& logvar, const Tensor& seed) {
       refuse("mu", name(mu.scalar_type()), "one of torch.float32, torch.float64, torch.bfloat16, torch.float16");
   }
   check_like(logvar, mu, "logvar");
-  if (seed.scalar_type() != ScalarType::Long || seed.numel() != 1 || !same_device(seed, mu))
+  if (seed.scalar_type() != ScalarType::Long || seed.numel() != 1 || seed.device() != mu.device())
     refuse("seed", name(seed.scalar_type()) + " of " + std::to_string(seed.numel()) + " elements on " + device(seed),
            "torch.int64 of one element on " + device(mu));
   return dtype;
@@ -174,16 +163,9 @@ Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type, const Tensor
 }
 
 Arguments arguments(const Tensor& mu, const Tensor& logvar, const Tensor& seed, int64_t row_offset) {
-  Arguments a{};
-  a.mu = mu.data_ptr();
-  a.logvar = logvar.data_ptr();
-  a.seed = static_cast<const int64_t*>(seed.data_ptr());
-  a.rows = mu.size(0);
-  a.columns = mu.size(1);
-  a.row_offset = row_offset;
-  a.mu_stride = mu.stride(0);
-  a.logvar_stride = logvar.stride(0);
-  return a;
+  return {.mu = mu.data_ptr(), .logvar = logvar.data_ptr(), .seed = static_cast<const int64_t*>(seed.data_ptr()),
+          .rows = mu.size(0), .columns = mu.size(1), .row_offset = row_offset,
+          .mu_stride = mu.stride(0), .logvar_stride = logvar.stride(0)};
 }
 
 // A thread is worth waking for this many elements, 10 to 20 us of work.
@@ -231,7 +213,7 @@ std::tuple<Tensor, Tensor> reparameterize_kl_backward(const Tensor& dz, const Te
   const Dtype dtype = check(mu, logvar, seed);
   check_like(dz, mu, "dz");
   const ScalarType kl_type = dtype == float64 ? ScalarType::Double : ScalarType::Float;
-  if (dkl.dim() != 1 || dkl.size(0) != mu.size(0) || dkl.scalar_type() != kl_type || !same_device(dkl, mu))
+  if (dkl.dim() != 1 || dkl.size(0) != mu.size(0) || dkl.scalar_type() != kl_type || dkl.device() != mu.device())
     refuse("dkl", name(dkl.scalar_type()) + " of shape " + shape(dkl) + " on " + device(dkl),
            name(kl_type) + " of shape (" + std::to_string(mu.size(0)) + ",) on " + device(mu));
   const Tensor m = with_adjacent_columns(mu), v = with_adjacent_columns(logvar), g = with_adjacent_columns(dz);

@@ -17,19 +17,15 @@ using namespace scalar;
 constexpr int warp = 32, rows_per_block = 4, long_row = 1024, long_row_threads = 256;
 
 // An element type: how it is stored, and the type it is computed in.
-struct Float32 {
-  using Element = float;
-  using Real = float;
+template <class T>
+struct Plain {
+  using Element = T;
+  using Real = T;
   static __device__ Real widen(Element x) { return x; }
   static __device__ Element narrow(Real x) { return x; }
 };
-
-struct Float64 {
-  using Element = double;
-  using Real = double;
-  static __device__ Real widen(Element x) { return x; }
-  static __device__ Element narrow(Real x) { return x; }
-};
+using Float32 = Plain<float>;
+using Float64 = Plain<double>;
 
 template <class Bits>
 struct Short {

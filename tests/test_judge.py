@@ -114,9 +114,8 @@ def test_learning_rate_goes_up_and_down():
     assert rates[0] == rates[100] == pytest.approx(1e-4)
 
 
-def test_command_line(batches, complaint, monkeypatch, capsys):
-    monkeypatch.setattr(judge.sys, "argv", ["judge.py", str(batches)])
-    judge.main()
+def test_command_line(batches, complaint, capsys):
+    judge.main([str(batches)])
     assert "of test pictures right" in capsys.readouterr().out
-    monkeypatch.setattr(judge.sys, "argv", ["judge.py"])
-    assert "wanted a folder" in complaint(lambda argv: judge.main())
+    assert "folder" in complaint(judge.main)
+    assert "--seed: got" in complaint(judge.main, batches, "--seed", 10**20)
