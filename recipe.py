@@ -49,8 +49,8 @@ class Options:
     precision: str = option("auto", "of matrix products; auto is bfloat16 where the processor computes with it",
                             choices=("auto", "float32", "bfloat16"))
     device: str = option("auto", "auto is cuda where there is one, at each start anew", choices=("auto", "cpu", "cuda"))
-    save_seconds: float | None = option(None, "seconds between checkpoints; by default 60, or up to 600 where saving "
-                                        "would take over a two-hundredth of it", least=0.0)
+    save_seconds: float | None = option(None, "seconds between checkpoints; by default 60, later up to 600 where "
+                                        "saving would take over a two-hundredth of it", least=0.0)
 
 
 def device(chosen: Options) -> str:

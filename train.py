@@ -61,7 +61,7 @@ class Training:
         self.totals = torch.zeros(phases.SUMS, dtype=torch.float64, device=chosen.device)  # of that epoch so far
         self.asked, self.stop = 0, 0  # the signal that asks this process to leave; once all of them know, to all
         self.skipped = torch.zeros(3, dtype=torch.int64, device=chosen.device)  # steps, their images; steps in a row
-        self.saved, self.cost = time.monotonic(), 0.0  # when, and the seconds it took
+        self.begun, self.saved, self.cost = time.monotonic(), time.monotonic(), 0.0  # cost: seconds that saving took
         self.refit, self.fitted, self.fitted_at = 0.0, {}, None  # densities: when due, as last fitted, and where
         self.steps = math.ceil(len(data.images) / chosen.batch_size)  # an epoch
         self.judge = state.get("judge") if state else None  # its state: trained at the end, and only carried along
@@ -199,9 +199,9 @@ class Training:
         progress.end_epoch(self.epoch, self.phase.numbers(means) | {"test loss": values["test_loss"]} | extra)
 
     def pause(self) -> float:
-        """Seconds between checkpoints: as asked, else 1 to 10 minutes, such that saving takes 0.5 % of the run."""
-        asked = self.options.save_seconds
-        return min(max(60.0, 200 * self.cost), 600.0) if asked is None else asked
+        """Seconds between checkpoints: as asked, else 1 to 10 minutes, such that saving takes 0.5 % of a long run."""
+        seldom = min(200 * self.cost, (time.monotonic() - self.begun) / 3)  # at first somebody may be watching
+        return min(max(60.0, seldom), 600.0) if self.options.save_seconds is None else self.options.save_seconds
 
     def save(self) -> None:
         """Checkpoint and pictures."""
