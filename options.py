@@ -135,7 +135,7 @@ def run(main: Callable[[], int | None]) -> None:
     except OSError as error:
         sentence = f"{error.filename or 'file'}: {error.strerror or error}"
     except torch.OutOfMemoryError as error:
-        sentence = f"the GPU's memory is full ({brief(error)}); use a smaller --batch-size, or --device cpu"
+        sentence = f"the GPU's memory is full ({brief(error)}); make room, or set CUDA_VISIBLE_DEVICES= for the CPU"
     except KeyboardInterrupt:
         sys.exit(130)
     print(f"{sys.argv[0]}: {sentence}", file=sys.stderr)

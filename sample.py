@@ -188,7 +188,7 @@ def told(average: torch.nn.Module, chosen: Options) -> AbstractContextManager:
         nonlocal done, before
         t = inputs[1][0].item()
         done, before = done + prior.CHUNK * (t < before), t
-        share = min(done / chosen.n + t * min(prior.CHUNK / chosen.n, 1), 1)
+        share = (done + t * min(prior.CHUNK, chosen.n - done)) / chosen.n
         print(f"\r{chosen.mode}: {share:.0%} of {chosen.n} drawn", end="\033[K\r", file=sys.stderr, flush=True)
     return average.register_forward_pre_hook(tell) if sys.stderr.isatty() else nullcontext()
 

@@ -104,7 +104,7 @@ static PEGASUS_INLINE void forward_chunk(Noise noise, uint64_t group, int count,
       int column = at + i * width;
       Vector sample;
       sums[i] += forward_element<Vector>(Format::load(mu + column), Format::load(logvar + column),
-                                              eps[column / width], sample);
+                                         eps[column / width], sample);
       Format::store(z + column, sample);
     }
   }
