@@ -9,7 +9,6 @@ import torch
 
 RECIPES = {"mlp": {"likelihood": "mse", "schedule": "constant", "lr": 1e-3, "flip": False},  # the paper's
            "conv": {"likelihood": "gaussian", "schedule": "onecycle", "lr": 2e-3, "flip": True}}
-SHARE = 0.2  # of the epochs that the autoencoder has where a prior is learned after it
 FREE = {"judge", "epochs", "run", "resume", "overwrite", "threads", "device", "save_seconds"}  # may change on resume
 
 
@@ -32,8 +31,8 @@ class Options:
     schedule: str | None = option(None, "learning rate over the autoencoder's epochs; by default constant for mlp, "
                                   "onecycle for conv", choices=("constant", "onecycle"))
     epochs: int = option(300, "passes over the training pictures", least=1)
-    autoencoder_epochs: int | None = option(None, "how many of them are the autoencoder's; by default a fifth where "
-                                            "the prior is learned, else all", least=1)
+    autoencoder_epochs: int | None = option(None, "how many of them are the autoencoder's; by default all, and where "
+                                            "the prior is learned a fifth, or up to 20 a third", least=1)
     batch_size: int = option(128, "pictures a step", least=1)
     lr: float | None = option(None, "Adam's learning rate, under onecycle its peak; by default 1e-3 for mlp, 2e-3 "
                               "for conv", above=0.0)
@@ -73,7 +72,7 @@ def resolve(chosen: Options) -> Options:
     decided |= {"prior": kind, "latent": chosen.latent or ("8x8x8" if learned else "128")}
     if chosen.autoencoder_epochs and not learned:
         raise Fault("--autoencoder-epochs: only a run with --prior learned has epochs of another kind; leave it")
-    part = chosen.autoencoder_epochs or max(1, round(SHARE * chosen.epochs))
+    part = chosen.autoencoder_epochs or max(1, round(chosen.epochs / 5), min(round(chosen.epochs / 3), 20))
     decided |= {"autoencoder_epochs": part if learned else None}
     place = device(chosen)
     fast = "bfloat16" if computes_bfloat16(place) else "float32"

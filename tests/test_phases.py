@@ -131,13 +131,13 @@ def test_a_small_checkpoint_draws_nearly_the_same(run, tmp_path, complaint):
 
 
 def test_how_epochs_are_split(run, batches, tmp_path, complaint):
-    """A fifth is the autoencoder's; before it is done it follows --epochs, later it stays; asked for, it is kept."""
+    """A fifth, or up to 20 a third: until it is done it follows --epochs, later it stays; asked for, it is kept."""
     def parts(given: dict, state: dict | None) -> tuple[int, int]:
         chosen = train.recipe.settle(train.Options(**given), set(given), state)
         return train.recipe.split(chosen), chosen.epochs
     state = checkpoint.load(run / "last.pt")
     assert parts({"epochs": 300}, None) == (60, 300)
-    assert parts({"epochs": 1}, None) == (1, 1)
+    assert [parts({"epochs": n}, None)[0] for n in (1, 2, 30, 60, 100, 150)] == [1, 1, 10, 20, 20, 30]
     assert parts({"epochs": 5, "autoencoder_epochs": 9}, None) == (5, 5)
     assert parts({"epochs": 9, "arch": "mlp"}, None) == (9, 9)
     assert parts({"epochs": 300}, state) == (1, 300)
