@@ -136,5 +136,5 @@ def pegasus(model: vae.VAE, learned: prior.Learned, bank: dict[str, Tensor], n: 
     horses, birds = (order(bank[name], n, seed, purpose).float().to(learned.mean.device)
                      for name, purpose in ((coat, HORSE), ("birds", BIRD)))
     eps = noise(learned, n, reparam.derive_seed(seed, 0, NOISE))
-    parts = zip(horses.split(64), birds.split(64), eps.split(64), strict=True)
+    parts = zip(*(rows.split(prior.CHUNK) for rows in (horses, birds, eps)), strict=True)
     return learned.latents(torch.cat([crossed(model, learned, *part, first, steps) for part in parts]))

@@ -49,7 +49,7 @@ class Options:
                             choices=("auto", "float32", "bfloat16"))
     device: str = option("auto", "auto is cuda where there is one, at each start anew", choices=("auto", "cpu", "cuda"))
     save_seconds: float | None = option(None, "seconds between checkpoints; by default 60, later up to 600 where "
-                                        "saving would take over a two-hundredth of it", least=0.0)
+                                        "saving would take over 1/200 of the run", least=0.0)
 
 
 def device(chosen: Options) -> str:

@@ -201,10 +201,10 @@ def learned_latents(found: Trained, chosen: Options) -> Tensor:
                                steps=math.ceil((1 - compose.START) * chosen.steps)).cpu()
     row = torch.arange(chosen.n) // chosen.columns if chosen.mode == "morph" else torch.arange(chosen.n)
     eps = chosen.temperature * vae.noise(int(row[-1]) + 1, found.model.latent, chosen.seed)[row]
-    begin = chosen.keep if chosen.from_ is not None else 0.0
+    begin = 0.0
     if chosen.from_ is not None:
         mu, _ = found.model.encode(pictures.read(Path(chosen.from_)).to(found.device))
-        eps = torch.lerp(eps, found.learned.normalised(mu).cpu(), begin)
+        begin, eps = chosen.keep, torch.lerp(eps, found.learned.normalised(mu).cpu(), chosen.keep)
     z = prior.follow(found.learned, weights(found, chosen), eps.to(found.device), begin, chosen.steps)
     return found.learned.latents(z).cpu()
 

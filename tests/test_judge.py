@@ -117,5 +117,5 @@ def test_learning_rate_goes_up_and_down():
 def test_command_line(batches, complaint, capsys):
     judge.main([str(batches)])
     assert "of test pictures right" in capsys.readouterr().out
-    assert "folder" in complaint(judge.main)
+    assert "arguments are required: folder" in complaint(judge.main)
     assert "--seed: got" in complaint(judge.main, batches, "--seed", 10**20)
