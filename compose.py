@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-BIRD, HORSE, ROOM, TRIAL, NOISE = range(5)  # purposes of derived seeds
-START = 0.6  # later, wings look glued on; earlier, they fade
+BIRD, HORSE, DRAW, TRIAL, NOISE = range(5)  # purposes of derived seeds
+START = 0.7  # later, wings look glued on; earlier, they fade
 
 
 @torch.no_grad()
@@ -51,66 +51,74 @@ def best(score: Tensor, n: int) -> Tensor:
     return score.argsort(descending=True, stable=True)[:n]
 
 
-def donors(model: vae.VAE, learned: prior.Learned, asked: judge.Judge | None, name: str, draws: int,
-           n: int) -> Tensor:
-    """Normalised latents (n, latent) of drawn birds: silhouettes that are most like wings, on plain backgrounds."""
-    z = prior.follow(learned, {1: 2.0}, noise(learned, draws, reparam.derive_seed(0, 1, BIRD)), 0.0, 10)
-    images = decode(model, learned, z)
-    edge = collage.border(images)
+def drawn(model: vae.VAE, learned: prior.Learned, kind: int, n: int) -> Tensor:
+    """Draws (n, 3, 32, 32) of class number `kind`."""
+    eps = noise(learned, n, reparam.derive_seed(0, kind, DRAW))
+    return decode(model, learned, prior.follow(learned, {kind: 2.0}, eps, 0.0, 10))
+
+
+def donors(birds: Tensor, asked: judge.Judge | None, names: tuple[str, ...], n: int) -> Tensor:
+    """The n birds (n, 3, 32, 32) of some whose silhouettes are most like wings, on plain backgrounds."""
+    edge = collage.border(birds)
     plain = (edge - edge.median(2, keepdim=True).values).abs().mean((1, 2))
-    liked = belief(asked, images, judge.LIKE.get(name, (name,)))
-    return z[best(collage.wings(images)[1] + 0.05 * liked - plain, n)]
+    return birds[best(collage.wings(birds)[1] + 0.05 * belief(asked, birds, names) - plain, n)]
 
 
-def mounts(model: vae.VAE, learned: prior.Learned, asked: judge.Judge | None, name: str, kind: int, draws: int,
-           n: int) -> Tensor:
-    """Normalised latents (n, latent) of drawn horses of class number `kind`, with room above, heads to the left.
+def mounts(horses: Tensor, asked: judge.Judge | None, names: tuple[str, ...], n: int) -> Tensor:
+    """The n horses (n, 3, 32, 32) of some seen whole from the side, made smaller and put before a sky.
 
-    Made smaller and put before a sky in pixels, they are drawn anew from halfway, which makes one picture of it.
+    Heads to the left. Chosen twice, before that and after it.
     """
-    z = prior.follow(learned, {kind: 3.0}, noise(learned, draws, reparam.derive_seed(0, kind, HORSE)), 0.0, 10)
-    images = decode(model, learned, z)
-    low = (collage.outline(images)[2] - 10).abs()
-    images = images[best(belief(asked, images, (name,)) + collage.calm(images) - 0.1 * low, 3 * n // 2)]
-    z = encode(model, learned, collage.blue(collage.with_room(images)))
-    z = torch.lerp(noise(learned, len(z), reparam.derive_seed(0, kind, ROOM)), z, 0.5)
-    images = decode(model, learned, prior.follow(learned, {kind: 2.5}, z, 0.5, 8))
-    low = (collage.outline(images)[2] - 15).abs()
-    score = 3 * belief(asked, images, (name,)) + collage.calm(images) + collage.whole(images) - 0.2 * low
-    left, right = collage.raised(images).unbind(1)
-    images = torch.where((right > left)[:, None, None, None], images.flip(3), images)
-    return encode(model, learned, images[best(score, n)])
+    low = (collage.outline(horses)[2] - 10).abs()
+    score = belief(asked, horses, names) + collage.calm(horses) + collage.whole(horses) - 0.1 * low
+    horses = collage.blue(collage.with_room(horses[best(score, 3 * n // 2)]))
+    low = (collage.outline(horses)[2] - 15).abs()
+    score = 3 * belief(asked, horses, names) + collage.calm(horses) + collage.whole(horses) - 0.2 * low
+    left, right = collage.raised(horses).unbind(1)
+    return torch.where((right > left)[:, None, None, None], horses.flip(3), horses)[best(score, n)]
 
 
-def crossed(model: vae.VAE, learned: prior.Learned, horses: Tensor, birds: Tensor, eps: Tensor, kind: int,
-            steps: int = 6) -> Tensor:
-    """Horses with birds' wings, of normalised latents and noise, all (n, latent); half of them mirrored."""
-    wing = collage.wings(decode(model, learned, birds))[0]
-    images, cover = collage.winged(decode(model, learned, horses), wing)
-    images, cover = (torch.where(eps[:, 0, None, None, None] > 0, x, x.flip(3)) for x in (images, cover))
+def joined(horses: Tensor, birds: Tensor, mirrored: Tensor) -> tuple[Tensor, Tensor]:
+    """Horses with birds' wings, (n, 3, 32, 32), and where these are, (n, 1, 32, 32); some mirrored, bool (n,)."""
+    return tuple(torch.where(mirrored[:, None, None, None], x.flip(3), x)
+                 for x in collage.winged(horses, collage.wings(birds)[0]))
+
+
+def redrawn(model: vae.VAE, learned: prior.Learned, images: Tensor, cover: Tensor, eps: Tensor, kind: int,
+            steps: int = 5) -> Tensor:
+    """Normalised latents (n, latent) of what `joined` gave, by the prior from START on; eps: noise (n, latent)."""
     channels, side, _ = learned.velocity.shape
     above = (1.5 * functional.adaptive_avg_pool2d(cover, side)).clamp(max=1).expand(-1, channels, -1, -1).flatten(1)
     z = torch.lerp(eps, encode(model, learned, images), START)
     return prior.follow(learned, {kind: 2 * (1 - above), 1: 2 * above}, z, START, steps)
 
 
+def crossed(model: vae.VAE, learned: prior.Learned, horses: Tensor, birds: Tensor, eps: Tensor, kind: int,
+            steps: int = 5) -> Tensor:
+    """Horses with birds' wings, of normalised latents and noise, all (n, latent); half of them mirrored."""
+    parts = joined(decode(model, learned, horses), decode(model, learned, birds), eps[:, 0] > 0)
+    return redrawn(model, learned, *parts, eps, kind, steps)
+
+
 def prepare(model: vae.VAE, learned: prior.Learned, asked: judge.Judge | None, classes: tuple[str, ...],
-            draws: int = 750, horses: int = 32, birds: int = 24) -> dict[str, Tensor]:
+            draws: int = 1500, horses: int = 32, birds: int = 24) -> dict[str, Tensor]:
     """The bank that `pegasus` draws from, a function of its arguments alone: normalised latents, float16.
 
     `any` (2 horses, latent), then (horses, latent) of each of `density.COATS`, and `birds` (birds, latent): of `draws`
     of each, twice as many of any coat, those that the judge finds the best horses once they have wings.
     """
-    wings, bank = donors(model, learned, asked, classes[1], draws, birds), {}
-    sides = [classes[:1], classes[:1] + judge.LIKE.get(classes[1], classes[1:2])]
+    flying = judge.LIKE.get(classes[1], classes[1:2])
+    wings = encode(model, learned, donors(drawn(model, learned, 1, draws), asked, flying, birds))
+    bank = {"birds": wings.half().cpu()}
     for name, kind, times in (("any", 0, 2), *((coat, len(classes) + i, 1) for i, coat in enumerate(density.COATS))):
-        z, score = mounts(model, learned, asked, classes[0], kind, times * draws, times * 2 * horses), 0.0
+        images = mounts(drawn(model, learned, kind, times * draws), asked, classes[:1], times * 2 * horses)
+        z, score = encode(model, learned, images), 0.0
         for turn in range(2):
             eps = noise(learned, len(z), reparam.derive_seed(0, turn, TRIAL))
             tried = decode(model, learned, crossed(model, learned, z, order(wings, len(z), turn, TRIAL), eps, kind))
-            score += sum(belief(asked, tried, names) for names in sides)
+            score += sum(belief(asked, tried, names) for names in (classes[:1], classes[:1] + flying))
         bank[name] = z[best(score, times * horses)].half().cpu()
-    return bank | {"birds": wings.half().cpu()}
+    return bank
 
 
 def check(bank: dict[str, Tensor] | None, latent: int) -> None:
@@ -130,7 +138,7 @@ def order(of: Tensor, n: int, seed: int, purpose: int) -> Tensor:
 
 @torch.no_grad()
 def pegasus(model: vae.VAE, learned: prior.Learned, bank: dict[str, Tensor], n: int, seed: int, first: int = 0,
-            steps: int = 6) -> Tensor:
+            steps: int = 5) -> Tensor:
     """Latents (n, latent) for the decoder. first: the horse's class number. Row i depends on (bank, seed, i) alone."""
     coat = density.COATS[first - learned.none] if first else "any"  # coats' class numbers are the last before none
     horses, birds = (order(bank[name], n, seed, purpose).float().to(learned.mean.device)
