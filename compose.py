@@ -19,6 +19,7 @@ from torch.nn import functional
 
 BIRD, HORSE, DRAW, TRIAL, NOISE = range(5)  # purposes of derived seeds
 START = 0.7  # later, wings look glued on; earlier, they fade
+CANDIDATES = 1000  # photographs of a class that `preview` looks at
 
 
 @torch.no_grad()
@@ -146,3 +147,19 @@ def pegasus(model: vae.VAE, learned: prior.Learned, bank: dict[str, Tensor], n: 
     eps = noise(learned, n, reparam.derive_seed(seed, 0, NOISE))
     parts = zip(*(rows.split(prior.CHUNK) for rows in (horses, birds, eps)), strict=True)
     return learned.latents(torch.cat([crossed(model, learned, *part, first, steps) for part in parts]))
+
+
+@torch.no_grad()
+def preview(model: vae.VAE, learned: prior.Learned | None, images: Tensor, labels: Tensor, n: int = 64) -> Tensor:
+    """What a run shows until it has a bank, (n, 3, 32, 32): Pegasi of training photographs, images of bytes.
+
+    Joined by the same measures, no judge asked, and seen through the autoencoder; with a prior drawn anew by it.
+    """
+    horses, birds = (vae.from_bytes(images[labels == i][:CANDIDATES]).to(model.variance.device) for i in (0, 1))
+    horses, birds = mounts(horses, None, (), n), donors(birds, None, (), n // 2)
+    horses, birds = order(horses, n, 0, HORSE), order(birds, n, 0, BIRD)
+    eps = vae.noise(n, model.latent, reparam.derive_seed(0, 0, NOISE)).to(horses.device)
+    joint, cover = joined(horses, birds, eps[:, 0] > 0)
+    if learned is None:
+        return model.reconstruct(joint)
+    return decode(model, learned, redrawn(model, learned, joint, cover, eps, 0))

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import options
 import checkpoint
+import compose
 import log
 import pictures
+import prior
 import recipe
 import sample
 import source
@@ -23,6 +25,7 @@ from options import Fault
 from recipe import Options
 
 import torch
+from torch import Tensor
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what a file system without flock answers
 
@@ -113,19 +116,31 @@ def describe(chosen: Options, data: source.Pictures, history: list[dict]) -> Non
           f"{chosen.precision}, {chosen.threads} threads, {chosen.device}; to {chosen.run}")
 
 
-@torch.no_grad()
-def draw(folder: Path, found: sample.Trained, data: source.Pictures, history: list[dict]) -> None:
-    """A run's pictures: curves, samples, reconstructions (each under its test photograph) and Pegasi. Raises Fault."""
+def sheets(found: sample.Trained, data: source.Pictures, begun: bool) -> dict[str, tuple[Tensor, dict[str, object]]]:
+    """Reconstructions (each under its test photograph), samples and Pegasi, and what to say of each.
+
+    begun: the run has not ended, so that a learned prior has no parts yet to compose Pegasi of.
+    """
     about = found.about | {"seed": 0}
-    if history:
-        words = f"{pictures.DRAWN if data.name == 'drawn' else data.name}: {', '.join(data.classes)}"
-        pictures.save(pictures.curves(history, words), folder / "curves.png", about)
     x = vae.from_bytes(data.test_images[:32].to(found.model.variance.device)).view(-1, 8, *vae.IMAGE)
     pairs = torch.stack([x, found.model.reconstruct(x.flatten(0, 1)).view(x.shape)], 1).flatten(0, 2)
-    sheets = {"reconstructions": pairs, "samples": sample.draw(found, sample.Options(mode="prior"))}
-    if len(data.classes) > 1:
-        sheets["pegasus"] = sample.draw(found)
-    for name, images in sheets.items():
-        sheet_about = about | {"mode": name} if name != "reconstructions" else {
-            key: value for key, value in (about | {"mode": name}).items() if key != "prior"}
-        pictures.save(sample.page(images, sheet_about), folder / f"{name}.png", sheet_about)
+    drawn = {"reconstructions": (pairs, {key: value for key, value in about.items() if key != "prior"}),
+             "samples": (sample.draw(found, sample.Options(mode="prior")), about)}
+    if len(data.classes) < 2:
+        return drawn
+    if begun and "prior" in about:
+        joined = compose.preview(found.model, found.learned, data.images, data.labels)
+        return drawn | {"pegasus": (joined, about | {"prior": sample.JOINED})}
+    return drawn | {"pegasus": (sample.draw(found), about)}
+
+
+@torch.no_grad()
+def draw(folder: Path, state: dict, model: vae.VAE, learned: prior.Learned | None, data: source.Pictures) -> None:
+    """A run's pictures: its curves and sheets. Raises Fault."""
+    found = sample.trained(state, model, learned)
+    if state["history"]:
+        words = f"{pictures.DRAWN if data.name == 'drawn' else data.name}: {', '.join(data.classes)}"
+        curves = pictures.curves(state["history"], words)
+        pictures.save(curves, folder / "curves.png", found.about | {"seed": 0})
+    for name, (images, about) in sheets(found, data, state["epoch"] < state["config"]["epochs"]).items():
+        pictures.save(sample.page(images, about), folder / f"{name}.png", about | {"mode": name})

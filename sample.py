@@ -31,6 +31,7 @@ from torch import Tensor
 
 LARGEST = 2**28  # pixels of a sheet
 BEFORE = "drawn from the aggregate posterior: the learned prior is not trained yet"
+JOINED = "training pictures joined: the model draws its own Pegasi at the end of the run"
 
 
 @dataclass(frozen=True)
@@ -263,10 +264,11 @@ def draw(found: Trained, chosen: Options = Options()) -> Tensor:  # noqa: B008  
 
 
 def page(images: Tensor, about: dict[str, object], columns: int = 8, scale: int = 4) -> Image.Image:
-    """A sheet of images that says below them when they come from drawn data."""
+    """A sheet of images that says below them when they come from drawn data, or not yet from the learned prior."""
     sheet = pictures.sheet(images, columns, scale)
-    for words in (BEFORE if about.get("prior") == BEFORE else "", pictures.DRAWN if about["data"] == "drawn" else ""):
-        sheet = pictures.caption(sheet, words) if words else sheet
+    words = [about["prior"]] if about.get("prior") in (BEFORE, JOINED) else []
+    for line in words + ([pictures.DRAWN] if about["data"] == "drawn" else []):
+        sheet = pictures.caption(sheet, line)
     return sheet
 
 

@@ -24,7 +24,6 @@ import phases
 import prior
 import recipe
 import reparam
-import sample
 import source
 import vae
 from options import Fault
@@ -208,7 +207,7 @@ class Training:
         if self.workers.leads:
             state, begun = self.state(), time.monotonic()
             checkpoint.save(self.folder / "last.pt", state)
-            folder.draw(self.folder, sample.trained(state, self.model, self.learned), self.data, self.history)
+            folder.draw(self.folder, state, self.model, self.learned, self.data)
             self.cost = time.monotonic() - begun
         self.saved = time.monotonic()
 
