@@ -65,6 +65,12 @@ def donors(birds: Tensor, asked: judge.Judge | None, names: tuple[str, ...], n: 
     return birds[best(collage.wings(birds)[1] + 0.05 * belief(asked, birds, names) - plain, n)]
 
 
+def faced(horses: Tensor) -> Tensor:
+    """Horses (n, 3, 32, 32), mirrored where that puts their heads to the left."""
+    left, right = collage.raised(horses).unbind(1)
+    return torch.where((right > left)[:, None, None, None], horses.flip(3), horses)
+
+
 def mounts(horses: Tensor, asked: judge.Judge | None, names: tuple[str, ...], n: int) -> Tensor:
     """The n horses (n, 3, 32, 32) of some seen whole from the side, made smaller and put before a sky.
 
@@ -75,8 +81,7 @@ def mounts(horses: Tensor, asked: judge.Judge | None, names: tuple[str, ...], n:
     horses = collage.blue(collage.with_room(horses[best(score, 3 * n // 2)]))
     low = (collage.outline(horses)[2] - 15).abs()
     score = 3 * belief(asked, horses, names) + collage.calm(horses) + collage.whole(horses) - 0.2 * low
-    left, right = collage.raised(horses).unbind(1)
-    return torch.where((right > left)[:, None, None, None], horses.flip(3), horses)[best(score, n)]
+    return faced(horses[best(score, n)])
 
 
 def joined(horses: Tensor, birds: Tensor, mirrored: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,11 +144,17 @@ def order(of: Tensor, n: int, seed: int, purpose: int) -> Tensor:
 
 @torch.no_grad()
 def pegasus(model: vae.VAE, learned: prior.Learned, bank: dict[str, Tensor], n: int, seed: int, first: int = 0,
-            steps: int = 5) -> Tensor:
-    """Latents (n, latent) for the decoder. first: the horse's class number. Row i depends on (bank, seed, i) alone."""
+            steps: int = 5, photo: Tensor | None = None) -> Tensor:
+    """Latents (n, latent) for the decoder. Row i is a function of (bank, seed, i) alone.
+
+    first: the horse's class number. photo: an image (1, 3, 32, 32) of the horse to take for all instead of the bank's.
+    """
     coat = density.COATS[first - learned.none] if first else "any"  # coats' class numbers are the last before none
     horses, birds = (order(bank[name], n, seed, purpose).float().to(learned.mean.device)
                      for name, purpose in ((coat, HORSE), ("birds", BIRD)))
+    if photo is not None:
+        horse = faced(collage.blue(collage.with_room(photo.to(horses.device))))
+        horses = encode(model, learned, horse).expand_as(horses)
     eps = noise(learned, n, reparam.derive_seed(seed, 0, NOISE))
     parts = zip(*(rows.split(prior.CHUNK) for rows in (horses, birds, eps)), strict=True)
     return learned.latents(torch.cat([crossed(model, learned, *part, first, steps) for part in parts]))

@@ -44,12 +44,11 @@ class Options:
     n: int = option(64, "how many pictures to draw", least=1, most=65_536)
     blend: float = option(0.5, "how much of the first class a Pegasus has, 0 to 1", least=0.0, most=1.0)
     coat: str = option("any", "the horse's", choices=("any", *density.COATS))
-    guidance: float = option(2.0, "with a learned prior, how much more a class is drawn than any; 1 is as it occurs",
-                             least=0.0)
-    from_: str | None = option(None, "with a learned prior, a picture to begin from instead of noise")
+    guidance: float = option(2.0, "with a learned prior, weight of a class against any; 1: as it occurs", least=0.0)
+    from_: str | None = option(None, "with a learned prior, a picture to begin from; a whole horse gets wings")
     keep: float = option(0.4, "how much of that picture to keep, 0 to 1", least=0.0, most=1.0)
     composed: bool = option(True, "Pegasi of a horse's body and a bird's wings, where the model has the parts; else, "
-                            "or where blend, guidance or temperature is given, by these alone")
+                            "or where blend, guidance, temperature or keep is given, by these alone")
     steps: int = option(16, "of the learned prior's flow", least=1, most=1000)
     temperature: float = option(1.0, "standard deviation of the noise", least=0.0)
     columns: int = option(8, "pictures in a row", least=1, most=65_536)
@@ -159,8 +158,8 @@ def latents(found: Trained, chosen: Options) -> Tensor:
 
 def composes(found: Trained, chosen: Options) -> bool:
     """Whether Pegasi are composed of parts."""
-    usual = (chosen.blend, chosen.guidance, chosen.temperature) == (0.5, 2.0, 1.0)
-    return bool(chosen.mode == "pegasus" and found.bank and chosen.composed and usual and chosen.from_ is None)
+    usual = (chosen.blend, chosen.guidance, chosen.temperature, chosen.keep) == (0.5, 2.0, 1.0, 0.4)
+    return bool(chosen.mode == "pegasus" and found.bank and chosen.composed and usual)
 
 
 def kind(found: Trained, coat: str) -> int:
@@ -197,14 +196,15 @@ def told(average: torch.nn.Module, chosen: Options) -> AbstractContextManager:
 @torch.no_grad()
 def learned_latents(found: Trained, chosen: Options) -> Tensor:
     """Latents (n, latent) by the learned prior."""
+    photo = pictures.read(Path(chosen.from_)) if chosen.from_ is not None else None
     if composes(found, chosen):
         return compose.pegasus(found.model, found.learned, found.bank, chosen.n, chosen.seed, kind(found, chosen.coat),
-                               steps=math.ceil((1 - compose.START) * chosen.steps)).cpu()
+                               math.ceil((1 - compose.START) * chosen.steps), photo).cpu()
     row = torch.arange(chosen.n) // chosen.columns if chosen.mode == "morph" else torch.arange(chosen.n)
     eps = chosen.temperature * vae.noise(int(row[-1]) + 1, found.model.latent, chosen.seed)[row]
     begin = 0.0
-    if chosen.from_ is not None:
-        mu, _ = found.model.encode(pictures.read(Path(chosen.from_)).to(found.device))
+    if photo is not None:
+        mu, _ = found.model.encode(photo.to(found.device))
         begin, eps = chosen.keep, torch.lerp(eps, found.learned.normalised(mu).cpu(), chosen.keep)
     z = prior.follow(found.learned, weights(found, chosen), eps.to(found.device), begin, chosen.steps)
     return found.learned.latents(z).cpu()

@@ -112,6 +112,29 @@ def test_a_pegasus_is_a_function_of_the_seed_and_its_number(parts, first):
     assert torch.cdist(z, z).fill_diagonal_(9).min() > 0.1
 
 
+def test_a_horse_of_ones_own_is_every_pegasus_horse(parts):
+    """Whichever way it looks; by the untrained prior, which keeps the noise, rows differ by noise and wings alone."""
+    z = compose.pegasus(*parts, 5, 5, photo=horse())
+    torch.testing.assert_close(compose.pegasus(*parts, 5, 5, photo=horse().flip(3)), z, rtol=0, atol=0.01)
+    assert (compose.pegasus(*parts, 5, 5, photo=horse(sky=[0.05, 0.05, 0.1])) - z).abs().max() > 0.02
+    assert (compose.pegasus(*parts, 5, 5) - z).abs().max() > 0.02
+    torch.testing.assert_close(compose.pegasus(*parts, 2, 5, photo=horse()), z[:2], rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("wanted", [None, prior.Learned((2, 8, 8), 4)], ids=("autoencoder", "prior"))
+def test_a_preview_joins_pictures_and_shows_them_as_the_model_does(parts, wanted, monkeypatch):
+    """Of so few that some come twice; before the prior it is their reconstruction."""
+    model, images = parts[0], torch.cat([horse(d) for d in (-2, -1, 0, 1)] + [scene(SKY, (6, 26, 12, 20))] * 3)
+    joined, seen = compose.joined, []
+    monkeypatch.setattr(compose, "joined", lambda *args: seen.append(joined(*args)) or seen[0])
+    shown = compose.preview(model, wanted, (images * 255).byte(), torch.tensor([0] * 4 + [1] * 3), 6)
+    assert shown.shape == (6, 3, 32, 32) and shown.min() >= 0 and shown.max() <= 1
+    assert seen[0][1].flatten(1).sum(1).min() > 40  # each has wings
+    if not wanted:
+        with torch.no_grad():
+            assert shown.equal(model.reconstruct(seen[0][0]))
+
+
 def test_each_part_is_taken_once_before_any_comes_again():
     of = torch.arange(50)
     rows = compose.order(of, 100, 3, 1)

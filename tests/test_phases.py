@@ -85,6 +85,19 @@ def test_rows_of_a_batch_may_be_computed_apart(run, batches, tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_pegasi_of_a_run_that_is_under_way_are_joined_and_say_so(batches, tmp_path, monkeypatch):
+    words, caption, about = [], pictures.caption, []
+    monkeypatch.setattr(pictures, "caption", lambda image, text: words.append(text) or caption(image, text))
+    ours = train.folder.draw
+    monkeypatch.setattr(train.folder, "draw", lambda where, *args: ours(where, *args) or about.append(
+        png(where / "pegasus.png")[1]["prior"]))
+    argv = ["--run", str(tmp_path), "--data", str(batches), "--epochs", "2", "--save-seconds", "0", *COMMAND]
+    assert train.main(argv) == 0
+    assert about == [sample.JOINED] * (len(about) - 1) + ["learned"] and len(about) > 2
+    assert words.count(sample.JOINED) == len(about) - 1
+    assert words.count(sample.BEFORE) < len(about) - 1  # samples, until the prior is trained
+
+
 def test_sheets_before_the_prior_say_so(batches, tmp_path, monkeypatch):
     words, caption = [], pictures.caption
     monkeypatch.setattr(pictures, "caption", lambda image, text: words.append(text) or caption(image, text))
@@ -192,6 +205,11 @@ def test_parts_for_pegasi_come_at_the_end_and_are_drawn_from(run, batches, tmp_p
     chosen = sample.Options(n=4, seed=2, steps=5)
     z = compose.pegasus(found.model, found.learned, found.bank, 4, 2, 0, steps=2)
     assert sample.latents(found, chosen).equal(z)
+    photo = tmp_path / "photo.png"
+    pictures.save(pictures.sheet(torch.rand(1, 3, 32, 32), 1, 1, 0), photo, {})
+    own = compose.pegasus(found.model, found.learned, found.bank, 4, 2, 0, 2, pictures.read(photo))
+    assert sample.latents(found, replace(chosen, from_=str(photo))).equal(own)
+    assert not sample.latents(found, replace(chosen, from_=str(photo), keep=0.5)).allclose(own, atol=1e-3)
     assert not sample.latents(found, replace(chosen, composed=False)).allclose(z, atol=0.1)
     assert not sample.latents(found, replace(chosen, coat="dark")).allclose(z, atol=1e-3)
     monkeypatch.setattr(compose, "prepare", None)  # a finished run has them already
