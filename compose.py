@@ -111,9 +111,10 @@ def prepare(model: vae.VAE, learned: prior.Learned, asked: judge.Judge | None, c
     """The bank that `pegasus` draws from, a function of its arguments alone: normalised latents, float16.
 
     `any` (2 horses, latent), then (horses, latent) of each of `density.COATS`, and `birds` (birds, latent): of `draws`
-    of each, twice as many of any coat, those that the judge finds the best horses once they have wings.
+    of each, twice as many of any coat, those that the judge finds the best Pegasi once they have wings.
     """
     flying = judge.LIKE.get(classes[1], classes[1:2])
+    liked = ((classes[:1], 1), (classes[:1] + flying, 1), (flying, 0.25))  # a horse above all
     wings = encode(model, learned, donors(drawn(model, learned, 1, draws), asked, flying, birds))
     bank = {"birds": wings.half().cpu()}
     for name, kind, times in (("any", 0, 2), *((coat, len(classes) + i, 1) for i, coat in enumerate(density.COATS))):
@@ -122,7 +123,7 @@ def prepare(model: vae.VAE, learned: prior.Learned, asked: judge.Judge | None, c
         for turn in range(2):
             eps = noise(learned, len(z), reparam.derive_seed(0, turn, TRIAL))
             tried = decode(model, learned, crossed(model, learned, z, order(wings, len(z), turn, TRIAL), eps, kind))
-            score += sum(belief(asked, tried, names) for names in (classes[:1], classes[:1] + flying))
+            score += sum(weight * belief(asked, tried, names) for names, weight in liked)
         bank[name] = z[best(score, times * horses)].half().cpu()
     return bank
 
