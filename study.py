@@ -37,7 +37,7 @@ ROWS = {"paper": f"{PAPER} --epochs 300",  # options of train.py
         "flow-16": f"{GAUSSIAN} --flow 16",
         "conv": "--prior normal --epochs 60",
         "conv-grid": "--prior normal --latent 8x8x8 --epochs 60",
-        "learned": "--autoencoder-epochs 60 --epochs 200"}
+        "learned": "--autoencoder-epochs 60 --epochs 300"}
 MODES, BLENDS = ("horse", "bird", "pegasus", "prior"), (0.3, 0.5, 0.7)
 COLUMNS = {"bits/dim": ("bits_per_dim_elbo", "{:.3f}"), "IW": ("bits_per_dim_iw", "{:.3f}"), "rate": ("rate", "{:.1f}"),
            "squared error": ("sse", "{:.2f}"), "Fréchet": ("frechet_of balanced", "{:.2f}"),
