@@ -5,6 +5,8 @@ room above the back, and birds whose silhouettes make wings. `pegasus` lays a bi
 and light, in pixels (sums of latents or of velocities leave no wings), goes back from there to t = START on the way
 from noise, and follows the prior again, as a bird in the cells that wings cover and as a horse in all others.
 """
+import functools
+
 import cifar10
 import collage
 import density
@@ -19,7 +21,7 @@ from torch.nn import functional
 
 BIRD, HORSE, DRAW, TRIAL, NOISE = range(5)  # purposes of derived seeds
 START = 0.7  # later, wings look glued on; earlier, they fade
-CANDIDATES = 1000  # photographs of a class that `preview` looks at
+CANDIDATES = 1000  # photographs of a class that are looked at
 
 
 @torch.no_grad()
@@ -162,15 +164,21 @@ def pegasus(model: vae.VAE, learned: prior.Learned, bank: dict[str, Tensor], n: 
     return learned.latents(torch.cat([crossed(model, learned, *part, first, steps) for part in parts]))
 
 
+@functools.lru_cache(maxsize=1)  # a run shows the same ones whenever it saves
+def photographed(images: Tensor, labels: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Horses and birds (n, 3, 32, 32) out of photographs of bytes, by the measures of `prepare` without a judge."""
+    horses, birds = (vae.from_bytes(images[labels == i][:CANDIDATES]) for i in (0, 1))
+    horses, birds = mounts(horses, None, (), n), donors(birds, None, (), n // 2)
+    return order(horses, n, 0, HORSE), order(birds, n, 0, BIRD)
+
+
 @torch.no_grad()
 def preview(model: vae.VAE, learned: prior.Learned | None, images: Tensor, labels: Tensor, n: int = 64) -> Tensor:
     """What a run shows until it has a bank, (n, 3, 32, 32): Pegasi of training photographs, images of bytes.
 
-    Joined by the same measures, no judge asked, and seen through the autoencoder; with a prior drawn anew by it.
+    Joined, and seen through the autoencoder; with a prior drawn anew by it.
     """
-    horses, birds = (vae.from_bytes(images[labels == i][:CANDIDATES]).to(model.variance.device) for i in (0, 1))
-    horses, birds = mounts(horses, None, (), n), donors(birds, None, (), n // 2)
-    horses, birds = order(horses, n, 0, HORSE), order(birds, n, 0, BIRD)
+    horses, birds = (part.to(model.variance.device) for part in photographed(images, labels, n))
     eps = vae.noise(n, model.latent, reparam.derive_seed(0, 0, NOISE)).to(horses.device)
     joint, cover = joined(horses, birds, eps[:, 0] > 0)
     if learned is None:
