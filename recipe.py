@@ -61,7 +61,7 @@ def device(chosen: Options) -> str:
 
 def computes_bfloat16(place: str) -> bool:
     """Whether `cpu` or `cuda` multiplies matrices of bfloat16 faster than others."""
-    return torch.cuda.is_bf16_supported() if place == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.cuda.is_bf16_supported(False) if place == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def resolve(chosen: Options) -> Options:

@@ -7,11 +7,10 @@ Row r, columns 4g to 4g+3 take their normals from one block of Philox4x32-10 (Sa
 counter (g low, g high, r low, r high), key (seed low, seed high), 32-bit words; the block's words w0..w3
 become radius(w0) * direction(w1) and radius(w2) * direction(w3), two normals each, by Box and Muller's method.
 
-The work is done by the extension `pegasus_op` where it is built (python setup.py build_ext --inplace), otherwise by
-`reference`, to the same noise. PEGASUS_EXTENSION=0 takes the reference anyway; PEGASUS_SIMD=baseline|avx2|avx512
-forces the extension's instruction set, which changes no bit of the result.
+The work is done by the extension `pegasus_op` where it is built (python setup.py build_ext --inplace) for the tensors'
+device, otherwise by `reference`, to the same noise. PEGASUS_EXTENSION=0 takes the reference anyway;
+PEGASUS_SIMD=baseline|avx2|avx512 forces the extension's instruction set, which changes no bit of the result.
 """
-import contextlib
 import math
 import os
 import sys
@@ -150,10 +149,16 @@ class Fused(torch.autograd.Function):
 
 
 apply_fused = super(torch.autograd.Function, Fused).apply  # Function.apply without its 5 us of care for torch.func
-extension = None  # the module `pegasus_op`, where it is built and wanted
-if not UNWANTED:
-    with contextlib.suppress(ModuleNotFoundError):
+extension, missing = None, ""  # the module `pegasus_op`, where it is built and wanted; why there is none
+try:
+    if not UNWANTED:
         import pegasus_op as extension
+except ModuleNotFoundError:
+    missing = "the extension is not built"
+except ImportError as error:
+    if "PEGASUS_SIMD" in str(error):
+        raise
+    missing = f"the extension can't be loaded ({error})"  # say, of a CUDA that is gone
 if extension:  # importing it has defined the ops; here are their shapes and derivatives
     torch.library.register_fake("pegasus::reparameterize_kl", fake_forward)
     torch.library.register_fake("pegasus::reparameterize_kl_backward", fake_backward)
@@ -165,12 +170,13 @@ silent = UNWANTED
 
 
 def fallback(mu: Tensor, logvar: Tensor, seed: Tensor, row_offset: int) -> tuple[Tensor, Tensor]:
-    """The checked reference; says once, on stderr, that it stands in for a missing extension."""
+    """The checked reference; says once, on stderr, what it stands in for."""
     global silent
     if not silent and not torch.compiler.is_compiling():
         silent = True
-        print("reparam: the extension is not built, so its slower PyTorch reference is used; "
-              "`python setup.py build_ext --inplace` builds it.", file=sys.stderr)
+        reason = missing or f"the extension has no kernels for {mu.device.type}"
+        print(f"reparam: {reason}, so its slower PyTorch reference is used; `python setup.py build_ext --inplace "
+              "--force` builds it, for CUDA where there is an nvcc of torch's version.", file=sys.stderr)
     check(mu, logvar, seed)
     return reference(mu, logvar, seed, row_offset)
 
@@ -186,7 +192,7 @@ def reparameterize_kl(mu: Tensor, logvar: Tensor, seed: Tensor, row_offset: int 
     Returns z (B, D) in mu's dtype and kl (B,) in float32 (float64 for float64).
     Raises ValueError or TypeError naming the argument that does not fit. A second derivative is an error.
     """
-    if extension is None:
+    if extension is None or (mu.is_cuda and not extension.cuda_architectures):
         return fallback(mu, logvar, seed, row_offset)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return forward_op(mu, logvar, seed, row_offset)

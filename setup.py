@@ -3,7 +3,7 @@
     python setup.py build_ext --inplace     # here, for the scripts of this folder
     pip install --no-build-isolation .      # `import reparam` in another project, with the torch that is installed
 
-Needs a C++20 compiler. CUDA kernels are built where both torch and a CUDA toolkit have CUDA; PEGASUS_CUDA=0 or 1
+Needs a C++20 compiler. CUDA kernels are built where torch has CUDA and nvcc is of the same version; PEGASUS_CUDA=0 or 1
 overrides, TORCH_CUDA_ARCH_LIST chooses architectures. PEGASUS_FLAGS adds compiler and linker flags (for sanitizers).
 Without a compiler nothing is built and reparam.py uses its PyTorch reference, which is slower and the same otherwise.
 """
@@ -34,17 +34,33 @@ def x86() -> bool:
 
 
 def nvcc() -> str | None:
-    """The CUDA compiler to use, or None: then the extension has no CUDA kernels."""
+    """The CUDA compiler to use, of torch's own version of CUDA; or None: then the extension has no CUDA kernels."""
     import torch
 
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    asked, home = os.environ.get("PEGASUS_CUDA", ""), os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if asked not in ("", "0", "1"):
+        raise SystemExit(f"PEGASUS_CUDA: got {asked!r}, wanted 0 or 1")
+    if asked == "0" or not (asked or torch.version.cuda):
+        return None
     path = shutil.which("nvcc", path=f"{home}/bin" if home else None) or shutil.which("nvcc")
-    wanted = os.environ.get("PEGASUS_CUDA", "1" if torch.version.cuda else "0")
-    if wanted not in ("0", "1"):
-        raise SystemExit(f"PEGASUS_CUDA: got {wanted!r}, wanted 0 or 1")
-    if wanted == "1" and path is None and "PEGASUS_CUDA" in os.environ:
+    if asked and path is None:
         raise SystemExit("PEGASUS_CUDA=1: no nvcc found on PATH or under CUDA_HOME")
-    return path if wanted == "1" else None
+    if asked or path and release(path) == torch.version.cuda.split(".")[0]:
+        return path
+    go_without("CUDA kernels", f"no nvcc of CUDA {torch.version.cuda}, which is torch's, was found")
+    return None
+
+
+def release(compiler: str) -> str:
+    """The major version of CUDA that a compiler is of."""
+    said = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    return "".join(re.findall(r"release (\d+)", said)[:1])
+
+
+def go_without(what: str, reason: str) -> None:
+    """Say what is left out, which makes a slower project and not a broken one."""
+    print(f"Built without {what}: {reason}. reparam.py uses its PyTorch reference instead, which is slower and the "
+          "same otherwise.", file=sys.stderr)
 
 
 def architectures(compiler: str) -> list[str]:
@@ -75,15 +91,12 @@ class BuildOp(build_ext):
 
         self.flags = ["-std=c++20", "-g0", *os.environ.get("PEGASUS_FLAGS", "").split()]
         self.includes = [*include_paths(), pybind11.get_include(), *self.compiler.include_dirs]
-        cuda = nvcc()
         objects, macros = self.cpu_objects(), [TARGET, *(["-DPEGASUS_X86"] if x86() else [])]
         libraries, library_directories = ["torch", "torch_cpu", "c10"], library_paths()
-        if cuda:
-            names = architectures(cuda)
-            objects.append(self.cuda_object(cuda, names))
+        if names := self.cuda_objects(objects, compiler := nvcc()):
             macros += ["-DPEGASUS_CUDA", "-DUSE_CUDA", f'-DPEGASUS_CUDA_ARCHITECTURES="{" ".join(names)}"']
             libraries += ["torch_cuda", "cudart"]
-            library_directories += cuda_library_directories(cuda)
+            library_directories += cuda_library_directories(compiler)
         objects += self.compile("module.cpp", "module", ["-O2", "-fvisibility=hidden", *macros])
         target.parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object(
@@ -99,31 +112,37 @@ class BuildOp(build_ext):
         return [self.compile("cpu.cpp", level, [*KERNEL, f"-DPEGASUS_LEVEL={level}", *flags])[0]
                 for level, flags in levels.items()]
 
-    def cuda_object(self, compiler: str, names: list[str]) -> str:
-        result = Path(self.build_temp) / "reparam.cu.o"
+    def cuda_objects(self, objects: list[str], compiler: str | None) -> list[str]:
+        """Add the CUDA kernels to the objects; the architectures they are for, none where that can't be done."""
+        if compiler is None:
+            return []
+        names, result = architectures(compiler), Path(self.build_temp) / "reparam.cu.o"
         result.parent.mkdir(parents=True, exist_ok=True)
         flags = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
         flags.append(f"-gencode=arch=compute_{names[-1]},code=compute_{names[-1]}")  # PTX, for those to come
-        self.spawn([compiler, "-std=c++20", "-O3", "-Xcompiler", "-fPIC", *flags, "-c", "csrc/reparam.cu",
-                    "-o", str(result)])
-        return str(result)
+        try:
+            self.spawn([compiler, "-std=c++20", "-O3", "-Xcompiler", "-fPIC", *flags, "-c", "csrc/reparam.cu",
+                        "-o", str(result)])
+        except BaseError:
+            if "PEGASUS_CUDA" in os.environ:
+                raise
+            go_without("CUDA kernels", f"{compiler} failed, see above")
+            return []
+        objects.append(str(result))
+        return names
 
     def run(self) -> None:
         compiler = os.environ.get("CXX", "c++").split()[0]
         if not (shutil.which(compiler) or shutil.which("g++")):
-            self.go_without(f"no C++ compiler ({compiler}) was found")
+            go_without("the extension", f"no C++ compiler ({compiler}) was found")
+            self.extensions = []
             return
         os.environ.setdefault("CXX", compiler if shutil.which(compiler) else "g++")
         try:
             super().run()
         except (BaseError, CCompilerError):
-            self.go_without(f"{compiler} failed, see above; a C++20 compiler is needed")
-
-    def go_without(self, reason: str) -> None:
-        """Leave the extension out, which is a slower project and not a broken one."""
-        print(f"The extension is not built: {reason}. reparam.py uses its PyTorch reference, which is slower and the "
-              "same otherwise.", file=sys.stderr)
-        self.extensions = []
+            go_without("the extension", f"{compiler} failed, see above; a C++20 compiler is needed")
+            self.extensions = []
 
 
 sources = sorted(map(str, Path("csrc").iterdir()))

@@ -269,6 +269,7 @@ def begin(chosen: Options, given: set[str], workers: Group) -> Training:
         chosen = recipe.settle(chosen, given, state)
     torch.set_num_threads(chosen.threads)
     torch.set_flush_denormal(True)  # numbers below 1e-38 can cost 5 to 40 times as long
+    torch.backends.cudnn.deterministic = True  # a resumed run is to have the same bits
     stored = state["data"]["folder"] if state and chosen.data == "auto" else chosen.data
     data = workers.first(lambda: source.load(stored, chosen.classes))
     with checkpoint.fitting(last):

@@ -143,12 +143,16 @@ def test_errors_name_the_argument(change, error, message, grad):
         reparam.reparameterize_kl(**arguments)
 
 
-@pytest.mark.parametrize(("setting", "said"), [("1", 1), ("0", 0)])
-def test_a_missing_extension_is_said_once(setting, said, tmp_path):
+@pytest.mark.parametrize(("setting", "module", "reason", "said"), [
+    ("1", None, "the extension is not built", 1), ("0", None, "", 0),
+    ("1", "raise ImportError('libcudart.so.13: gone')", "can't be loaded (libcudart.so.13: gone)", 1)])
+def test_a_missing_extension_is_said_once(setting, module, reason, said, tmp_path):
     (tmp_path / "reparam.py").write_text((ROOT / "reparam.py").read_text())
-    code = """if True:
+    if module:
+        (tmp_path / "pegasus_op.py").write_text(module)
+    code = f"""if True:
         import sys, torch
-        sys.modules['pegasus_op'] = None  # an import of it fails as if it were not there
+        {"" if module else "sys.modules['pegasus_op'] = None  # an import of it fails as if it were not there"}
         import reparam
         print('imported', file=sys.stderr)
         for _ in range(2):
@@ -159,3 +163,4 @@ def test_a_missing_extension_is_said_once(setting, said, tmp_path):
     before, after = result.stderr.split("imported\n")
     assert "reparam" not in before
     assert after.count("build_ext --inplace") == after.count("\n") == said
+    assert reason in after

@@ -1,0 +1,73 @@
+"""Where tensors lie when there is a GPU: whole runs on a simulated one, which refuses to mix places."""
+import functools
+import math
+from pathlib import Path
+
+import compose
+import reparam
+import sample
+import train
+
+import pytest
+import simulated
+import torch
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs show few pictures, since what a place computes is the same for many."""
+    chosen = functools.partial(sample.Options, n=4, steps=2)
+    monkeypatch.setattr(sample, "Options", chosen)
+    monkeypatch.setattr(sample.draw.__wrapped__, "__defaults__", (chosen(),))
+    monkeypatch.setattr(compose, "preview", functools.partial(compose.preview, n=4))
+    monkeypatch.setattr(compose, "prepare", functools.partial(compose.prepare, draws=12, horses=2, birds=2))
+
+
+@pytest.fixture
+def arguments(batches: Path, tmp_path: Path) -> list[str]:
+    return ["--data", str(batches), "--run", str(tmp_path / "run"), "--batch-size", "64", "--threads", "1"]
+
+
+def test_simulated_gpu_refuses_a_tensor_that_lies_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    with simulated.gpu(monkeypatch):
+        there = torch.ones(3, device="meta")
+        assert (there + 1).cpu().tolist() == [2, 2, 2]
+        with pytest.raises(RuntimeError, match="same device"):
+            there + torch.ones(3)
+
+
+@pytest.mark.parametrize("network", ["", "--prior normal --latent 8x8x4", "--arch mlp --prior conditional",
+                                     "--arch mlp --flow 2"])
+def test_a_run_keeps_its_tensors_on_the_gpu_and_resumes_there(
+        few: None, arguments: list[str], network: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with simulated.gpu(monkeypatch):
+        assert train.main([*arguments, *network.split(), "--epochs", "2"]) == 0
+        assert train.main([*arguments, "--resume", "--epochs", "3", "--no-judge"]) == 0
+
+
+def test_gpu_and_cpu_follow_one_curve(few: None, arguments: list[str], tmp_path: Path,
+                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    curves = []
+    for place in ("auto", "cpu"):
+        with simulated.gpu(monkeypatch):
+            train.main([*arguments, "--epochs", "2", "--no-judge", "--overwrite", "--device", place])
+        rows = (tmp_path / "run" / "log.csv").read_text().splitlines()[1:]
+        curves.append([float(row.split(",")[5]) for row in rows])
+    assert all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(*curves, strict=True))
+
+
+@pytest.mark.skipif(reparam.extension is None, reason="without the extension there is only the reference")
+def test_gpu_tensors_go_to_the_reference_where_the_extension_has_no_cuda_kernels(
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    class Lean:
+        cuda_architectures = ""
+
+    monkeypatch.setattr(reparam, "extension", Lean)
+    monkeypatch.setattr(reparam, "silent", False)
+    monkeypatch.setattr(reparam, "forward_op", None)
+    wanted = reparam.reference(torch.ones(2, 3), torch.zeros(2, 3), torch.tensor(7))
+    with simulated.gpu(monkeypatch):
+        place = [each.to("meta") for each in (torch.ones(2, 3), torch.zeros(2, 3), torch.tensor(7))]
+        got = [each.cpu() for each in reparam.reparameterize_kl(*place)]
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    assert "no kernels for meta, so its slower PyTorch reference is used" in capsys.readouterr().err

@@ -1,0 +1,78 @@
+"""Which compiler setup.py takes for the CUDA kernels."""
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import setuptools
+import torch
+from conftest import ROOT
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """setup.py without its last line; torch has CUDA 13.0, and the folder `tmp_path` alone is searched for nvcc."""
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    for name in ("CUDA_HOME", "CUDA_PATH", "PEGASUS_CUDA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(ROOT)
+    spec = importlib.util.spec_from_file_location("setup_script", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def install(folder: Path, version: str) -> Path:
+    """An nvcc that knows its version and nothing else."""
+    path = folder / "nvcc"
+    path.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {version}, V{version}.88'\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize("asked, version, taken", [
+    (None, "13.0", True), (None, "13.9", True), (None, "12.4", False), (None, None, False), ("0", "13.0", False),
+    ("1", "12.4", True)])
+def test_nvcc_is_taken_where_it_is_of_the_cuda_of_torch(
+        script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+        asked: str | None, version: str | None, taken: bool) -> None:
+    path = install(tmp_path, version) if version else None
+    if asked:
+        monkeypatch.setenv("PEGASUS_CUDA", asked)
+    assert script.nvcc() == (str(path) if taken else None)
+    told = "Built without CUDA kernels: no nvcc of CUDA 13.0" in capsys.readouterr().err
+    assert told == (not taken and asked is None)
+
+
+def test_nvcc_is_not_looked_for_where_torch_has_no_cuda(script: ModuleType, tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch,
+                                                        capsys: pytest.CaptureFixture) -> None:
+    install(tmp_path, "13.0")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert script.nvcc() is None
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("asked, wanted", [("1", "no nvcc found"), ("yes", "wanted 0 or 1")])
+def test_what_can_not_be_had_is_refused(script: ModuleType, monkeypatch: pytest.MonkeyPatch, asked: str,
+                                        wanted: str) -> None:
+    monkeypatch.setenv("PEGASUS_CUDA", asked)
+    with pytest.raises(SystemExit, match=wanted):
+        script.nvcc()
+
+
+def test_kernels_that_nvcc_can_not_compile_are_left_out(script: ModuleType, tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch,
+                                                        capfd: pytest.CaptureFixture) -> None:
+    compiler, objects = install(tmp_path, "13.0"), []
+    compiler.write_text("#!/bin/sh\necho unsupported GNU version >&2\nexit 1\n")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    build = script.BuildOp(setuptools.Distribution())
+    build.build_temp = str(tmp_path / "temp")
+    assert build.cuda_objects(objects, str(compiler)) == [] == objects
+    assert "Built without CUDA kernels" in capfd.readouterr().err
+    monkeypatch.setenv("PEGASUS_CUDA", "1")
+    with pytest.raises(script.BaseError):
+        build.cuda_objects(objects, str(compiler))
