@@ -14,6 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
+if torch.cuda.is_available():
+    torch.cuda.init()  # before `on_the_cpu` hides it
 judge.EPOCHS = 1  # any judge will do, but for the test that it learns
 ROOT = Path(__file__).parent.parent
 
@@ -44,6 +46,13 @@ def no_data_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REAL_CIFAR10_DIR", os.environ.get("CIFAR10_DIR", ""))
     monkeypatch.delenv("CIFAR10_DIR", raising=False)
     monkeypatch.setenv("PEGASUS_CIFAR10_URL", "http://127.0.0.1:9/nothing-listens-here")
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs are made where a run's bits are always the same, unless a test asks for a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
 @pytest.fixture(autouse=True)
