@@ -90,7 +90,8 @@ class BuildOp(build_ext):
         from torch.utils.cpp_extension import include_paths, library_paths
 
         self.flags = ["-std=c++20", "-g0", *os.environ.get("PEGASUS_FLAGS", "").split()]
-        self.includes = [*include_paths(), pybind11.get_include(), *self.compiler.include_dirs]
+        # pybind11's own headers before those that come with torch, which refuse to be used beside the stable ABI
+        self.includes = [pybind11.get_include(), *include_paths(), *self.compiler.include_dirs]
         objects, macros = self.cpu_objects(), [TARGET, *(["-DPEGASUS_X86"] if x86() else [])]
         libraries, library_directories = ["torch", "torch_cpu", "c10"], library_paths()
         if names := self.cuda_objects(objects, compiler := nvcc()):

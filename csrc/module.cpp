@@ -150,13 +150,13 @@ void ask_for_huge_pages(const Tensor& t) {
 
 Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type, const Tensor& like) {
   int32_t device_type = 0, dtype = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   if (type != like.scalar_type()) dtype = aoti_torch_dtype_float32();
   const int64_t strides[2] = {sizes.size() == 2 ? sizes.begin()[1] : 1, 1};
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides, dtype, device_type,
-                                                         like.get_device_index(), &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides, dtype, device_type,
+                                                  like.get_device_index(), &handle));
   Tensor result(handle);
   ask_for_huge_pages(result);
   return result;
@@ -181,7 +181,7 @@ void run_on_cuda(int (*launch)(const Arguments&, Dtype, void*), const Arguments&
   if (a.rows == 0) return;  // a grid may not be empty
   torch::stable::accelerator::DeviceGuard guard(index);
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
   if (int error = launch(a, dtype, stream))
     throw std::runtime_error(std::string("reparameterize_kl: CUDA did not launch the kernel: ") + cuda_message(error));
 }
