@@ -84,7 +84,7 @@ def our_epoch(training: train.Training) -> None:
 def floor_step(training: train.Training, batch: int) -> Callable[[], None]:
     """A function that does the matrix products or convolutions of one step, and Adam's pass over memory, alone."""
     dtype = torch.bfloat16 if training.options.precision == "bfloat16" else torch.float32
-    network = training.learned.velocity if training.phase.name == "prior" else training.model
+    network = training.optimizer.trained
     products = [m for m in network.modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.ConvTranspose2d)]
     copies, layers = {m: copy.deepcopy(m).to(dtype) for m in products}, []
 
@@ -96,7 +96,10 @@ def floor_step(training: train.Training, batch: int) -> Callable[[], None]:
     training.phase.backward(torch.arange(batch), None, batch, 0, 0)
     for hook in hooks:
         hook.remove()
-    optimizer = torch.optim.Adam(training.phase.parameters, 1e-9, fused=True)
+    weights = [p.detach().float().requires_grad_() for p in network.parameters()]
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    optimizer = torch.optim.Adam(weights, 1e-9, fused=True)
 
     def step() -> None:
         for layer, inputs, gradient in layers:

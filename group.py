@@ -51,7 +51,7 @@ class Group:
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = self.total(torch.cat([grad.flatten() for grad in grads]))
         for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            p.grad = part.view_as(p)
+            p.grad = part.view_as(p).to(p.dtype)
 
     def first(self, work: Callable[[], T]) -> T:
         """Do something in process 0 before it is done in the others, who then find the files it made."""

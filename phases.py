@@ -1,11 +1,12 @@
 """The two parts of a run, and what a step of each minimises: the autoencoder's ELBO, then its learned prior's.
 
-Each phase has `parameters`, `first` and `epochs` (its part of the run's), `backward` (gradients of some rows of a
-batch and their sums), `update` (after Adam's step), `numbers` (for the terminal) and `end_epoch` (the log's columns).
+Each phase has `optimizer`, `first` and `epochs` (its part of the run's), `backward` (gradients of some rows of a batch
+and their sums), `update` (after Adam's step), `numbers` (for the terminal) and `end_epoch` (the log's columns).
 """
 import math
 
 import density
+import fused
 import prior
 import recipe
 import reparam
@@ -47,7 +48,8 @@ class Autoencoder:
         self.images, self.test_images = data.images.to(chosen.device), data.test_images.to(chosen.device)
         self.first, self.epochs = 0, recipe.split(chosen)
         self.steps = math.ceil(len(self.images) / chosen.batch_size)  # an epoch
-        self.parameters, self.longest = list(model.parameters()), None  # gradients are clipped to this length
+        self.optimizer = fused.Adam(model, chosen.precision == "bfloat16")
+        self.longest = None  # gradients are clipped to this length
 
     def learning_rate(self, progress: float) -> float:
         return recipe.learning_rate(self.options.schedule, self.options.lr, progress)
@@ -61,7 +63,7 @@ class Autoencoder:
         x = gather(self.images, rows, mirrored)
         with autocast(self.options):
             # convolutions take no empty batch: a process without rows computes one and counts none
-            terms = self.model(x if len(x) else x.new_zeros(1, *vae.IMAGE), purpose_seed(self.options, step, NOISE),
+            terms = self.optimizer.trained(x if len(x) else x.new_zeros(1, *vae.IMAGE), purpose_seed(self.options, step, NOISE),
                                first, step / (self.epochs * self.steps))
         terms = vae.Terms(*(term[:len(x)] for term in terms))
         sse = self.workers.total(terms.sse.detach().sum())
@@ -103,7 +105,7 @@ class Prior:
     def __init__(self, chosen: Options, data: source.Pictures, model: vae.VAE, learned: prior.Learned, workers: Group):
         self.options, self.model, self.learned, self.workers = chosen, model, learned, workers
         self.first, self.epochs = recipe.split(chosen), chosen.epochs - recipe.split(chosen)
-        self.parameters, self.longest = list(learned.velocity.parameters()), 1.0
+        self.optimizer, self.longest = fused.Adam(learned.velocity, chosen.precision == "bfloat16"), 1.0
         views = [self.posteriors(data.images, mirrored) for mirrored in ((False, True) if chosen.flip else (False,))]
         self.mu, self.logvar = (torch.cat(each) for each in zip(*views, strict=True))
         self.names = density.names(data.images, data.labels, data.classes).to(chosen.device)
@@ -142,7 +144,7 @@ class Prior:
         at = here if mirrored is None or not len(rows) else here + mirrored * (len(self.mu) // 2)
         seeds = [purpose_seed(self.options, step, purpose) for purpose in (START, NOISE, TIME, NAME)]
         names = prior.hide(self.names[here], self.learned.none, seeds.pop(), first)
-        loss = self.loss(self.learned.velocity, self.mu[at], self.logvar[at], names, seeds, first)[:len(rows)].sum()
+        loss = self.loss(self.optimizer.trained, self.mu[at], self.logvar[at], names, seeds, first)[:len(rows)].sum()
         (loss / batch).backward()
         return torch.stack([loss.detach(), *loss.new_zeros(SUMS - 1)])
 

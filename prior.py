@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import density
+import fused
 import recipe
 import reparam
 
@@ -27,16 +28,15 @@ class Block(nn.Module):
 
     def __init__(self, channels: int, condition: int):
         super().__init__()
-        self.first = nn.Sequential(nn.GroupNorm(8, channels), nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1))
-        self.norm = nn.GroupNorm(8, channels, affine=False)
+        self.first = fused.Sequence(nn.GroupNorm(8, channels), nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1))
         self.condition = nn.Linear(condition, 2 * channels)
         self.last = nn.Conv2d(channels, channels, 3, padding=1)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
-        scale, shift = self.condition(e)[:, :, None, None].chunk(2, 1)
-        return x + self.last(functional.silu(torch.addcmul(shift, self.norm(self.first(x)), 1 + scale)))
+        scale, shift = self.condition(e).chunk(2, 1)
+        return x + self.last(fused.silu_group_norm(self.first(x), 8, 1 + scale, shift))
 
 
 class Attention(nn.Module):
@@ -50,7 +50,8 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = self.inside(self.norm(x)).flatten(2).unflatten(1, (3, self.heads, -1)).transpose(3, 4)
+        inside = self.inside(self.norm(x.contiguous())).flatten(2).contiguous()  # attention likes channels outermost
+        parts = inside.unflatten(1, (3, self.heads, -1)).transpose(3, 4)
         seen = functional.scaled_dot_product_attention(*parts.unbind(1))
         return x + self.out(seen.transpose(2, 3).flatten(1, 2).view_as(x))
 
@@ -75,9 +76,10 @@ class Velocity(nn.Module):
         self.grow = nn.ConvTranspose2d(coarse, fine, 2, 2)
         self.join = nn.Conv2d(2 * fine, fine, 1)
         self.up = nn.ModuleList(Block(fine, condition) for _ in range(2))
-        self.leave = nn.Sequential(nn.GroupNorm(8, fine), nn.SiLU(), nn.Conv2d(fine, shape[0], 3, padding=1))
+        self.leave = fused.Sequence(nn.GroupNorm(8, fine), nn.SiLU(), nn.Conv2d(fine, shape[0], 3, padding=1))
         nn.init.zeros_(self.leave[-1].weight)
         nn.init.zeros_(self.leave[-1].bias)
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, z: Tensor, t: Tensor, names: Tensor) -> Tensor:
         """Velocities float32 (B, latent) of normalised latents (B, latent) at times (B,), of class numbers (B,)."""

@@ -79,7 +79,7 @@ def cuda_library_directories(compiler: str) -> list[str]:
 
 
 class BuildOp(build_ext):
-    """Compiles csrc/cpu.cpp once for each instruction set, and reparam.cu with nvcc; skips what is up to date."""
+    """Compiles the CPU kernels once for each instruction set, and reparam.cu with nvcc; skips what is up to date."""
 
     def build_extension(self, extension: Extension) -> None:
         target = Path(self.get_ext_fullpath(extension.name))
@@ -98,7 +98,8 @@ class BuildOp(build_ext):
             macros += ["-DPEGASUS_CUDA", "-DUSE_CUDA", f'-DPEGASUS_CUDA_ARCHITECTURES="{" ".join(names)}"']
             libraries += ["torch_cuda", "cudart"]
             library_directories += cuda_library_directories(compiler)
-        objects += self.compile("module.cpp", "module", ["-O2", "-fvisibility=hidden", *macros])
+        for source in ("module.cpp", "step_ops.cpp"):
+            objects += self.compile(source, "module", ["-O2", "-fvisibility=hidden", *macros])
         target.parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object(
             objects, str(target), libraries=libraries, library_dirs=library_directories,
@@ -110,8 +111,8 @@ class BuildOp(build_ext):
 
     def cpu_objects(self) -> list[str]:
         levels = LEVELS if x86() else {"baseline": []}
-        return [self.compile("cpu.cpp", level, [*KERNEL, f"-DPEGASUS_LEVEL={level}", *flags])[0]
-                for level, flags in levels.items()]
+        return [self.compile(source, level, [*KERNEL, f"-DPEGASUS_LEVEL={level}", *flags])[0]
+                for level, flags in levels.items() for source in ("cpu.cpp", "step.cpp")]
 
     def cuda_objects(self, objects: list[str], compiler: str | None) -> list[str]:
         """Add the CUDA kernels to the objects; the architectures they are for, none where that can't be done."""

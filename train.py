@@ -77,7 +77,7 @@ class Training:
             self.phase = phases.Prior(chosen, self.data, self.model, self.learned, self.workers)
         else:
             self.phase = phases.Autoencoder(chosen, self.data, self.model, self.workers)
-        self.optimizer = torch.optim.Adam(self.phase.parameters, fused=True)
+        self.optimizer = self.phase.optimizer
 
     def restore(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])
@@ -88,9 +88,6 @@ class Training:
         self.enter(state.get("phase") == "prior")
         if state.get("phase", self.phase.name) == self.phase.name:
             self.optimizer.load_state_dict(state["optimizer"])
-        for p, moments in self.optimizer.state.items():  # which torch does not look at
-            if any(moments[name].shape != p.shape for name in ("exp_avg", "exp_avg_sq")):
-                raise ValueError("optimizer and model differ in shape")
         self.totals = state["totals"].to(self.options.device)
         if "skipped" in state:  # not in format 1
             self.skipped = state["skipped"].to(self.options.device)
@@ -127,7 +124,7 @@ class Training:
         self.optimizer.zero_grad()
         sums = phase.backward(rows[share], None if mirrored is None else mirrored[share], len(rows), share.start, done)
         sums = self.workers.total(torch.cat([sums, sums.new_tensor([self.asked > 0])]))
-        self.workers.total_gradients(phase.parameters)
+        self.workers.total_gradients(list(self.optimizer.trained.parameters()))
         self.update(sums[:-1], len(rows))
         phase.update(done - phase.first * self.steps)
         if self.workers.size == 1:  # without looking at the flag, for which a GPU would have to finish first
@@ -144,7 +141,7 @@ class Training:
         Decided on the device, so that nothing waits for it, and from what all processes share, so that all do the
         same. After PATIENCE such steps in a row none is taken: it does not matter when `check_skipped` looks.
         """
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.phase.parameters])
+        norm = self.optimizer.norm()
         bad = ~(norm + sums.sum()).isfinite() | (self.skipped[2] >= PATIENCE)
         self.optimizer.found_inf = bad.float()  # fused Adam then leaves weights, moments and its count of steps alone
         if self.phase.longest:  # fused Adam divides gradients by its grad_scale

@@ -11,6 +11,7 @@ import math
 from typing import NamedTuple
 
 import flow
+import fused
 import reparam
 from options import Fault
 from conditional import Conditional, Given, expected_rate, temperature
@@ -53,7 +54,7 @@ class Residual(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.body = nn.Sequential(*(layer for _ in range(2) for layer in (
+        self.body = fused.Sequence(*(layer for _ in range(2) for layer in (
             nn.GroupNorm(8, channels), nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1))))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,7 +75,7 @@ def conv(shape: tuple[int, ...], fine: int = 64, coarse: int = 64) -> tuple[nn.M
     if len(shape) == 1:
         encoder += [nn.Flatten(), nn.Linear(128 * channels, 2 * shape[0])]
         decoder = [nn.Linear(shape[0], 64 * channels), nn.Unflatten(1, (channels, 8, 8)), *decoder]
-    return nn.Sequential(*encoder), nn.Sequential(*decoder)
+    return tuple(fused.Sequence(*layers).to(memory_format=torch.channels_last) for layers in (encoder, decoder))
 
 
 def squared_error(sse: Tensor, variance: Tensor) -> Tensor:
@@ -143,13 +144,17 @@ class VAE(nn.Module):
         return self.posterior(x)[:2]
 
     def decode(self, z: Tensor, code: Tensor | None = None) -> Tensor:
-        """Latents (B, latent) to mean images, float32 (B, 3, 32, 32) in [0, 1].
+        """Latents (B, latent) to mean images, float32 (B, 3, 32, 32) in [0, 1]; code as in `logits`."""
+        return self.logits(z, code).float().sigmoid()
+
+    def logits(self, z: Tensor, code: Tensor | None = None) -> Tensor:
+        """What `decode` takes the sigmoid of, contiguous.
 
         code: of a conditional prior, (B, K); by default the likeliest one for z.
         """
         if self.conditional:
             z = torch.cat([z, self.conditional.infer(z) if code is None else code], 1)
-        return self.decoder(z if len(self.shape) == 1 else z.unflatten(1, self.shape)).float().sigmoid()
+        return self.decoder(z if len(self.shape) == 1 else z.unflatten(1, self.shape)).contiguous()
 
     def given(self, x: Tensor) -> list[Given]:
         """What is left when the code is known, for each code; without a conditional prior there is one."""
@@ -165,7 +170,7 @@ class VAE(nn.Module):
         joint, log_share = self.encoder[-1](h).float(), self.conditional.log_shares(h)
         code = self.conditional.relax(log_share, seed, row_offset, temperature(progress))
         z, _ = reparam.reparameterize_kl(*self.conditional.posterior(joint, code), seed, row_offset)
-        return Terms(self.conditional.rate(log_share, joint), (x - self.decode(z, code)).square().flatten(1).sum(1))
+        return Terms(self.conditional.rate(log_share, joint), fused.squared_error(self.logits(z, code), x))
 
     def exact(self, x: Tensor, seed: Tensor, row_offset: int) -> Terms:
         """`forward` with the sum over all codes."""
@@ -187,7 +192,7 @@ class VAE(nn.Module):
             return self.exact(x, seed, row_offset) if progress is None else self.relaxed(x, seed, row_offset, progress)
         mu, logvar, units = self.posterior(x)
         z, rate = reparam.reparameterize_kl(mu, logvar, seed, row_offset)
-        return Terms(rate, (x - self.decode(flow.reflect(z, units))).square().flatten(1).sum(1))
+        return Terms(rate, fused.squared_error(self.logits(flow.reflect(z, units)), x))
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """Images decoded again from their posterior means, (B, 3, 32, 32)."""

@@ -9,44 +9,12 @@
 namespace pegasus {
 namespace PEGASUS_LEVEL {
 
-constexpr int lanes = 16;  // of the kl
 constexpr int chunk = 128;  // columns handled at a time: a multiple of lanes and of 2 * width
-
-// IEEE's default state (round to nearest, gradual underflow), whatever the calling thread has, and back.
-class FloatState {
- public:
-#if defined(__SSE2__)
-  FloatState() : saved(_mm_getcsr()) { _mm_setcsr(0x1F80); }
-  ~FloatState() { _mm_setcsr(saved); }
-
- private:
-  unsigned saved;
-#elif defined(__aarch64__)
-  FloatState() {
-    asm volatile("mrs %0, fpcr" : "=r"(saved));
-    asm volatile("msr fpcr, %0" ::"r"(uint64_t{0}) : "memory");
-  }
-  ~FloatState() { asm volatile("msr fpcr, %0" ::"r"(saved) : "memory"); }
-
- private:
-  uint64_t saved;
-#endif
-};
-
-template <class T>
-static PEGASUS_INLINE T fold(T lane[lanes]) {
-  for (int half = lanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-  return lane[0];
-}
 
 template <class T, class Void>
 static PEGASUS_INLINE T* row_of(Void* base, int64_t row, int64_t stride) {
   return static_cast<T*>(base) + row * stride;
 }
-
-struct Bfloat16 : Short<Bfloat16Bits> {};
-struct Float16 : Short<Float16Bits> {};
 
 // Where a row's noise comes from.
 struct Noise {
@@ -224,7 +192,7 @@ static __attribute__((noinline)) void backward_rows(const Arguments& a, int64_t 
 // The state is set outside the function that computes: nothing in the language orders the two within one.
 template <RangeKernel rows>
 static void in_default_state(const Arguments& a, int64_t first_row, int64_t last_row) {
-  FloatState state;
+  FloatState state(FloatState::ieee);
   rows(a, first_row, last_row);
 }
 

@@ -26,15 +26,59 @@ struct CpuKernels {
   RangeKernel forward[dtypes], backward[dtypes];
 };
 
+// Adam's step for one tensor of weights, its gradient and moments, all in one order; grad is float or bfloat16.
+struct Adam {
+  float *weight, *mean, *square;
+  const void* grad;
+  uint16_t* half;  // the weight in bfloat16, or null
+  float rate, root_correction, beta1, beta2, epsilon, scale;  // rate: divided by the mean's correction for zeros
+};
+
+// SiLU(weight * (x - mean) / std + bias) with mean and std of each image's groups of channels, channels innermost:
+// x, y, dy, dx (images, places, channels); weight and bias (images, channels), their rows a stride apart; mean and
+// 1 / std float (images, groups).
+struct GroupNorm {
+  const void *x, *dy;
+  void *y, *dx;
+  const float *weight, *bias;
+  float *mean, *inverse, *dweight, *dbias;
+  int64_t weight_stride, bias_stride, places, channels, groups;
+  float epsilon;
+};
+
+// sum (x - 1 / (1 + exp(-logits)))^2 of each image of so many pixels.
+struct SquaredError {
+  const void* logits;
+  const float *x, *dsse;
+  float* sse;
+  void* dlogits;
+  int64_t pixels;
+};
+
+// Kernels of the training step, by whether what they read is bfloat16 (1) or float (0).
+struct StepKernels {
+  void (*adam[2])(const Adam&, int64_t first, int64_t last);  // elements
+  float (*squares[2])(const void* values, int64_t first, int64_t last);  // their sum
+  void (*norm[2])(const GroupNorm&, float* room, int64_t first, int64_t last);  // images; room: 6 * channels
+  void (*norm_backward[2])(const GroupNorm&, float* room, int64_t first, int64_t last);  // (places + 6) * channels
+  void (*error[2])(const SquaredError&, int64_t first, int64_t last);  // images
+  void (*error_backward[2])(const SquaredError&, int64_t first, int64_t last);
+};
+
 namespace baseline {
 extern const CpuKernels kernels;
-}
+extern const StepKernels step_kernels;
+}  // namespace baseline
 namespace avx2 {
 extern const CpuKernels kernels;
-}
+extern const StepKernels step_kernels;
+}  // namespace avx2
 namespace avx512 {
 extern const CpuKernels kernels;
-}
+extern const StepKernels step_kernels;
+}  // namespace avx512
+
+const StepKernels& chosen_step_kernels();  // this processor's, or PEGASUS_SIMD's
 
 // Queue a kernel on `stream` (a cudaStream_t); the pointers are the device's. Returns a cudaError_t, 0 for success.
 int cuda_forward(const Arguments&, Dtype, void* stream);

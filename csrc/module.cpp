@@ -4,13 +4,9 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <cstdlib>
-#include <stdexcept>
-#include <string>
 #include <tuple>
 #include <vector>
 
@@ -18,6 +14,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "checks.h"
 #include "kernels.h"
 
 #ifndef PEGASUS_CUDA_ARCHITECTURES
@@ -27,80 +24,58 @@
 namespace pegasus {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 // ---- instruction sets ----
 
 struct Level {
   const CpuKernels* kernels;
+  const StepKernels* step;
   bool supported;
 };
 
 std::vector<Level> levels() {  // lowest first
 #if defined(PEGASUS_X86)
   __builtin_cpu_init();
-  return {{&baseline::kernels, true},
-          {&avx2::kernels, __builtin_cpu_supports("avx2") != 0},
-          {&avx512::kernels, __builtin_cpu_supports("avx512f") != 0}};
+  return {{&baseline::kernels, &baseline::step_kernels, true},
+          {&avx2::kernels, &avx2::step_kernels, __builtin_cpu_supports("avx2") != 0},
+          {&avx512::kernels, &avx512::step_kernels, __builtin_cpu_supports("avx512f") != 0}};
 #else
-  return {{&baseline::kernels, true}};
+  return {{&baseline::kernels, &baseline::step_kernels, true}};
 #endif
 }
 
-const CpuKernels& choose_kernels() {
+Level choose_level() {
   const char* set = std::getenv("PEGASUS_SIMD");
   const std::string wanted = set ? set : "";
-  const CpuKernels* best = nullptr;
+  Level best{};
   std::string names;
   for (const Level& level : levels()) {
     if (wanted == level.kernels->level) {
       if (!level.supported)
         throw std::runtime_error("PEGASUS_SIMD: got " + wanted + ", which this processor lacks");
-      return *level.kernels;
+      return level;
     }
-    if (level.supported) best = level.kernels;
+    if (level.supported) best = level;
     names += (names.empty() ? "" : ", ") + std::string(level.kernels->level);
   }
   if (!wanted.empty())
     throw std::runtime_error("PEGASUS_SIMD: got '" + wanted + "', wanted one of " + names);
-  return *best;
+  return best;
 }
 
-const CpuKernels& cpu_kernels() {
-  static const CpuKernels& chosen = choose_kernels();
+const Level& chosen_level() {
+  static const Level chosen = choose_level();
   return chosen;
 }
 
+const CpuKernels& cpu_kernels() { return *chosen_level().kernels; }
+
+}  // namespace
+
+const StepKernels& chosen_step_kernels() { return *chosen_level().step; }
+
+namespace {
+
 // ---- checks ----
-
-std::string name(ScalarType type) {  // as Python says it
-  switch (type) {
-    case ScalarType::Float: return "torch.float32";
-    case ScalarType::Double: return "torch.float64";
-    case ScalarType::BFloat16: return "torch.bfloat16";
-    case ScalarType::Half: return "torch.float16";
-    case ScalarType::Long: return "torch.int64";
-    case ScalarType::Int: return "torch.int32";
-    case ScalarType::Bool: return "torch.bool";
-    default: return std::string("torch.") + torch::headeronly::toString(type);
-  }
-}
-
-std::string shape(const Tensor& t) {
-  std::string text = "(";
-  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
-  return text + (t.dim() == 1 ? ",)" : ")");
-}
-
-std::string device(const Tensor& t) {
-  if (t.is_cpu()) return "cpu";
-  return (t.is_cuda() ? "cuda:" : "device ") + std::to_string(t.get_device_index());
-}
-
-[[noreturn]] void refuse(const std::string& argument, const std::string& got, const std::string& wanted) {
-  throw std::runtime_error(argument + ": got " + got + ", wanted " + wanted);
-}
 
 // `argument` is to be what `like`, mu, is: shape, dtype and device.
 void check_like(const Tensor& t, const Tensor& like, const char* argument) {

@@ -103,5 +103,44 @@ struct Short {
   }
 };
 
+struct Bfloat16 : Short<Bfloat16Bits> {};
+struct Float16 : Short<Float16Bits> {};
+
+constexpr int lanes = 16;  // virtual ones, of every sum: column j is added in lane j % 16, whatever the width
+
+template <class T>
+static PEGASUS_INLINE T fold(T lane[lanes]) {
+  for (int half = lanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  return lane[0];
+}
+
+// A floating-point state of this thread's (round to nearest), whatever the calling thread has, and back: IEEE's gradual
+// underflow, or zero for numbers below 1e-38, which cost a hundred times as much as others.
+class FloatState {
+ public:
+#if defined(__SSE2__)
+  enum State : unsigned { ieee = 0x1F80, flushing = 0x9FC0 };
+  explicit FloatState(State state) : saved(_mm_getcsr()) { _mm_setcsr(state); }
+  ~FloatState() { _mm_setcsr(saved); }
+
+ private:
+  unsigned saved;
+#elif defined(__aarch64__)
+  enum State : uint64_t { ieee = 0, flushing = uint64_t{1} << 24 };
+  explicit FloatState(State state) {
+    asm volatile("mrs %0, fpcr" : "=r"(saved));
+    asm volatile("msr fpcr, %0" ::"r"(uint64_t{state}) : "memory");
+  }
+  ~FloatState() { asm volatile("msr fpcr, %0" ::"r"(saved) : "memory"); }
+
+ private:
+  uint64_t saved;
+#else
+  enum State { ieee, flushing };
+  explicit FloatState(State) {}
+#endif
+};
+
 }  // namespace PEGASUS_LEVEL
 }  // namespace pegasus

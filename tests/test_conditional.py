@@ -92,6 +92,7 @@ def test_the_prior_is_trained(batches, tmp_path):
                                                 data=str(batches), run=str(tmp_path), latent="6"))
     training = train.begin(chosen, set(), train.Group("cpu"))
     torch.nn.init.normal_(training.model.decoder[0].weight)  # codes do nothing at the start
+    training.enter()
     before = {name: p.detach().clone() for name, p in training.model.named_parameters()}
     x = phases.gather(training.phase.images, torch.arange(100), None)
     with phases.autocast(training.options), torch.no_grad():
@@ -101,7 +102,7 @@ def test_the_prior_is_trained(batches, tmp_path):
     training.train_step(torch.arange(100), None)
     torch.testing.assert_close(training.totals[2], relaxed)
     assert not relaxed.allclose(exact, rtol=1e-4)
-    for name, p in training.model.named_parameters():
+    for name, p in training.optimizer.trained.named_parameters():
         assert p.grad.abs().sum() > 0, name
     for name in ("conditional.mean", "conditional.logvar", "conditional.shift", "conditional.logits.weight"):
         assert not before[name].equal(dict(training.model.named_parameters())[name]), name

@@ -163,7 +163,7 @@ def spoil(monkeypatch):
         def spoilt(self, rows, mirrored, batch, first, step):
             sums = backward(self, rows, mirrored, batch, first, step)
             if step in steps:
-                self.parameters[2].grad.view(-1)[7] = torch.nan
+                list(self.optimizer.trained.parameters())[2].grad.view(-1)[7] = torch.nan
             return sums
         monkeypatch.setattr(phases.Autoencoder, "backward", spoilt)
     return at
@@ -177,7 +177,7 @@ def test_a_step_without_a_finite_gradient_is_skipped(batches, tmp_path, spoil, m
     def watched(self, *args):
         step(self, *args)
         moments = [m[key].clone() for m in self.optimizer.state.values() for key in ("step", "exp_avg", "exp_avg_sq")]
-        seen.append([*(p.detach().clone() for p in self.phase.parameters), self.totals.clone(), *moments])
+        seen.append([*(p.detach().clone() for p in self.optimizer.trained.parameters()), self.totals.clone(), *moments])
         if len(seen) == 10:
             self.asked = 15
     with monkeypatch.context() as patched:
@@ -240,7 +240,7 @@ backward = phases.Autoencoder.backward
 def spoilt(self, rows, mirrored, batch, first, step):
     sums = backward(self, rows, mirrored, batch, first, step)
     if step in (1, 6) and os.environ["RANK"] == "1":
-        self.parameters[2].grad.view(-1)[7] = torch.nan
+        list(self.optimizer.trained.parameters())[2].grad.view(-1)[7] = torch.nan
     return sums
 phases.Autoencoder.backward = spoilt
 options.run(train.main)

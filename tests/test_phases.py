@@ -80,7 +80,7 @@ def test_rows_of_a_batch_may_be_computed_apart(run, batches, tmp_path):
     for shares in ([slice(0, 50)], [slice(0, 30), slice(30, 30), slice(30, 50)]):
         training.optimizer.zero_grad()
         sums = sum(training.phase.backward(rows[s], mirrored[s], 50, s.start, 7) for s in shares)
-        found.append([sums, *(p.grad for p in training.phase.parameters)])
+        found.append([sums, *(p.grad for p in training.optimizer.trained.parameters())])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 

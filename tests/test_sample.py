@@ -105,7 +105,7 @@ def test_without_a_judge_best_are_likely_under_both_classes(last):
     both = [density.log_density(found.densities[name], z) for name in found.classes]
     order = torch.stack(both).amin(0).argsort(descending=True)
     images = sample.draw(found, replace(chosen, best=5))
-    assert images.equal(found.model.decode(z[order[:5]]).detach())
+    assert images.equal(found.model.decode(z).detach()[order[:5]])  # of as many rows: that decides how BLAS rounds
 
 
 def test_likeness_is_the_density_under_the_class_that_gives_less(last):

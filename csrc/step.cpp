@@ -1,0 +1,249 @@
+// CPU kernels of the training step, of one instruction set: Adam, a gradient's length, SiLU behind a group norm, and
+// the squared error. setup.py compiles this file once for each, as cpu.cpp, and for the same reasons: bits depend
+// neither on the instruction set nor on the threads. Numbers below 1e-38 are zero.
+#include "kernels.h"
+#include "vectors.h"
+
+namespace pegasus {
+namespace PEGASUS_LEVEL {
+
+static PEGASUS_INLINE Vector load(const float* from) { return Float32::load(from); }
+
+static PEGASUS_INLINE Vector sigmoid(Vector x) { return 1.0f / (1.0f + exponential(-x)); }
+
+// ---- Adam (Kingma and Ba 2015) ----
+
+template <class F>
+static PEGASUS_INLINE F adam_element(const Adam& a, F weight, F grad, F& mean, F& square) {
+  grad = grad * a.scale;
+  mean = mean + (grad - mean) * (1.0f - a.beta1);
+  square = square * a.beta2 + grad * grad * (1.0f - a.beta2);
+  return weight - mean * a.rate / (Lanes<F>::root(square) * a.root_correction + a.epsilon);
+}
+
+static PEGASUS_INLINE float widened(float x) { return x; }
+static PEGASUS_INLINE float widened(uint16_t x) { return Bfloat16Bits::widen<float>(x); }
+
+template <class Format>
+static __attribute__((noinline)) void adam_range(const Adam& a, int64_t first, int64_t last) {
+  using Element = typename Format::Element;
+  const Element* grad = static_cast<const Element*>(a.grad);
+  int64_t i = first;
+  for (; i + width <= last; i += width) {
+    Vector mean = load(a.mean + i), square = load(a.square + i);
+    Vector weight = adam_element<Vector>(a, load(a.weight + i), Format::load(grad + i), mean, square);
+    Float32::store(a.mean + i, mean);
+    Float32::store(a.square + i, square);
+    Float32::store(a.weight + i, weight);
+    if (a.half) Bfloat16::store(a.half + i, weight);
+  }
+  for (; i < last; ++i) {
+    a.weight[i] = adam_element<float>(a, a.weight[i], widened(grad[i]), a.mean[i], a.square[i]);
+    if (a.half) a.half[i] = static_cast<uint16_t>(Bfloat16Bits::narrow<float>(a.weight[i]));
+  }
+}
+
+template <class Format>
+static __attribute__((noinline)) float squares_range(const void* values, int64_t first, int64_t last) {
+  const auto* x = static_cast<const typename Format::Element*>(values);
+  Vector sums[lanes / width] = {};
+  int64_t i = first;
+  for (; i + lanes <= last; i += lanes)
+    PEGASUS_UNROLL
+    for (int v = 0; v < lanes / width; ++v) {
+      Vector part = Format::load(x + i + v * width);
+      sums[v] += part * part;
+    }
+  float lane[lanes];
+  __builtin_memcpy(lane, sums, sizeof lane);
+  for (; i < last; ++i) lane[i % lanes] += widened(x[i]) * widened(x[i]);
+  return fold(lane);
+}
+
+// ---- SiLU(group norm), channels innermost and a multiple of `lanes` ----
+
+// Of each channel, float (channels,): the group's mean, and what makes weight * (x - mean) / std + bias of x.
+struct Affine {
+  float *mean, *scale, *offset;
+};
+
+static PEGASUS_INLINE void fill(const Affine& to, const GroupNorm& a, int64_t image) {
+  const int64_t size = a.channels / a.groups;
+  for (int64_t c = 0; c < a.channels; ++c) {
+    const int64_t group = image * a.groups + c / size;
+    to.mean[c] = a.mean[group];
+    to.scale[c] = a.inverse[group] * a.weight[image * a.weight_stride + c];
+    to.offset[c] = a.bias[image * a.bias_stride + c] - to.mean[c] * to.scale[c];
+  }
+}
+
+// Mean and 1 / std of one image's groups. Moments are taken about each channel's first value, so that a large mean
+// costs no digits. room: 3 * channels.
+template <class Format, class Element>
+static PEGASUS_INLINE void moments(const GroupNorm& a, const Element* x, float* room, float* mean, float* inverse) {
+  float *first = room, *sum = room + a.channels, *square = sum + a.channels;
+  for (int64_t c = 0; c < a.channels; c += width) {
+    Vector start = Format::load(x + c), s = {}, q = {};
+    for (int64_t place = 1; place < a.places; ++place) {
+      Vector d = Format::load(x + place * a.channels + c) - start;
+      s += d;
+      q += d * d;
+    }
+    Float32::store(first + c, start);
+    Float32::store(sum + c, s);
+    Float32::store(square + c, q);
+  }
+  const int64_t size = a.channels / a.groups;
+  const double places = static_cast<double>(a.places), values = places * static_cast<double>(size);
+  for (int64_t group = 0; group < a.groups; ++group) {
+    double total = 0, spread = 0;
+    for (int64_t c = group * size; c < (group + 1) * size; ++c) total += first[c] * places + sum[c];
+    const double middle = total / values;
+    for (int64_t c = group * size; c < (group + 1) * size; ++c) {
+      const double own = sum[c] / places, away = first[c] + own - middle;
+      spread += square[c] - sum[c] * own + places * away * away;
+    }
+    mean[group] = static_cast<float>(middle);
+    inverse[group] = static_cast<float>(1 / sqrt(spread / values + a.epsilon));
+  }
+}
+
+template <class Format>
+static __attribute__((noinline)) void norm_images(const GroupNorm& a, float* room, int64_t first, int64_t last) {
+  using Element = typename Format::Element;
+  const Affine affine{room, room + a.channels, room + 2 * a.channels};
+  for (int64_t image = first; image < last; ++image) {
+    const Element* x = static_cast<const Element*>(a.x) + image * a.places * a.channels;
+    Element* y = static_cast<Element*>(a.y) + image * a.places * a.channels;
+    moments<Format>(a, x, room + 3 * a.channels, a.mean + image * a.groups, a.inverse + image * a.groups);
+    fill(affine, a, image);
+    for (int64_t place = 0; place < a.places; ++place, x += a.channels, y += a.channels)
+      for (int64_t c = 0; c < a.channels; c += width) {
+        Vector u = Format::load(x + c) * load(affine.scale + c) + load(affine.offset + c);
+        Format::store(y + c, u * sigmoid(u));
+      }
+  }
+}
+
+// The gradient by u of SiLU(u) = u s, s = 1 / (1 + exp(-u)), to `du` (places, channels), and of it weight's and bias's.
+template <class Format, class Element>
+static PEGASUS_INLINE void silu_backward(const GroupNorm& a, const Affine& affine, const Element* x, const Element* dy,
+                                         float* du, float* dweight, float* dbias) {
+  for (int64_t c = 0; c < a.channels; c += width) {
+    Vector mean = load(affine.mean + c), scale = load(affine.scale + c), offset = load(affine.offset + c);
+    Vector total = {}, along = {};
+    for (int64_t place = 0; place < a.places; ++place) {
+      const int64_t at = place * a.channels + c;
+      Vector value = Format::load(x + at), u = value * scale + offset, s = sigmoid(u);
+      Vector d = Format::load(dy + at) * s * (1.0f + u * (1.0f - s));
+      Float32::store(du + at, d);
+      total += d;
+      along += d * (value - mean);
+    }
+    Float32::store(dbias + c, total);
+    Float32::store(dweight + c, along);
+  }
+}
+
+// dx = weight / std * du - 1 / std * mean(weight du) - (x - mean) / std^2 * mean(weight du (x - mean) / std), the
+// means over a group: as `affine` of x, and `slope` times du. dweight comes in without its 1 / std.
+static PEGASUS_INLINE void solve(const GroupNorm& a, int64_t image, float* dweight, const float* dbias,
+                                 const Affine& affine, float* slope) {
+  const int64_t size = a.channels / a.groups;
+  const float* weight = a.weight + image * a.weight_stride;
+  for (int64_t group = 0; group < a.groups; ++group) {
+    const float inverse = a.inverse[image * a.groups + group];
+    double flat = 0, along = 0;
+    for (int64_t c = group * size; c < (group + 1) * size; ++c) {
+      dweight[c] *= inverse;
+      flat += static_cast<double>(weight[c]) * dbias[c];
+      along += static_cast<double>(weight[c]) * dweight[c];
+    }
+    const double values = static_cast<double>(size * a.places);
+    const float tilt = static_cast<float>(-along / values) * inverse * inverse;
+    for (int64_t c = group * size; c < (group + 1) * size; ++c) {
+      slope[c] = weight[c] * inverse;
+      affine.scale[c] = tilt;
+      affine.offset[c] = static_cast<float>(-flat / values) * inverse - tilt * affine.mean[c];
+    }
+  }
+}
+
+template <class Format>
+static __attribute__((noinline)) void norm_images_backward(const GroupNorm& a, float* room, int64_t first,
+                                                           int64_t last) {
+  using Element = typename Format::Element;
+  const Affine affine{room, room + a.channels, room + 2 * a.channels};
+  float *slope = room + 3 * a.channels, *du = room + 4 * a.channels;
+  for (int64_t image = first; image < last; ++image) {
+    const int64_t start = image * a.places * a.channels, end = a.places * a.channels;
+    const Element* x = static_cast<const Element*>(a.x) + start;
+    Element* dx = static_cast<Element*>(a.dx) + start;
+    float *dweight = a.dweight + image * a.channels, *dbias = a.dbias + image * a.channels;
+    fill(affine, a, image);
+    silu_backward<Format>(a, affine, x, static_cast<const Element*>(a.dy) + start, du, dweight, dbias);
+    solve(a, image, dweight, dbias, affine, slope);
+    for (int64_t place = 0; place < end; place += a.channels)
+      for (int64_t c = 0; c < a.channels; c += width) {
+        Vector flat = Format::load(x + place + c) * load(affine.scale + c) + load(affine.offset + c);
+        Format::store(dx + place + c, load(du + place + c) * load(slope + c) + flat);
+      }
+  }
+}
+
+// ---- squared error of sigmoids, pixels a multiple of `lanes` ----
+
+template <class Format>
+static __attribute__((noinline)) void error_images(const SquaredError& a, int64_t first, int64_t last) {
+  for (int64_t image = first; image < last; ++image) {
+    const auto* logits = static_cast<const typename Format::Element*>(a.logits) + image * a.pixels;
+    const float* x = a.x + image * a.pixels;
+    Vector sums[lanes / width] = {};
+    for (int64_t i = 0; i < a.pixels; i += lanes)
+      PEGASUS_UNROLL
+      for (int v = 0; v < lanes / width; ++v) {
+        Vector error = load(x + i + v * width) - sigmoid(Format::load(logits + i + v * width));
+        sums[v] += error * error;
+      }
+    float lane[lanes];
+    __builtin_memcpy(lane, sums, sizeof lane);
+    a.sse[image] = fold(lane);
+  }
+}
+
+template <class Format>
+static __attribute__((noinline)) void error_images_backward(const SquaredError& a, int64_t first, int64_t last) {
+  using Element = typename Format::Element;
+  for (int64_t image = first; image < last; ++image)
+    for (int64_t i = image * a.pixels; i < (image + 1) * a.pixels; i += width) {
+      Vector y = sigmoid(Format::load(static_cast<const Element*>(a.logits) + i));
+      Vector slope = (2.0f * a.dsse[image]) * (y - load(a.x + i));
+      Format::store(static_cast<Element*>(a.dlogits) + i, slope * (y * (1.0f - y)));
+    }
+}
+
+// The state is set outside the functions that compute, as in cpu.cpp.
+template <class Signature, Signature* kernel>
+struct Flushing;
+
+template <class Result, class... Parameters, Result (*kernel)(Parameters...)>
+struct Flushing<Result(Parameters...), kernel> {
+  static Result run(Parameters... parameters) {
+    FloatState state(FloatState::flushing);
+    return kernel(parameters...);
+  }
+};
+
+#define PEGASUS_FLUSHING(kernel) Flushing<decltype(kernel), &kernel>::run
+
+extern const StepKernels step_kernels = {
+    {PEGASUS_FLUSHING(adam_range<Float32>), PEGASUS_FLUSHING(adam_range<Bfloat16>)},
+    {PEGASUS_FLUSHING(squares_range<Float32>), PEGASUS_FLUSHING(squares_range<Bfloat16>)},
+    {PEGASUS_FLUSHING(norm_images<Float32>), PEGASUS_FLUSHING(norm_images<Bfloat16>)},
+    {PEGASUS_FLUSHING(norm_images_backward<Float32>), PEGASUS_FLUSHING(norm_images_backward<Bfloat16>)},
+    {PEGASUS_FLUSHING(error_images<Float32>), PEGASUS_FLUSHING(error_images<Bfloat16>)},
+    {PEGASUS_FLUSHING(error_images_backward<Float32>), PEGASUS_FLUSHING(error_images_backward<Bfloat16>)},
+};
+
+}  // namespace PEGASUS_LEVEL
+}  // namespace pegasus

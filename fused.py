@@ -1,0 +1,170 @@
+"""What the extension does in one pass of a training step on a CPU, in plain PyTorch elsewhere.
+
+SiLU behind a group norm for images with channels innermost, the layout in which convolutions are fastest; the squared
+error; and Adam on float32 weights with the bfloat16 copies that matrix products read, and whose bfloat16 gradients it
+takes as they are.
+"""
+import copy
+
+import reparam
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+PRODUCTS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+
+
+def usable(x: Tensor) -> bool:
+    """Whether the extension has kernels for a tensor."""
+    here = reparam.extension is not None and x.is_cpu and x.dtype in (torch.float32, torch.bfloat16)
+    return here and x.numel() > 0
+
+
+class NormSiLU(torch.autograd.Function):
+    """The extension's kernels; x (B, C, H, W) in channels_last, weight and bias float32 (B, C)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, groups, epsilon):
+        y, stats = torch.empty_like(x), weight.new_empty(2, len(x), groups)
+        torch.ops.pegasus.silu_group_norm(x, weight, bias, y, stats, groups, epsilon)
+        ctx.save_for_backward(x, weight, bias, stats)
+        ctx.groups = groups
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, weight, bias, stats = ctx.saved_tensors
+        dx, dweight, dbias = torch.empty_like(x), *weight.new_empty(2, *weight.shape)
+        dy = dy.to(x.dtype).contiguous(memory_format=torch.channels_last)
+        torch.ops.pegasus.silu_group_norm_backward(dy, x, weight, bias, stats, dx, dweight, dbias, ctx.groups)
+        return dx, dweight, dbias, None, None
+
+
+def silu_group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, epsilon: float = 1e-5) -> Tensor:
+    """SiLU(weight * (x - mean) / sqrt(variance + epsilon) + bias), moments over each image's groups of channels.
+
+    x: (B, C, H, W). weight, bias: (C,), or (B, C) where images differ.
+    """
+    if not usable(x) or x.shape[1] % 16:
+        if weight.dim() == 1:
+            return functional.silu(functional.group_norm(x, groups, weight, bias, epsilon))
+        y = functional.group_norm(x, groups, eps=epsilon)
+        weight, bias = (each.to(y.dtype)[..., None, None] for each in (weight, bias))
+        return functional.silu(torch.addcmul(bias, y, weight))
+    affine = (each.float().expand(len(x), -1) for each in (weight, bias))
+    return NormSiLU.apply(x.contiguous(memory_format=torch.channels_last), *affine, groups, epsilon)
+
+
+class SquaredError(torch.autograd.Function):
+    """The extension's kernels; logits and x contiguous, (B, ...)."""
+
+    @staticmethod
+    def forward(ctx, logits, x):
+        sse = x.new_empty(len(x))
+        torch.ops.pegasus.squared_error(logits, x, sse)
+        ctx.save_for_backward(logits, x)
+        return sse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dsse):
+        logits, x = ctx.saved_tensors
+        dlogits = torch.empty_like(logits)
+        torch.ops.pegasus.squared_error_backward(dsse.contiguous(), logits, x, dlogits)
+        return dlogits, None
+
+
+def squared_error(logits: Tensor, x: Tensor) -> Tensor:
+    """sum (x - sigmoid(logits))^2 of each image, float32 (B,); logits and x, float32, (B, C, H, W)."""
+    if not usable(logits) or x.requires_grad or x[:1].numel() % 16:
+        return (x - logits.float().sigmoid()).square().flatten(1).sum(1)
+    return SquaredError.apply(logits.contiguous(), x.contiguous())
+
+
+class Sequence(nn.Sequential):
+    """nn.Sequential that takes a group norm and the SiLU behind it in one pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = list(self)
+        for before, layer, after in zip([None, *layers], layers, [*layers[1:], None], strict=False):
+            if isinstance(layer, nn.GroupNorm) and isinstance(after, nn.SiLU):
+                x = silu_group_norm(x, layer.num_groups, layer.weight, layer.bias, layer.eps)
+            elif not (isinstance(before, nn.GroupNorm) and isinstance(layer, nn.SiLU)):
+                x = layer(x)
+        return x
+
+
+def halved(network: nn.Module) -> nn.Module:
+    """A network whose layers that multiply matrices have bfloat16 copies of the weights; it shares all the others."""
+    shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+    halves = {id(p): nn.Parameter(p.detach().bfloat16())
+              for layer in network.modules() if isinstance(layer, PRODUCTS) for p in layer.parameters(recurse=False)}
+    return copy.deepcopy(network, shared | halves)
+
+
+def laid_out(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor with the strides of another one of its shape."""
+    same = tensor.stride() == like.stride()
+    return tensor if same else torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+
+
+class Adam(torch.optim.Adam):
+    """Adam (Kingma and Ba 2015) for a network's weights, by gradients of `trained`, which is that network or `halved`.
+
+    `found_inf` and `grad_scale`, tensors of one number, are as torch's fused Adam has them: where the first is 1
+    nothing changes, and gradients are divided by the second.
+    """
+    found_inf = grad_scale = None
+
+    def __init__(self, network: nn.Module, bfloat16: bool):
+        super().__init__(network.parameters(), fused=True)
+        self.ours = reparam.extension is not None and all(p.is_cpu for p in network.parameters())
+        self.trained = halved(network) if self.ours and bfloat16 else network
+        self.pairs = list(zip(network.parameters(), self.trained.parameters(), strict=True))
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        for weight, moments in self.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                if moments[name].shape != weight.shape:  # which torch does not look at
+                    raise ValueError("optimizer and model differ in shape")
+                moments[name] = laid_out(moments[name], weight)
+
+    def zero_grad(self) -> None:
+        for _, trained in self.pairs:
+            trained.grad = None
+
+    def norm(self) -> Tensor:
+        """The length of all gradients together, a tensor of one number."""
+        grads = [trained.grad for _, trained in self.pairs]
+        if not self.ours:
+            return torch.nn.utils.get_total_norm(grads)
+        total = torch.zeros(())
+        for grad in grads:
+            torch.ops.pegasus.add_squares(grad, total)
+        return total.sqrt()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        if not self.ours:
+            super().step()
+        elif not self.found_inf:
+            self.one_pass()
+
+    def one_pass(self) -> None:
+        """The step by the extension."""
+        if not self.state:
+            for weight, _ in self.pairs:
+                self.state[weight] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(weight),
+                                      "exp_avg_sq": torch.zeros_like(weight)}
+        settings, steps = self.param_groups[0], self.state[self.pairs[0][0]]["step"].item() + 1
+        beta1, beta2 = settings["betas"]
+        scale = 1.0 if self.grad_scale is None else 1 / self.grad_scale.item()
+        numbers = (settings["lr"] / (1 - beta1**steps), (1 - beta2**steps)**-0.5, beta1, beta2, settings["eps"], scale)
+        for weight, trained in self.pairs:
+            state = self.state[weight]
+            state["step"] += 1
+            torch.ops.pegasus.adam.default(weight, laid_out(trained.grad, weight), state["exp_avg"],
+                                           state["exp_avg_sq"], trained.detach(), *numbers)

@@ -1,0 +1,223 @@
+"""The training step's kernels against PyTorch: values, gradients, bits, and what they refuse."""
+import copy
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import fused
+import reparam
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+ROOT = Path(__file__).resolve().parent.parent
+built = pytest.mark.skipif(reparam.extension is None, reason="the extension is not built, or PEGASUS_EXTENSION=0")
+
+
+def expected(x, groups, weight, bias):
+    """float64, as the formula has it."""
+    parts = x.double().unflatten(1, (groups, -1))
+    mean, variance = parts.mean((2, 3, 4), keepdim=True), parts.var((2, 3, 4), unbiased=False, keepdim=True)
+    u = ((parts - mean) / (variance + 1e-5).sqrt()).flatten(1, 2)
+    u = u * weight.double()[..., None, None] + bias.double()[..., None, None]
+    return u * u.sigmoid()
+
+
+def images(channels: int, size: int, dtype: torch.dtype, n: int = 3) -> torch.Tensor:
+    """Values whose mean is far from zero, different in each channel, as after a convolution's bias."""
+    generator = torch.Generator().manual_seed(channels + size)
+    return (torch.randn(n, channels, size, size + 1, generator=generator)
+            + 5 * torch.randn(channels, 1, 1, generator=generator)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("channels,size,groups", [(16, 1, 2), (64, 5, 8), (96, 4, 8), (160, 4, 8), (24, 4, 3)])
+def test_silu_behind_a_group_norm(channels, size, groups, own, dtype):
+    """own: each image has its own weight and bias. 24 channels and float64 are PyTorch's work."""
+    x = images(channels, size, dtype)
+    affine = [torch.randn((3, channels) if own else (channels,)).to(torch.promote_types(dtype, torch.float32))
+              for _ in range(2)]
+    dy = torch.randn(x.shape).to(dtype)
+    inputs = [t.clone().requires_grad_() for t in (x, *affine)]
+    got = [fused.silu_group_norm(inputs[0], groups, *inputs[1:])]
+    got += torch.autograd.grad(got[0], inputs, dy)
+    doubles = [t.double().requires_grad_() for t in (x, *affine)]
+    wanted = [expected(doubles[0], groups, *doubles[1:])]
+    wanted += torch.autograd.grad(wanted[0], doubles, dy.double())
+    step = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float64: 1e-10}[dtype]
+    for g, w, like in zip(got, wanted, (x, *inputs), strict=True):
+        assert g.dtype == like.dtype
+        torch.testing.assert_close(g.double(), w, rtol=step, atol=step * w.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(5, 3, 32, 32), (2, 3, 4, 4), (3, 1, 5, 5)])
+def test_squared_error(shape, dtype):
+    logits, x = (10 * torch.randn(shape)).to(dtype).requires_grad_(), torch.rand(shape)
+    logits.data.view(-1)[:4] = torch.tensor([100.0, -100.0, 0.0, 800.0])
+    dsse, double = torch.randn(shape[0]), logits.detach().double().requires_grad_()
+    wanted = (x.double() - double.sigmoid()).square().flatten(1).sum(1)
+    got = fused.squared_error(logits, x)
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
+    gradient, = torch.autograd.grad(got, logits, dsse)
+    step = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(gradient.double(), torch.autograd.grad(wanted, double, dsse.double())[0], rtol=step,
+                               atol=1e-6)
+    assert gradient.dtype == dtype
+
+
+@built
+def test_images_do_not_depend_on_those_beside_them():
+    x = images(64, 4, torch.bfloat16, 9)
+    weight, bias = torch.randn(2, 9, 64)
+    whole = fused.silu_group_norm(x, 8, weight, bias)
+    assert whole[2:5].equal(fused.silu_group_norm(x[2:5], 8, weight[2:5], bias[2:5]))
+    assert whole.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_sequence_computes_what_nn_sequential_does():
+    layers = [nn.GroupNorm(8, 32), nn.SiLU(), nn.Conv2d(32, 16, 1), nn.SiLU(), nn.GroupNorm(4, 16), nn.SiLU()]
+    nn.init.normal_(layers[0].weight)
+    x = images(32, 4, torch.float32)
+    torch.testing.assert_close(fused.Sequence(*layers)(x), nn.Sequential(*layers)(x), rtol=1e-4, atol=1e-5)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.GroupNorm(4, 16), nn.SiLU(), nn.Flatten(), nn.Linear(64, 5),
+                         nn.Linear(5, 1)).to(memory_format=torch.channels_last)
+
+
+def backward(trained: nn.Module, step: int) -> None:
+    x = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(step))
+    with torch.autocast("cpu", torch.bfloat16, enabled=next(trained.parameters()).dtype == torch.bfloat16):
+        trained(x).float().square().mean().backward()
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_adam_is_torchs(bfloat16):
+    """From the same gradients, with clipping and a step that is not taken, and to the same names in its state."""
+    model = network()
+    ours, theirs = fused.Adam(model, bfloat16), copy.deepcopy(model)
+    other = torch.optim.Adam(theirs.parameters(), fused=True)
+    for step in range(6):
+        ours.zero_grad()
+        backward(ours.trained, step)
+        for p, trained in zip(theirs.parameters(), ours.trained.parameters(), strict=True):
+            p.grad = trained.grad.float().clone()  # which torch's step scales in place
+        norm = torch.nn.utils.get_total_norm([p.grad for p in theirs.parameters()])
+        torch.testing.assert_close(ours.norm(), norm, rtol=1e-5, atol=0)
+        for optimizer in (ours, other):
+            optimizer.param_groups[0]["lr"] = 0.01 / (1 + step)
+            optimizer.found_inf = torch.tensor(float(step == 3))
+            if step == 4:
+                optimizer.grad_scale = torch.tensor(3.0)
+            optimizer.step()
+        for p, trained, wanted in zip(model.parameters(), ours.trained.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(p, wanted, rtol=2e-6, atol=2e-7)
+            assert trained.equal(p.to(trained.dtype))
+    states = ours.state_dict()["state"], other.state_dict()["state"]
+    assert [set(s) for s in states[0].values()] == [set(s) for s in states[1].values()]
+    assert all(s["step"] == 5 for s in (*states[0].values(), *states[1].values()))
+
+
+def test_adam_goes_on_from_moments_of_another_layout():
+    model = network()
+    whole = fused.Adam(model, False)
+    backward(whole.trained, 0)
+    whole.found_inf = torch.zeros(())
+    whole.step()
+    state = whole.state_dict()
+    state["state"] = {i: {k: v.contiguous() for k, v in s.items()} for i, s in state["state"].items()}
+    twin = copy.deepcopy(model)
+    twin.zero_grad()
+    resumed = fused.Adam(twin, False)
+    resumed.load_state_dict(copy.deepcopy(state))
+    for optimizer in (whole, resumed):
+        optimizer.zero_grad()
+        backward(optimizer.trained, 1)
+        optimizer.found_inf = torch.zeros(())
+        optimizer.step()
+    assert all(p.equal(q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+@built
+def test_halved_shares_what_multiplies_no_matrices():
+    model = network()
+    half = fused.halved(model)
+    kept = [name for name, p in half.named_parameters() if p is dict(model.named_parameters())[name]]
+    assert kept == ["1.weight", "1.bias"]
+    assert {p.dtype for name, p in half.named_parameters() if name not in kept} == {torch.bfloat16}
+
+
+CHILD = """if True:
+    import hashlib, sys, torch, reparam
+    torch.set_num_threads(int(sys.argv[1]))
+    generator = torch.Generator().manual_seed(0)
+    ops, total = torch.ops.pegasus, hashlib.sha256()
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(70, 48, 5, 5, generator=generator).to(dtype).contiguous(memory_format=torch.channels_last)
+        weight, bias = torch.randn(2, 70, 48, generator=generator)
+        y, dx, stats = torch.empty_like(x), torch.empty_like(x), torch.empty(2, 70, 4)
+        ops.silu_group_norm(x, weight, bias, y, stats, 4, 1e-5)
+        dweight, dbias = torch.empty(2, 70, 48)
+        ops.silu_group_norm_backward(y, x, weight, bias, stats, dx, dweight, dbias, 4)
+        grad = 1e-18 * torch.randn(100003, generator=generator).to(dtype)  # squares of some are denormal
+        moments, length = torch.zeros(3, 100003), torch.zeros(())
+        half = torch.empty(100003, dtype=dtype)
+        ops.adam(moments[0], grad, moments[1], moments[2], half, 1e-3, 1.0, 0.9, 0.999, 1e-8, 1.0)
+        ops.add_squares(1e18 * grad, length)
+        sse, dlogits, pictures = torch.empty(70), torch.empty_like(x, memory_format=torch.contiguous_format), x.abs()
+        ops.squared_error(x.contiguous(), pictures.float().contiguous(), sse)
+        ops.squared_error_backward(sse, x.contiguous(), pictures.float().contiguous(), dlogits)
+        for t in (y, stats, dx, dweight, dbias, moments, half.clone(), length, sse, dlogits):
+            total.update(t.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    print(total.hexdigest(), reparam.extension.simd_level)
+"""
+
+
+@built
+@pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="children are slow under a sanitizer")
+def test_bits_are_those_of_any_instruction_set_and_number_of_threads():
+    found = set()
+    for level, threads in (("baseline", 1), ("avx2", 2), ("avx512", 1), ("avx512", 3)):
+        done = subprocess.run([sys.executable, "-c", CHILD, str(threads)], text=True, cwd=ROOT, capture_output=True,
+                              env={**os.environ, "PEGASUS_SIMD": level})
+        if "wanted one of" in done.stderr or "which this processor lacks" in done.stderr:
+            continue
+        assert done.returncode == 0, done.stderr
+        digest, used = done.stdout.split()
+        assert used == level and len(digest) == len(hashlib.sha256().hexdigest())
+        found.add(digest)
+    assert len(found) == 1
+
+
+@built
+@pytest.mark.parametrize("change,complaint", [
+    ({"x": torch.zeros(2, 16, 3, 3)}, "channels_last"), ({"x": torch.zeros(2, 3, 3, 8).permute(0, 3, 1, 2)}, "16"),
+    ({"x": torch.zeros(2, 16)}, "four dimensions"), ({"weight": torch.zeros(3, 16)}, "weight"),
+    ({"weight": torch.zeros(2, 16, dtype=torch.float64)}, "weight: got torch.float64"),
+    ({"y": torch.zeros(2, 16, 3, 3)}, "strides"), ({"stats": torch.zeros(3)}, "stats"), ({"groups": 3}, "groups")])
+def test_kernels_refuse_what_does_not_fit(change, complaint):
+    x = torch.zeros(2, 16, 3, 3).contiguous(memory_format=torch.channels_last)
+    arguments = {"x": x, "weight": torch.zeros(2, 16), "bias": torch.zeros(2, 16), "y": torch.empty_like(x),
+                 "stats": torch.zeros(2, 2, 2), "groups": 2, "epsilon": 1e-5}
+    torch.ops.pegasus.silu_group_norm(**arguments)
+    with pytest.raises(RuntimeError, match=complaint):
+        torch.ops.pegasus.silu_group_norm(**arguments | change)
+
+
+@built
+def test_adam_refuses_what_does_not_fit():
+    weight, moments = torch.zeros(4, 6), torch.zeros(2, 4, 6)
+    numbers = (1e-3, 1.0, 0.9, 0.999, 1e-8, 1.0)
+    for grad, complaint in ((torch.zeros(6, 4).t(), "strides"), (torch.zeros(4, 5), "grad"),
+                            (torch.zeros(4, 6, dtype=torch.float16), "float16")):
+        with pytest.raises(RuntimeError, match=complaint):
+            torch.ops.pegasus.adam(weight, grad, *moments, weight, *numbers)
+    assert functional.mse_loss(weight, torch.zeros(4, 6)) == 0
