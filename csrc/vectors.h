@@ -88,6 +88,22 @@ struct Float32 {
   static PEGASUS_INLINE void store(float* to, Vector x) { __builtin_memcpy(to, &x, sizeof x); }
 };
 
+// Words from and to their low halves; gcc makes four shuffles of each where AVX-512 has an instruction.
+static PEGASUS_INLINE Words from_shorts(Shorts x) {
+#if defined(__AVX512F__)
+  return (Words)_mm512_cvtepu16_epi32((__m256i)x);
+#else
+  return __builtin_convertvector(x, Words);
+#endif
+}
+static PEGASUS_INLINE Shorts to_shorts(Words x) {
+#if defined(__AVX512F__)
+  return (Shorts)_mm512_cvtepi32_epi16((__m512i)x);
+#else
+  return __builtin_convertvector(x, Shorts);
+#endif
+}
+
 // A 16-bit format, by what it says of its bits.
 template <class Format>
 struct Short {
@@ -95,10 +111,10 @@ struct Short {
   static PEGASUS_INLINE Vector load(const uint16_t* from) {
     Shorts x;
     __builtin_memcpy(&x, from, sizeof x);
-    return Format::template widen<Vector>(__builtin_convertvector(x, Words));
+    return Format::template widen<Vector>(from_shorts(x));
   }
   static PEGASUS_INLINE void store(uint16_t* to, Vector x) {
-    Shorts y = __builtin_convertvector(Format::template narrow<Vector>(x), Shorts);
+    Shorts y = to_shorts(Format::template narrow<Vector>(x));
     __builtin_memcpy(to, &y, sizeof y);
   }
 };

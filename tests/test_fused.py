@@ -169,7 +169,7 @@ CHILD = """if True:
         ops.silu_group_norm_backward(y, x, weight, bias, stats, dx, dweight, dbias, 4)
         grad = 1e-18 * torch.randn(100003, generator=generator).to(dtype)  # squares of some are denormal
         moments, length = torch.zeros(3, 100003), torch.zeros(())
-        half = torch.empty(100003, dtype=dtype)
+        half = torch.zeros(100003, dtype=dtype)
         ops.adam(moments[0], grad, moments[1], moments[2], half, 1e-3, 1.0, 0.9, 0.999, 1e-8, 1.0)
         ops.add_squares(1e18 * grad, length)
         sse, dlogits, pictures = torch.empty(70), torch.empty_like(x, memory_format=torch.contiguous_format), x.abs()
