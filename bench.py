@@ -32,6 +32,7 @@ from pathlib import Path
 
 import options
 import bench_op
+import fused
 import log
 import recipe
 import source
@@ -85,12 +86,13 @@ def floor_step(training: train.Training, batch: int) -> Callable[[], None]:
     """A function that does the matrix products or convolutions of one step, and Adam's pass over memory, alone."""
     dtype = torch.bfloat16 if training.options.precision == "bfloat16" else torch.float32
     network = training.optimizer.trained
-    products = [m for m in network.modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.ConvTranspose2d)]
+    products = [m for m in network.modules() if isinstance(m, fused.PRODUCTS)]
     copies, layers = {m: copy.deepcopy(m).to(dtype) for m in products}, []
 
     def keep(layer: nn.Module, inputs: tuple, output: Tensor) -> None:
         x = inputs[0].detach().to(dtype).requires_grad_(bool(layers))  # the first needs no gradient of the pictures
-        layers.append((copies[layer], x, torch.randn_like(output, dtype=dtype)))
+        kind = next(kind for kind in fused.PRODUCTS if isinstance(layer, kind))  # torch's own
+        layers.append((copies[layer], kind.forward, x, torch.randn_like(output, dtype=dtype)))
 
     hooks = [m.register_forward_hook(keep) for m in products]
     training.phase.backward(torch.arange(batch), None, batch, 0, 0)
@@ -102,9 +104,9 @@ def floor_step(training: train.Training, batch: int) -> Callable[[], None]:
     optimizer = torch.optim.Adam(weights, 1e-9, fused=True)
 
     def step() -> None:
-        for layer, inputs, gradient in layers:
+        for layer, forward, inputs, gradient in layers:
             wanted = [layer.weight] + ([inputs] if inputs.requires_grad else [])
-            torch.autograd.grad(layer(inputs), wanted, gradient)
+            torch.autograd.grad(forward(layer, inputs), wanted, gradient)
         optimizer.step()
     return step
 

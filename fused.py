@@ -2,7 +2,7 @@
 
 SiLU behind a group norm for images with channels innermost, the layout in which convolutions are fastest; the squared
 error; and Adam on float32 weights with the bfloat16 copies that matrix products read, and whose bfloat16 gradients it
-takes as they are.
+takes as they are. Beside them, convolutions that are matrix products.
 """
 import copy
 
@@ -94,6 +94,26 @@ class Sequence(nn.Sequential):
             elif not (isinstance(before, nn.GroupNorm) and isinstance(layer, nn.SiLU)):
                 x = layer(x)
         return x
+
+
+class Shrink(nn.Conv2d):
+    """A convolution whose stride is its kernel size, as the matrix product that it is; x (B, C, h, w)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        k = self.stride[0]
+        patches = x.permute(0, 2, 3, 1).unflatten(2, (-1, k)).unflatten(1, (-1, k)).transpose(2, 3).flatten(3)
+        weight = self.weight.permute(0, 2, 3, 1).flatten(1)
+        return functional.linear(patches, weight, self.bias).permute(0, 3, 1, 2)
+
+
+class Grow(nn.ConvTranspose2d):
+    """The same of a transposed convolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        k = self.stride[0]
+        weight, bias = self.weight.permute(2, 3, 1, 0).flatten(0, 2), self.bias.repeat(k * k)
+        patches = functional.linear(x.permute(0, 2, 3, 1), weight, bias).unflatten(3, (k, k, -1))
+        return patches.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 
 def halved(network: nn.Module) -> nn.Module:

@@ -63,8 +63,8 @@ class Autoencoder:
         x = gather(self.images, rows, mirrored)
         with autocast(self.options):
             # convolutions take no empty batch: a process without rows computes one and counts none
-            terms = self.optimizer.trained(x if len(x) else x.new_zeros(1, *vae.IMAGE), purpose_seed(self.options, step, NOISE),
-                               first, step / (self.epochs * self.steps))
+            here, seed = x if len(x) else x.new_zeros(1, *vae.IMAGE), purpose_seed(self.options, step, NOISE)
+            terms = self.optimizer.trained(here, seed, first, step / (self.epochs * self.steps))
         terms = vae.Terms(*(term[:len(x)] for term in terms))
         sse = self.workers.total(terms.sse.detach().sum())
         distortion = self.model.distortion(terms.sse, sse / (batch * vae.PIXELS))

@@ -45,7 +45,7 @@ class Attention(nn.Module):
     def __init__(self, channels: int, heads: int = 4):
         super().__init__()
         self.heads, self.norm = heads, nn.GroupNorm(8, channels)
-        self.inside, self.out = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
+        self.inside, self.out = fused.Shrink(channels, 3 * channels, 1), fused.Shrink(channels, channels, 1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
@@ -70,11 +70,11 @@ class Velocity(nn.Module):
         self.name = nn.Embedding(classes + 1, condition)
         self.enter = nn.Conv2d(shape[0], fine, 3, padding=1)
         self.down = nn.ModuleList(Block(fine, condition) for _ in range(2))
-        self.shrink = nn.Conv2d(fine, coarse, 2, 2)
+        self.shrink = fused.Shrink(fine, coarse, 2, 2)
         self.middle = nn.ModuleList(Block(coarse, condition) for _ in range(3))
         self.attention = Attention(coarse)
-        self.grow = nn.ConvTranspose2d(coarse, fine, 2, 2)
-        self.join = nn.Conv2d(2 * fine, fine, 1)
+        self.grow = fused.Grow(coarse, fine, 2, 2)
+        self.join = fused.Shrink(2 * fine, fine, 1)
         self.up = nn.ModuleList(Block(fine, condition) for _ in range(2))
         self.leave = fused.Sequence(nn.GroupNorm(8, fine), nn.SiLU(), nn.Conv2d(fine, shape[0], 3, padding=1))
         nn.init.zeros_(self.leave[-1].weight)

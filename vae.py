@@ -68,9 +68,9 @@ def conv(shape: tuple[int, ...], fine: int = 64, coarse: int = 64) -> tuple[nn.M
     """
     channels = shape[0] if len(shape) == 3 else 8
     encoder = [nn.PixelUnshuffle(2), nn.Conv2d(12, fine, 3, padding=1), Residual(fine),
-               nn.Conv2d(fine, coarse, 2, 2), Residual(coarse),
-               nn.GroupNorm(8, coarse), nn.SiLU(), nn.Conv2d(coarse, 2 * channels, 1)]
-    decoder = [nn.Conv2d(channels, coarse, 3, padding=1), Residual(coarse), nn.ConvTranspose2d(coarse, fine, 2, 2),
+               fused.Shrink(fine, coarse, 2, 2), Residual(coarse),
+               nn.GroupNorm(8, coarse), nn.SiLU(), fused.Shrink(coarse, 2 * channels, 1)]
+    decoder = [nn.Conv2d(channels, coarse, 3, padding=1), Residual(coarse), fused.Grow(coarse, fine, 2, 2),
                Residual(fine), nn.GroupNorm(8, fine), nn.SiLU(), nn.Conv2d(fine, 12, 3, padding=1), nn.PixelShuffle(2)]
     if len(shape) == 1:
         encoder += [nn.Flatten(), nn.Linear(128 * channels, 2 * shape[0])]

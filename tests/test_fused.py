@@ -87,6 +87,19 @@ def test_a_sequence_computes_what_nn_sequential_does():
     torch.testing.assert_close(fused.Sequence(*layers)(x), nn.Sequential(*layers)(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("ours,theirs", [(fused.Shrink, nn.Conv2d), (fused.Grow, nn.ConvTranspose2d)])
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_convolutions_that_are_matrix_products(ours, theirs, k):
+    layer, other = ours(5, 7, k, k), theirs(5, 7, k, k)
+    other.load_state_dict(layer.state_dict())
+    x, outputs = torch.randn(2, 5, 2 * k, 4 * k, requires_grad=True), []
+    for each in (layer, other):
+        y = each(x)
+        outputs.append([y, *torch.autograd.grad(y.square().sum(), (x, each.weight, each.bias))])
+    for got, wanted in zip(*outputs, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
 def network() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 16, 3), nn.GroupNorm(4, 16), nn.SiLU(), nn.Flatten(), nn.Linear(64, 5),
