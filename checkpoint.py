@@ -18,7 +18,7 @@ from options import Fault, option
 import torch
 from torch import Tensor
 
-FORMAT = 3  # 1 knew no skipped steps, 2 no learned prior
+FORMAT = 4  # 1 knew no skipped steps, 2 no learned prior, 3 no moments of Adam with channels innermost
 TRAINING = ("optimizer", "velocity", "history", "rng", "totals", "skipped", "densities")  # what drawing can do without
 
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 PRODUCTS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+BUILT = reparam.extension is not None and hasattr(torch.ops.pegasus, "adam")  # an extension of before has none of it
 
 
 def usable(x: Tensor) -> bool:
     """Whether the extension has kernels for a tensor."""
-    here = reparam.extension is not None and x.is_cpu and x.dtype in (torch.float32, torch.bfloat16)
-    return here and x.numel() > 0
+    return BUILT and x.is_cpu and x.dtype in (torch.float32, torch.bfloat16) and x.numel() > 0
 
 
 class NormSiLU(torch.autograd.Function):
@@ -77,8 +77,8 @@ class SquaredError(torch.autograd.Function):
 
 
 def squared_error(logits: Tensor, x: Tensor) -> Tensor:
-    """sum (x - sigmoid(logits))^2 of each image, float32 (B,); logits and x, float32, (B, C, H, W)."""
-    if not usable(logits) or x.requires_grad or x[:1].numel() % 16:
+    """sum (x - sigmoid(logits))^2 of each image, float32 (B,); logits and x, which is float32, (B, C, H, W)."""
+    if not usable(logits) or x.dtype != torch.float32 or x.requires_grad or x[:1].numel() % 16:
         return (x - logits.float().sigmoid()).square().flatten(1).sum(1)
     return SquaredError.apply(logits.contiguous(), x.contiguous())
 
@@ -97,7 +97,7 @@ class Sequence(nn.Sequential):
 
 
 class Shrink(nn.Conv2d):
-    """A convolution whose stride is its kernel size, as the matrix product that it is; x (B, C, h, w)."""
+    """A convolution whose stride is its kernel size, without padding, as the matrix product that it is."""
 
     def forward(self, x: Tensor) -> Tensor:
         k = self.stride[0]
@@ -107,7 +107,7 @@ class Shrink(nn.Conv2d):
 
 
 class Grow(nn.ConvTranspose2d):
-    """The same of a transposed convolution."""
+    """The same of a transposed convolution, with a bias."""
 
     def forward(self, x: Tensor) -> Tensor:
         k = self.stride[0]
@@ -140,7 +140,7 @@ class Adam(torch.optim.Adam):
 
     def __init__(self, network: nn.Module, bfloat16: bool):
         super().__init__(network.parameters(), fused=True)
-        self.ours = reparam.extension is not None and all(p.is_cpu for p in network.parameters())
+        self.ours = BUILT and all(p.is_cpu for p in network.parameters())
         self.trained = halved(network) if self.ours and bfloat16 else network
         self.pairs = list(zip(network.parameters(), self.trained.parameters(), strict=True))
 

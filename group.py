@@ -49,9 +49,9 @@ class Group:
         if self.size == 1:
             return
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = self.total(torch.cat([grad.flatten() for grad in grads]))
+        flat = self.total(torch.cat([grad.flatten().float() for grad in grads]))
         for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            p.grad = part.view_as(p).to(p.dtype)
+            p.grad = torch.empty_like(p).copy_(part.view_as(p))  # in p's layout, which torch's Adam takes for granted
 
     def first(self, work: Callable[[], T]) -> T:
         """Do something in process 0 before it is done in the others, who then find the files it made."""

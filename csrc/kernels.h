@@ -26,12 +26,13 @@ struct CpuKernels {
   RangeKernel forward[dtypes], backward[dtypes];
 };
 
-// Adam's step for one tensor of weights, its gradient and moments, all in one order; grad is float or bfloat16.
+// Adam's step for one tensor of weights, its gradient and moments, all in one order; grad is float or bfloat16. rate is
+// divided, and root_correction divides, by what makes up for the moments' zeros at the start.
 struct Adam {
   float *weight, *mean, *square;
   const void* grad;
   uint16_t* half;  // the weight in bfloat16, or null
-  float rate, root_correction, beta1, beta2, epsilon, scale;  // rate: divided by the mean's correction for zeros
+  float rate, root_correction, fresh1, beta2, fresh2, epsilon, scale;  // fresh: 1 - beta
 };
 
 // SiLU(weight * (x - mean) / std + bias) with mean and std of each image's groups of channels, channels innermost:

@@ -11,24 +11,39 @@
 namespace pegasus {
 namespace {
 
-constexpr int64_t elements_per_thread = 8192;  // as in module.cpp
-constexpr int64_t chunk = 16384;               // elements that are summed up before chunks are
+constexpr int64_t chunk = 16384;  // elements that are summed up before chunks are
 
-// The memory of a tensor that is to be float32, or bfloat16 where `half` is given, of so many elements without gaps.
+// work(first, last) for rows of so many elements; a thread is worth waking for 8192 of them.
+template <class Work>
+void in_parallel(int64_t rows, int64_t elements, const Work& work) {
+  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, 8192 / elements), work);
+}
+
+// The memory of a tensor that is to be float32, or bfloat16 where `half` is given.
 template <class T>
-T* memory(const Tensor& t, const char* argument, int64_t elements, bool* half = nullptr) {
+T* typed(const Tensor& t, const char* argument, bool* half = nullptr) {
   const ScalarType type = t.scalar_type();
   if (half) *half = type == ScalarType::BFloat16;
   if (!t.is_cpu() || (type != ScalarType::Float && !(half && *half)))
     refuse(argument, name(type) + " on " + device(t), half ? "torch.float32 or torch.bfloat16 on cpu"
                                                            : "torch.float32 on cpu");
-  if (t.numel() != elements) refuse(argument, shape(t), std::to_string(elements) + " elements");
   return static_cast<T*>(t.data_ptr());
 }
 
-void check_order(const Tensor& t, const Tensor& like, const char* argument) {
-  if (!t.sizes().equals(like.sizes()) || !t.strides().equals(like.strides()))
-    refuse(argument, "shape " + shape(t) + " or its strides", "those of the first argument, " + shape(like));
+// The same of one with so many elements and no gaps, in any order.
+template <class T>
+T* memory(const Tensor& t, const char* argument, int64_t elements, bool* half = nullptr) {
+  int64_t reach = 1;
+  for (int64_t i = 0; i < t.dim(); ++i) reach += (t.size(i) - 1) * t.stride(i);
+  if (t.numel() != elements || (elements && reach != elements))
+    refuse(argument, shape(t), std::to_string(elements) + " elements without gaps");
+  return typed<T>(t, argument, half);
+}
+
+void check_order(const Tensor& t, const Tensor& like, const char* argument, const char* name_of_like) {
+  bool same = t.sizes().equals(like.sizes());
+  for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == 1 || t.stride(i) == like.stride(i);
+  if (!same) refuse(argument, "shape " + shape(t) + " or its strides", name_of_like + (" " + shape(like)) + "'s");
 }
 
 void adam(const Tensor& weight, const Tensor& grad, const Tensor& mean, const Tensor& square, const Tensor& half,
@@ -37,15 +52,16 @@ void adam(const Tensor& weight, const Tensor& grad, const Tensor& mean, const Te
   bool grad_is_half, wants_half;
   Adam a{memory<float>(weight, "weight", n), memory<float>(mean, "mean", n), memory<float>(square, "square", n),
          memory<void>(grad, "grad", n, &grad_is_half), memory<uint16_t>(half, "half", n, &wants_half),
-         static_cast<float>(rate), static_cast<float>(root_correction), static_cast<float>(beta1),
-         static_cast<float>(beta2), static_cast<float>(epsilon), static_cast<float>(scale)};
-  check_order(grad, weight, "grad");
-  check_order(mean, weight, "mean");
-  check_order(square, weight, "square");
-  check_order(half, weight, "half");
+         static_cast<float>(rate), static_cast<float>(root_correction), static_cast<float>(1 - beta1),
+         static_cast<float>(beta2), static_cast<float>(1 - beta2), static_cast<float>(epsilon),
+         static_cast<float>(scale)};
+  check_order(grad, weight, "grad", "weight");
+  check_order(mean, weight, "mean", "weight");
+  check_order(square, weight, "square", "weight");
+  check_order(half, weight, "half", "weight");
   if (!wants_half) a.half = nullptr;
   const auto kernel = chosen_step_kernels().adam[grad_is_half];
-  torch::stable::parallel_for(0, n, elements_per_thread, [&](int64_t first, int64_t last) { kernel(a, first, last); });
+  in_parallel(n, 1, [&](int64_t first, int64_t last) { kernel(a, first, last); });
 }
 
 void add_squares(const Tensor& values, const Tensor& total) {
@@ -54,7 +70,7 @@ void add_squares(const Tensor& values, const Tensor& total) {
   const void* memory_of_values = memory<void>(values, "values", n, &half);
   const auto kernel = chosen_step_kernels().squares[half];
   std::vector<float> sums(chunks);  // of fixed chunks: the same for any number of threads
-  torch::stable::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
+  in_parallel(chunks, chunk, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) sums[i] = kernel(memory_of_values, i * chunk, std::min(n, (i + 1) * chunk));
   });
   double all = 0;
@@ -79,19 +95,18 @@ GroupNorm group_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, 
   if (!values || !channels_innermost(x) || channels % 16 || groups < 1 || channels % groups)
     refuse("x", shape(x), "not empty, in channels_last, C a multiple of 16 and of the groups");
   for (const Tensor* t : {&weight, &bias})
-    if (t->dim() != 2 || t->size(1) != channels || t->stride(1) != 1)
+    if (t->dim() != 2 || t->size(0) != images || t->size(1) != channels || t->stride(1) != 1)
       refuse("weight, bias", shape(*t), "(B, C) with adjacent columns");
   float* statistics = memory<float>(stats, "stats", 2 * images * groups);
-  return {.x = memory<void>(x, "x", values, half), .weight = memory<float>(weight, "weight", images * channels),
-          .bias = memory<float>(bias, "bias", images * channels), .mean = statistics,
+  return {.x = memory<void>(x, "x", values, half), .weight = typed<float>(weight, "weight"),
+          .bias = typed<float>(bias, "bias"), .mean = statistics,
           .inverse = statistics + images * groups, .weight_stride = weight.stride(0), .bias_stride = bias.stride(0),
           .places = values / (images * channels), .channels = channels, .groups = groups};
 }
 
 void run(void (*kernel)(const GroupNorm&, float*, int64_t, int64_t), const GroupNorm& a, int64_t images,
          int64_t room_for_places) {
-  const int64_t grain = std::max<int64_t>(1, elements_per_thread / (a.places * a.channels));
-  torch::stable::parallel_for(0, images, grain, [&](int64_t first, int64_t last) {
+  in_parallel(images, a.places * a.channels, [&](int64_t first, int64_t last) {
     std::vector<float> room((room_for_places + 6) * a.channels);
     kernel(a, room.data(), first, last);
   });
@@ -103,7 +118,7 @@ void silu_group_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, 
   GroupNorm a = group_norm(x, weight, bias, stats, groups, &half);
   a.y = memory<void>(y, "y", x.numel(), &same);
   a.epsilon = static_cast<float>(epsilon);
-  check_order(y, x, "y");
+  check_order(y, x, "y", "x");
   if (half != same) refuse("y", name(y.scalar_type()), name(x.scalar_type()));
   run(chosen_step_kernels().norm[half], a, x.size(0), 0);
 }
@@ -117,8 +132,8 @@ void silu_group_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& w
   a.dx = memory<void>(dx, "dx", x.numel(), &same_too);
   a.dweight = memory<float>(dweight, "dweight", x.size(0) * x.size(1));
   a.dbias = memory<float>(dbias, "dbias", x.size(0) * x.size(1));
-  check_order(dy, x, "dy");
-  check_order(dx, x, "dx");
+  check_order(dy, x, "dy", "x");
+  check_order(dx, x, "dx", "x");
   if (half != same || half != same_too) refuse("dy", name(dy.scalar_type()), name(x.scalar_type()));
   run(chosen_step_kernels().norm_backward[half], a, x.size(0), a.places);
 }
@@ -126,7 +141,7 @@ void silu_group_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& w
 SquaredError squared_error_of(const Tensor& logits, const Tensor& x, bool* half) {
   const int64_t images = x.dim() ? x.size(0) : 0, pixels = images ? x.numel() / images : 0;
   if (!pixels || pixels % 16 || !x.is_contiguous() || !logits.is_contiguous())
-    refuse("x", shape(x), "contiguous images of a multiple of 16 numbers each, as the logits");
+    refuse("x, logits", shape(x), "contiguous images of a multiple of 16 numbers each");
   return {.logits = memory<void>(logits, "logits", x.numel(), half), .x = memory<float>(x, "x", x.numel()),
           .pixels = pixels};
 }
@@ -136,8 +151,7 @@ void squared_error(const Tensor& logits, const Tensor& x, const Tensor& sse) {
   SquaredError a = squared_error_of(logits, x, &half);
   a.sse = memory<float>(sse, "sse", x.size(0));
   const auto kernel = chosen_step_kernels().error[half];
-  torch::stable::parallel_for(0, x.size(0), std::max<int64_t>(1, elements_per_thread / a.pixels),
-                              [&](int64_t first, int64_t last) { kernel(a, first, last); });
+  in_parallel(x.size(0), a.pixels, [&](int64_t first, int64_t last) { kernel(a, first, last); });
 }
 
 void squared_error_backward(const Tensor& dsse, const Tensor& logits, const Tensor& x, const Tensor& dlogits) {
@@ -145,11 +159,10 @@ void squared_error_backward(const Tensor& dsse, const Tensor& logits, const Tens
   SquaredError a = squared_error_of(logits, x, &half);
   a.dsse = memory<float>(dsse, "dsse", x.size(0));
   a.dlogits = memory<void>(dlogits, "dlogits", x.numel(), &same);
-  check_order(dlogits, logits, "dlogits");
-  if (half != same || !dsse.is_contiguous()) refuse("dlogits", name(dlogits.scalar_type()), "that of the logits");
+  check_order(dlogits, logits, "dlogits", "logits");
+  if (half != same) refuse("dlogits", name(dlogits.scalar_type()), name(logits.scalar_type()));
   const auto kernel = chosen_step_kernels().error_backward[half];
-  torch::stable::parallel_for(0, x.size(0), std::max<int64_t>(1, elements_per_thread / a.pixels),
-                              [&](int64_t first, int64_t last) { kernel(a, first, last); });
+  in_parallel(x.size(0), a.pixels, [&](int64_t first, int64_t last) { kernel(a, first, last); });
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pegasus, m) {

@@ -91,7 +91,7 @@ def other_architecture(state: dict) -> None:
 
 
 DAMAGE = {
-    "newer format": (broken(lambda s: s.update(format=4)), "format 4, this program reads 1 to 3"),
+    "newer format": (broken(lambda s: s.update(format=5)), "format 5, this program reads 1 to 4"),
     "other architecture": (broken(other_architecture), "another version (Error(s) in loading state_dict"),
     "nan": (broken(lambda s: s["model"]["encoder.1.bias"].fill_(torch.nan)), "model/encoder.1.bias holds NaN"),
     "infinite moment": (broken(lambda s: s["optimizer"]["state"][0]["exp_avg"].view(-1)[5:6].fill_(torch.inf)),

@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 import fused
+import group
 import reparam
 
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional
 
 ROOT = Path(__file__).resolve().parent.parent
 built = pytest.mark.skipif(reparam.extension is None, reason="the extension is not built, or PEGASUS_EXTENSION=0")
@@ -159,6 +159,19 @@ def test_adam_goes_on_from_moments_of_another_layout():
     assert all(p.equal(q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_gradients_of_all_processes_keep_the_weights_layout(bfloat16, monkeypatch):
+    """torch's own Adam on a CPU takes it for granted; the sum is float32's."""
+    monkeypatch.setattr(group.Group, "total", lambda self, tensor: tensor.mul_(2))
+    workers, optimizer = group.Group("cpu"), fused.Adam(network(), bfloat16)
+    backward(optimizer.trained, 0)
+    weights, workers.size = list(optimizer.trained.parameters()), 2
+    wanted = [2 * p.grad.float() for p in weights]
+    workers.total_gradients(weights)
+    assert all(p.grad.stride() == p.stride() and p.grad.dtype == p.dtype for p in weights)
+    assert all(p.grad.float().equal(w) for p, w in zip(weights, wanted, strict=True))
+
+
 @built
 def test_halved_shares_what_multiplies_no_matrices():
     model = network()
@@ -233,4 +246,7 @@ def test_adam_refuses_what_does_not_fit():
                             (torch.zeros(4, 6, dtype=torch.float16), "float16")):
         with pytest.raises(RuntimeError, match=complaint):
             torch.ops.pegasus.adam(weight, grad, *moments, weight, *numbers)
-    assert functional.mse_loss(weight, torch.zeros(4, 6)) == 0
+    for values in (torch.ones(8)[::2], torch.ones(1).expand(99)):
+        with pytest.raises(RuntimeError, match="without gaps"):
+            torch.ops.pegasus.add_squares(values, torch.zeros(()))
+    assert not weight.any() and not moments.any()
