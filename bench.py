@@ -13,8 +13,8 @@ copy one input: memory's own speed. Times are in microseconds. Results are check
 
 `train`: images a second of whole epochs, medians of rounds that take turns. "usual" is the loop people copy (float32,
 a DataLoader that converts picture by picture, default Adam, the same network and threads, the better of 0 and 2
-workers); "floor" the time of the step's matrix products or convolutions alone, forward and backward, in the precision
-that `train.py` would choose, plus one pass of fused Adam.
+workers); "floor" the time of the step's matrix products or convolutions alone, forward and backward, in torch's own
+layers, the precision that `train.py` would choose and channels innermost, plus one pass of torch's fused Adam.
 """
 import argparse
 import copy
@@ -56,6 +56,17 @@ class Usual(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> Tensor:
         return torch.from_numpy(self.images[i]).permute(2, 0, 1).contiguous().float().div(255)
+
+
+PLAIN = {fused.Sequence: nn.Sequential, fused.Shrink: nn.Conv2d, fused.Grow: nn.ConvTranspose2d}
+
+
+def usual_model(chosen: recipe.Options) -> vae.VAE:
+    """The network of torch's own layers, in torch's default layout."""
+    model = vae.VAE(chosen.arch, chosen.likelihood, chosen.latent)
+    for layer in model.modules():
+        layer.__class__ = PLAIN.get(type(layer), type(layer))
+    return model.to(memory_format=torch.contiguous_format)
 
 
 def usual_loss(model: vae.VAE, x: Tensor) -> Tensor:
@@ -120,7 +131,7 @@ def time_training(chosen: recipe.Options, data: source.Pictures, rounds: int, ag
     candidates = {"ours": lambda: our_epoch(training)}
     if against and chosen.prior == "normal":
         for workers in (0, 2):
-            model = vae.VAE(chosen.arch, chosen.likelihood, chosen.latent)
+            model = usual_model(chosen)
             loader = torch.utils.data.DataLoader(Usual(data.images), batch, shuffle=True, num_workers=workers)
             optimizer = torch.optim.Adam(model.parameters(), chosen.lr)
             candidates[f"usual, {workers} workers"] = lambda a=(model, optimizer, loader): usual_epoch(*a)
