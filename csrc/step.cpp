@@ -11,42 +11,6 @@ static PEGASUS_INLINE Vector load(const float* from) { return Float32::load(from
 
 static PEGASUS_INLINE Vector sigmoid(Vector x) { return 1.0f / (1.0f + exponential(-x)); }
 
-// 1 / x and 1 / sqrt(x) for x > 0 by Newton's steps from a guess at the exponent: a processor's divider takes twice as
-// long. For x = 0 they are some large number.
-template <int steps, class F>
-static PEGASUS_INLINE F reciprocal(F x) {
-  using Word = typename Lanes<F>::Word;
-  F r = bits<F>(Word{} + 0x7EF31000u - bits<Word>(x));
-  PEGASUS_UNROLL
-  for (int i = 0; i < steps; ++i) r = r * (2.0f - x * r);
-  return r;
-}
-
-template <class F>
-static PEGASUS_INLINE F reciprocal_root(F x) {
-  using Word = typename Lanes<F>::Word;
-  F r = bits<F>(Word{} + 0x5F375A86u - (bits<Word>(x) >> 1)), half = x * 0.5f;
-  PEGASUS_UNROLL
-  for (int i = 0; i < 3; ++i) r = r * (1.5f - half * r * r);
-  return r;
-}
-
-// The same to 1e-4, a fortieth of bfloat16's step, for x between -80 and 80: with a cubic for 2^f. Past 80 what is 1 may
-// be 7e-6 less; a group norm's outputs stay far from there.
-static PEGASUS_INLINE Vector rough_sigmoid(Vector x) {
-  x = x < -80.0f ? Vector{} - 80.0f : x;
-  x = x > 80.0f ? Vector{} + 80.0f : x;
-  Vector power = x * -1.44269504f, shifted = power + 12582912.0f, f = power - (shifted - 12582912.0f);
-  Vector p = ((0.0551716611f * f + 0.242611125f) * f + 0.693260998f) * f + 0.999928057f;
-  Vector d = 1.0f + bits<Vector>(bits<Words>(p) + (bits<Words>(shifted) << 23));
-  return reciprocal<2>(d) + x * 0.0f;  // NaN stays NaN
-}
-
-template <class Format>
-static PEGASUS_INLINE Vector sigmoid_for(Vector x) {
-  return sizeof(typename Format::Element) == 2 ? rough_sigmoid(x) : sigmoid(x);
-}
-
 // ---- Adam (Kingma and Ba 2015) ----
 
 template <class F>
@@ -54,8 +18,7 @@ static PEGASUS_INLINE F adam_element(const Adam& a, F weight, F grad, F& mean, F
   grad = grad * a.scale;
   mean = mean + (grad - mean) * a.fresh1;
   square = square * a.beta2 + grad * grad * a.fresh2;
-  F root = square * reciprocal_root(square);
-  return weight - mean * a.rate * reciprocal<3>(root * a.root_correction + a.epsilon);
+  return weight - mean * a.rate / (Lanes<F>::root(square) * a.root_correction + a.epsilon);
 }
 
 static PEGASUS_INLINE float widened(float x) { return x; }
@@ -171,7 +134,7 @@ static __attribute__((noinline)) void norm_images(const GroupNorm& a, float* roo
     for (int64_t place = 0; place < a.places; ++place, x += a.channels, y += a.channels)
       for (int64_t c = 0; c < a.channels; c += width) {
         Vector u = Format::load(x + c) * load(affine.scale + c) + load(affine.offset + c);
-        Format::store(y + c, u * sigmoid_for<Format>(u));
+        Format::store(y + c, u * sigmoid(u));
       }
   }
 }
@@ -189,7 +152,7 @@ static PEGASUS_INLINE void silu_backward(const GroupNorm& a, const Affine& affin
     PEGASUS_UNROLL
     for (int v = 0; v < n; ++v) {
       const int64_t at = place * a.channels + c + v * width;
-      Vector value = Format::load(x + at), u = value * scale[v] + offset[v], s = sigmoid_for<Format>(u);
+      Vector value = Format::load(x + at), u = value * scale[v] + offset[v], s = sigmoid(u);
       Vector d = Format::load(dy + at) * s * (1.0f + u * (1.0f - s));
       Float32::store(du + at, d);
       total[v] += d;
