@@ -124,7 +124,7 @@ class Training:
         self.optimizer.zero_grad()
         sums = phase.backward(rows[share], None if mirrored is None else mirrored[share], len(rows), share.start, done)
         sums = self.workers.total(torch.cat([sums, sums.new_tensor([self.asked > 0])]))
-        self.workers.total_gradients(list(self.optimizer.trained.parameters()))
+        self.workers.total_gradients([trained for _, trained in self.optimizer.pairs])
         self.update(sums[:-1], len(rows))
         phase.update(done - phase.first * self.steps)
         if self.workers.size == 1:  # without looking at the flag, for which a GPU would have to finish first
