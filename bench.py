@@ -11,10 +11,11 @@
 the op as people write it (randn_like, exp, mul, sum), "compiled" the same under torch.compile, "clone" the time to
 copy one input: memory's own speed. Times are in microseconds. Results are checked against the reference before timing.
 
-`train`: images a second of whole epochs, medians of rounds that take turns. "usual" is the loop people copy (float32,
-a DataLoader that converts picture by picture, default Adam, the same network and threads, the better of 0 and 2
-workers); "floor" the time of the step's matrix products or convolutions alone, forward and backward, in torch's own
-layers, the precision that `train.py` would choose and channels innermost, plus one pass of torch's fused Adam.
+`train`: images a second of whole epochs, medians of rounds that take turns, after one that does not count. "usual" is
+the loop people copy (float32, a DataLoader that converts picture by picture as torchvision does, default Adam, the same
+network and threads, the better of 0 and 2 workers); "floor" the time of the step's matrix products or convolutions
+alone, forward and backward, in torch's own layers, the precision that `train.py` would choose and channels innermost,
+plus one pass of torch's fused Adam.
 """
 import argparse
 import copy
@@ -41,12 +42,15 @@ import vae
 from bench_op import eager, machine
 from group import Group
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 
 class Usual(torch.utils.data.Dataset):
-    """Pictures converted one by one, as torchvision's transforms do it."""
+    """Pictures converted one by one: each becomes one of Pillow's and then a tensor, as torchvision's CIFAR10 and
+    its ToTensor do it."""
 
     def __init__(self, images: Tensor):
         self.images = images.permute(0, 2, 3, 1).contiguous().numpy()
@@ -55,7 +59,8 @@ class Usual(torch.utils.data.Dataset):
         return len(self.images)
 
     def __getitem__(self, i: int) -> Tensor:
-        return torch.from_numpy(self.images[i]).permute(2, 0, 1).contiguous().float().div(255)
+        picture = np.array(Image.fromarray(self.images[i]))
+        return torch.from_numpy(picture).permute(2, 0, 1).contiguous().float().div(255)
 
 
 PLAIN = {fused.Sequence: nn.Sequential, fused.Shrink: nn.Conv2d, fused.Grow: nn.ConvTranspose2d}
@@ -139,12 +144,12 @@ def time_training(chosen: recipe.Options, data: source.Pictures, rounds: int, ag
         step = floor_step(training, batch)
         candidates["floor"] = lambda: [step() for _ in range(training.steps)]
     times = {name: [] for name in candidates}
-    for _ in range(rounds):
+    for _ in range(rounds + 1):
         for name, run in candidates.items():
             start = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - start)
-    return {name: n / statistics.median(t) for name, t in times.items()}
+    return {name: n / statistics.median(t[1:]) for name, t in times.items()}  # the first round warms up
 
 
 def part(data: source.Pictures, n: int) -> source.Pictures:
