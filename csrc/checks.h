@@ -1,8 +1,10 @@
-// What the ops' complaints are made of.
+// What both files of ops share: threads, and what complaints are made of.
 #pragma once
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -10,6 +12,12 @@ namespace pegasus {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// work(first, last) for rows of so many elements. A thread is worth waking for 8192 of them, 10 to 20 us of work.
+template <class Work>
+void in_parallel(int64_t rows, int64_t elements, const Work& work) {
+  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, 8192 / std::max<int64_t>(1, elements)), work);
+}
 
 inline std::string name(ScalarType type) {  // as Python says it
   switch (type) {

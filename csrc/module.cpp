@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
 #include <cstdlib>
 #include <tuple>
 #include <vector>
@@ -143,14 +142,6 @@ Arguments arguments(const Tensor& mu, const Tensor& logvar, const Tensor& seed, 
           .mu_stride = mu.stride(0), .logvar_stride = logvar.stride(0)};
 }
 
-// A thread is worth waking for this many elements, 10 to 20 us of work.
-constexpr int64_t elements_per_thread = 8192;
-
-void run_on_cpu(RangeKernel kernel, const Arguments& a) {
-  const int64_t grain = std::max<int64_t>(1, elements_per_thread / std::max<int64_t>(1, a.columns));
-  torch::stable::parallel_for(0, a.rows, grain, [&](int64_t first, int64_t last) { kernel(a, first, last); });
-}
-
 #if defined(PEGASUS_CUDA)
 void run_on_cuda(int (*launch)(const Arguments&, Dtype, void*), const Arguments& a, Dtype dtype, int32_t index) {
   if (a.rows == 0) return;  // a grid may not be empty
@@ -167,7 +158,8 @@ void run(bool forward, const Arguments& a, Dtype dtype, const Tensor& mu) {
   if (mu.is_cuda()) return run_on_cuda(forward ? cuda_forward : cuda_backward, a, dtype, mu.get_device_index());
 #endif
   (void)mu;
-  run_on_cpu((forward ? cpu_kernels().forward : cpu_kernels().backward)[dtype], a);
+  const RangeKernel kernel = (forward ? cpu_kernels().forward : cpu_kernels().backward)[dtype];
+  in_parallel(a.rows, a.columns, [&](int64_t first, int64_t last) { kernel(a, first, last); });
 }
 
 std::tuple<Tensor, Tensor> reparameterize_kl(const Tensor& mu, const Tensor& logvar, const Tensor& seed,

@@ -1,6 +1,5 @@
 // Registration of the training step's ops, for CPUs: they write into tensors that fused.py makes.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <vector>
@@ -12,12 +11,6 @@ namespace pegasus {
 namespace {
 
 constexpr int64_t chunk = 16384;  // elements that are summed up before chunks are
-
-// work(first, last) for rows of so many elements; a thread is worth waking for 8192 of them.
-template <class Work>
-void in_parallel(int64_t rows, int64_t elements, const Work& work) {
-  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, 8192 / elements), work);
-}
 
 // The memory of a tensor that is to be float32, or bfloat16 where `half` is given.
 template <class T>
