@@ -1,7 +1,8 @@
 """Builds the extension `pegasus_op` and installs it with reparam.py.
 
     python setup.py build_ext --inplace     # here, for the scripts of this folder
-    pip install --no-build-isolation .      # `import reparam` in another project, with the torch that is installed
+    pip install --no-build-isolation .      # `import reparam` in another project, with the torch that is installed,
+                                            # after `pip install -U setuptools pybind11`
 
 Needs a C++20 compiler. CUDA kernels are built where torch has CUDA and nvcc is of the same version; PEGASUS_CUDA=0 or 1
 overrides, TORCH_CUDA_ARCH_LIST chooses architectures. PEGASUS_FLAGS adds compiler and linker flags (for sanitizers).
@@ -18,7 +19,6 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError
-from setuptools.modified import newer_group
 
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of torch 2.10 and later
 # No contraction of a * b + c: every instruction set is to give the same bits.
@@ -31,6 +31,11 @@ ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0", "12.0")
 def x86() -> bool:
     """Whether the levels above the baseline can be compiled."""
     return platform.machine().lower() in ("x86_64", "amd64")
+
+
+def newest(files: list[str | Path]) -> float:
+    """When the last one of some files was changed."""
+    return max(os.path.getmtime(file) for file in files)
 
 
 def nvcc() -> str | None:
@@ -83,7 +88,7 @@ class BuildOp(build_ext):
 
     def build_extension(self, extension: Extension) -> None:
         target = Path(self.get_ext_fullpath(extension.name))
-        if not self.force and not newer_group(extension.depends, str(target)):
+        if not self.force and target.exists() and newest(extension.depends) <= newest([target]):
             print(f"{target.name} is up to date")
             return
         import pybind11
