@@ -38,7 +38,7 @@ train: build  ## train in RUN, or go on with the run there
 	$(TRAIN) --run $(RUN) $(ARGS)
 
 paper: RUN = runs/paper
-paper: build  ## the paper's recipe, exactly, in runs/paper
+paper: build  ## the paper's recipe in runs/paper
 	$(TRAIN) --run $(RUN) --arch mlp --likelihood mse --latent 128 --schedule constant --lr 1e-3 \
 	  --batch-size 128 --beta 1 --no-flip $(ARGS)
 
@@ -47,16 +47,16 @@ CHECKPOINT = $(firstword $(wildcard $(RUN)/last.pt) pegasus.pt)
 sample: build  ## draw a sheet from the run in RUN to OUT
 	$(PYTHON) sample.py $(CHECKPOINT) $(OUT) $(ARGS)
 
-evaluate: build  ## bits/dim, Frechet distance and what the pictures of the run in RUN are taken for
+evaluate: build  ## bits/dim, Frechet distance and how a judge classifies draws of the run in RUN
 	$(PYTHON) evaluate.py $(RUN)/last.pt $(ARGS)
 
-study: build  ## the paper's model and each piece, three runs each, compared in docs/study.md: hours; goes on
+study: build  ## the paper's model and each piece, up to three runs each, in docs/study.md: hours; resumes
 	$(PYTHON) study.py --data $(DATA) $(ARGS)
 
 test: build  ## all tests
 	$(PYTHON) -m pytest
 
-faults: build  ## 30 kills, 200 flips, full disks, two processes: the long form of what `make test` does in short
+faults: build  ## 30 kills, 200 flipped bytes, full disks, bad servers: the long form of what `make test` does in short
 	KILLS=$(KILLS) FLIPS=$(FLIPS) $(PYTHON) -m pytest -rP tests/test_faults.py tests/test_damage.py tests/test_servers.py
 
 fuzz: build  ## 100,000 inputs each for batches, checkpoints, their pickles and command lines; installs atheris
@@ -89,7 +89,7 @@ sanitize: build  ## the op, and its CUDA source on the CPU, under ASan and UBSan
 cuda-check: build  ## the CUDA source compiles for every architecture, and no kernel spills
 	$(PYTHON) tests/cuda_check.py
 
-clean:  ## what a build leaves
+clean:  ## remove what a build leaves
 	rm -rf build *.egg-info *.so .pytest_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__
 
 distclean: clean  ## also the virtual environment; runs and data stay

@@ -1,10 +1,10 @@
-"""Checks, then times: the fused op against what people would use instead.
+"""Checks, then times, the fused op and whole epochs of training against what people would use instead.
 
     python bench.py op                                        # all sizes, float32 and bfloat16, one thread and two
     python bench.py op --shapes 128x128 --dtypes float32      # a quick look
     python bench.py op --json op.json                         # every figure, for a machine
     python bench.py op --device cuda                          # the same on a GPU
-    python bench.py train --data auto                         # epochs of both networks against the usual loop
+    python bench.py train --data auto                         # epochs of both networks and the prior
     python bench.py train --arch mlp --sizes                  # and against batch, data and latent size, and processes
 
 `op`: every figure is the median of runs that take turns: one of each candidate, then one of each again. "eager" is
@@ -232,10 +232,10 @@ def main(argv: list[str] | None = None) -> None:
     command = commands.add_parser("train", help="whole epochs against the usual loop and the step's floor")
     command.add_argument("--data", default="auto", help="as in train.py")
     command.add_argument("--arch", nargs="+", default=("mlp", "conv", "prior"), choices=("mlp", "conv", "prior"))
-    command.add_argument("--latent", default="8x8x8", help="of conv")
-    command.add_argument("--images", type=int, default=10_000)
-    command.add_argument("--rounds", type=int, default=3)
-    command.add_argument("--threads", type=int, default=0)
+    command.add_argument("--latent", default="8x8x8", help="of conv (default: 8x8x8)")
+    command.add_argument("--images", type=int, default=10_000, help="an epoch's (default: 10000)")
+    command.add_argument("--rounds", type=int, default=3, help="epochs of each that are timed (default: 3)")
+    command.add_argument("--threads", type=int, default=0, help="0 is torch's default, one a core")
     command.add_argument("--sizes", action="store_true", help="also other batch, data and latent sizes, and processes")
     command.add_argument("--json", metavar="FILE", help="write every figure to this file")
     command.set_defaults(run=train_command)

@@ -4,7 +4,7 @@
     python evaluate.py runs/pegasus/last.pt --json                 # the same and the settings behind it, as JSON
     python evaluate.py runs/pegasus/last.pt --export 2000 folder   # 32 x 32 PNGs for other people's judges
 
-The judge that reports is of another seed than the one that `sample.py --best` and the checkpoint choose by.
+It reports with judge 1; `sample.py --best` and the parts of Pegasi are chosen by judge 0.
 """
 import json
 import math
@@ -35,15 +35,16 @@ DRAWS = 1
 @dataclass(frozen=True)
 class Options:
     checkpoint: str = option("", "a checkpoint, as `make train` writes to runs/", positional=True)
-    data: str = option("auto", "the data it was trained on, as for train.py; auto is where it lay then")
+    data: str = option("auto", "the data it was trained on, as for train.py; auto is the folder used then")
     mode: str = option("balanced", "what the Frechet distance and --export are of: balanced, as many draws of each "
                        "class's density, or prior, draws of the prior", choices=("balanced", "prior"))
     n: int = option(2000, "pictures to draw in each mode", least=200)
-    guidance: float = option(2.0, "of the classes' and the Pegasi's own sets, with a learned prior; balanced has none",
+    guidance: float = option(2.0, "of the classes' and the Pegasi's own sets, with a learned prior; balanced has none; "
+                             "other than 2.0 Pegasi are not composed",
                              least=0.0)
-    images: int = option(500, "test photographs for the bounds", least=1)
+    images: int = option(500, "test photographs for bits/dim", least=1)
     k: int = option(32, "posterior samples for each of them", least=1)
-    judge_seed: int = option(1, "which judge reports; it is trained once and kept beside the data", least=0)
+    judge_seed: int = option(1, "which judge reports; trained once, in minutes, and kept beside the data", least=0)
     seed: int = option(0, "decides everything drawn")
     threads: int = option(0, "CPU threads; 0 is one a core", least=0)
     json: bool = option(False, "print JSON")

@@ -23,7 +23,7 @@ class Options:
     latent: str | None = option(None, "latent dimensions, or under conv a grid of rows, columns and channels; by "
                                 "default 8x8x8 for the learned prior, else 128")
     prior: str | None = option(None, "of the latents: N(0, I); conditional on a code, a Gaussian for each value; or "
-                               "learned after the autoencoder, on a grid, the default for conv",
+                               "learned after the autoencoder, the default for conv on a grid without --flow",
                                choices=("normal", "conditional", "learned"))
     flow: int = option(0, "Householder reflections of the posterior's samples; 0 leaves it diagonal", least=0)
     components: int = option(10, "values of the code, under --prior conditional", least=1)
@@ -31,8 +31,8 @@ class Options:
     schedule: str | None = option(None, "learning rate over the autoencoder's epochs; by default constant for mlp, "
                                   "onecycle for conv", choices=("constant", "onecycle"))
     epochs: int = option(300, "passes over the training pictures", least=1)
-    autoencoder_epochs: int | None = option(None, "how many of them are the autoencoder's; by default all, and where "
-                                            "the prior is learned a fifth, or up to 20 a third", least=1)
+    autoencoder_epochs: int | None = option(None, "how many of them are the autoencoder's; by default all, with a "
+                                            "learned prior a fifth, or up to 20 a third", least=1)
     batch_size: int = option(128, "pictures a step", least=1)
     lr: float | None = option(None, "Adam's learning rate, under onecycle its peak; by default 1e-3 for mlp, 2e-3 "
                               "for conv", above=0.0)
@@ -42,12 +42,13 @@ class Options:
     run: str = option("runs/pegasus", "folder of the run")
     resume: bool = option(False, "go on with the run in the folder, or start it")
     overwrite: bool = option(False, "begin anew in a folder that holds a run")
-    judge: bool = option(True, "put into the checkpoint the judge that --best asks, trained once for each data set, "
-                         "and the parts that Pegasi are composed of")
-    threads: int = option(0, "CPU threads; 0 is one a core", least=0, most=1024)
+    judge: bool = option(True, "after training put into the checkpoint the judge that --best asks, trained once for "
+                         "each data set, and the parts that winged Pegasi are composed of")
+    threads: int = option(0, "CPU threads; 0 is torch's default, one a core", least=0, most=1024)
     precision: str = option("auto", "of matrix products; auto is bfloat16 where the processor computes with it",
                             choices=("auto", "float32", "bfloat16"))
-    device: str = option("auto", "auto is cuda where there is one, at each start anew", choices=("auto", "cpu", "cuda"))
+    device: str = option("auto", "auto is cuda where there is one; chosen at each start",
+                         choices=("auto", "cpu", "cuda"))
     save_seconds: float | None = option(None, "seconds between checkpoints; by default 60, later up to 600 where "
                                         "saving would take over 1/200 of the run", least=0.0)
 

@@ -40,16 +40,16 @@ class Options:
     out: str = option("", "the PNG to write", positional=True)
     mode: str = option("pegasus", "pegasus: both horse and bird; morph: rows from a horse to a bird; the name of one "
                        "of the run's classes; prior: whatever the model makes of noise")
-    best: int = option(0, "keep this many, the most Pegasus-like, enlarged; 0 keeps all", least=0)
+    best: int = option(0, "keep this many, the best by the judge, enlarged; 0 keeps all", least=0)
     n: int = option(64, "how many pictures to draw", least=1, most=65_536)
     blend: float = option(0.5, "how much of the first class a Pegasus has, 0 to 1", least=0.0, most=1.0)
-    coat: str = option("any", "the horse's", choices=("any", *density.COATS))
+    coat: str = option("any", "of the horse", choices=("any", *density.COATS))
     guidance: float = option(2.0, "with a learned prior, weight of a class against any; 1: as it occurs", least=0.0)
     from_: str | None = option(None, "with a learned prior, a picture to begin from; a whole horse gets wings")
     keep: float = option(0.4, "how much of that picture to keep, 0 to 1", least=0.0, most=1.0)
-    composed: bool = option(True, "Pegasi of a horse's body and a bird's wings, where the model has the parts; else, "
-                            "or where blend, guidance, temperature or keep is given, by these alone")
-    steps: int = option(16, "of the learned prior's flow", least=1, most=1000)
+    composed: bool = option(True, "Pegasi of a horse's body and a bird's wings, where the model has the parts and "
+                            "blend, guidance, temperature and keep are as by default; else sums of velocities")
+    steps: int = option(16, "of the integration of the learned prior", least=1, most=1000)
     temperature: float = option(1.0, "standard deviation of the noise", least=0.0)
     columns: int = option(8, "pictures in a row", least=1, most=65_536)
     scale: int = option(4, "pixels for each pixel of a picture", least=1, most=64)

@@ -49,14 +49,14 @@ BLENDED = {f"{name} {blend}": (f"blends {blend} {key}", "{:.1%}") for blend in B
            for name, key in (("horse", "called horse"), ("bird", "called bird"), ("Pegasus", "pegasus_share"))}
 WORDS = """# Pieces
 
-`python study.py` trains these, from {data}, and judges them. A figure is the mean over the runs, plus or minus one
-run's standard deviation.
+`python study.py` trains these, from {data}, and judges them. Figures are of one run, or of several the mean ±
+standard deviation.
 bits/dim: ELBO and importance-weighted (IW, K = {k}), of {images} test photographs. Rate: nats. Fréchet distance in the
 features of judge {judge_seed}, not FID, to the test photographs: of {n} draws from the class densities, of as many
-from the prior, of rebuilt test photographs; floor: of {n} training photographs. Horse, bird: the share of each one's
-mode that is called so. Pegasus: the share more Pegasus-like than 99 % of the test photographs, of pegasus, horse and
-bird mode. The learned prior's Fréchet distance is without guidance; its modes have guidance {guidance}, its Pegasi are
-composed, and by `--blend` they are sums of velocities (`--no-composed`).
+from the prior, of rebuilt test photographs; floor: of {n} training photographs. Horse, bird: the share of that mode's
+draws that the judge gives that class. Pegasus: the share more Pegasus-like than 99 % of the test photographs, of
+pegasus, horse and bird mode. The learned prior's Fréchet distance is without guidance; its modes have guidance
+{guidance}, its Pegasi are composed, and by `--blend` they are sums of velocities (`--no-composed`).
 """
 
 
