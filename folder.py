@@ -85,7 +85,6 @@ def open_run(chosen: Options) -> dict | None:
         return state
     if not chosen.overwrite and (last.exists() or (folder / "log.csv").exists()):
         raise Fault(f"{folder} holds a run; --resume goes on with it, --overwrite begins anew, --run names another")
-    last.unlink(missing_ok=True)
     return None
 
 
@@ -103,6 +102,8 @@ def check_resume(state: dict, chosen: Options, data: source.Pictures) -> None:
 def describe(chosen: Options, data: source.Pictures, history: list[dict]) -> None:
     """Print what is trained; write config.json, and log.csv anew from the history so that no row stands there twice."""
     folder = Path(chosen.run)
+    if chosen.overwrite:  # only now, when nothing speaks against the new run any more
+        (folder / "last.pt").unlink(missing_ok=True)
     about = {"torch": torch.__version__, "data": data.name, "digest": data.digest}
     with options.replacing(folder / "config.json") as beside:
         beside.write_text(json.dumps(asdict(chosen) | about, indent=2) + "\n")

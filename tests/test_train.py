@@ -148,6 +148,14 @@ def test_overwrite_begins_anew(batches, tmp_path):
     assert len((tmp_path / "r" / "log.csv").read_text().splitlines()) == 2
 
 
+@pytest.mark.parametrize("wrong", [("--data", "/nowhere"), ("--latent", "foo"), ("--classes", "unicorn"),
+                                   ("--arch", "mlp", "--latent", "8x8x8"), ("--prior", "learned", "--flow", 1)])
+def test_overwrite_takes_nothing_where_the_new_run_is_refused(run, batches, complaint, wrong):
+    before = {p.name: p.read_bytes() for p in run.iterdir()}
+    assert wrong[-2] in complaint(train.main, "--run", run, "--data", batches, "--overwrite", *wrong)
+    assert {p.name: p.read_bytes() for p in run.iterdir()} == before
+
+
 def test_a_folder_that_cannot_be_written(batches, tmp_path, complaint):
     (tmp_path / "file").write_text("in the way")
     for folder in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/run")):
