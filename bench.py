@@ -171,7 +171,7 @@ def processes_speed(base: recipe.Options, data: str, processes: int) -> float:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, "--",
                Path(__file__).with_name("train.py"), "--data", data, "--arch", base.arch, "--latent", base.latent,
                "--prior", base.prior,
-               "--epochs", 3, "--threads", 1, "--run", base.run, "--overwrite", "--no-judge"]
+               "--epochs", 3, "--threads", 1, "--run", base.run, "--overwrite", "--no-judge", "--device", "cpu"]
     subprocess.run([str(word) for word in command], check=True, capture_output=True)
     with open(Path(base.run) / "speed.csv") as file:
         return max(float(row["images_per_second"]) for row in list(csv.DictReader(file))[1:])  # 1 is the autoencoder's
@@ -181,7 +181,8 @@ def time_network(name: str, chosen: argparse.Namespace, data: source.Pictures, p
     """Rows of figures of one network, which are printed as they come. place: a folder to train in."""
     network = {"mlp": {"arch": "mlp"}, "conv": {"latent": chosen.latent, "prior": "normal"},
                "prior": {"latent": "8x8x8", "epochs": 2}}[name]
-    base = recipe.resolve(recipe.Options(**network, run=place, threads=chosen.threads, save_seconds=math.inf))
+    base = recipe.resolve(recipe.Options(**network, run=place, threads=chosen.threads, device="cpu",
+                                         save_seconds=math.inf))
     torch.set_num_threads(base.threads)
     print(f"{name}, latent {base.latent}, {base.threads} threads, {base.precision}, {chosen.rounds} rounds; "
           f"{machine('cpu')}", flush=True)
@@ -218,13 +219,14 @@ def show_training(row: dict) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    whole = options.number(int, least=1)
+    parser = options.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("op", help="the fused op against eager, compiled eager and clone")
-    command.add_argument("--shapes", nargs="+", default=bench_op.SHAPES, metavar="BxD")
+    command.add_argument("--shapes", nargs="+", type=bench_op.shape, default=bench_op.SHAPES, metavar="BxD")
     command.add_argument("--dtypes", nargs="+", default=("float32", "bfloat16"),
                          choices=("float32", "bfloat16", "float16", "float64"))
-    command.add_argument("--threads", nargs="+", type=int, default=(1, 2))
+    command.add_argument("--threads", nargs="+", type=whole, default=(1, 2))
     command.add_argument("--seconds", type=float, default=3.0, help="a row takes about this long")
     command.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     command.add_argument("--json", metavar="FILE", help="write every figure to this file")
@@ -233,9 +235,10 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("--data", default="auto", help="as in train.py")
     command.add_argument("--arch", nargs="+", default=("mlp", "conv", "prior"), choices=("mlp", "conv", "prior"))
     command.add_argument("--latent", default="8x8x8", help="of conv (default: 8x8x8)")
-    command.add_argument("--images", type=int, default=10_000, help="an epoch's (default: 10000)")
-    command.add_argument("--rounds", type=int, default=3, help="epochs of each that are timed (default: 3)")
-    command.add_argument("--threads", type=int, default=0, help="0 is torch's default, one a core")
+    command.add_argument("--images", type=whole, default=10_000, help="an epoch's (default: 10000)")
+    command.add_argument("--rounds", type=whole, default=3, help="epochs of each that are timed (default: 3)")
+    command.add_argument("--threads", type=options.number(int, least=0, most=1024), default=0,
+                         help="0 is torch's default, one a core")
     command.add_argument("--sizes", action="store_true", help="also other batch, data and latent sizes, and processes")
     command.add_argument("--json", metavar="FILE", help="write every figure to this file")
     command.set_defaults(run=train_command)

@@ -3,6 +3,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -16,6 +17,13 @@ from torch import Tensor
 
 SHAPES = ("128x128", "128x512", "1024x128", "8192x128", "65536x128")
 LARGE_MMAP = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=4294967296"  # keep freed memory
+
+
+def shape(text: str) -> str:
+    """A converter for argparse that takes a batch and a latent size."""
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"got {text!r:.60}, wanted BxD, as in 128x128")
+    return text
 
 
 def eager(mu: Tensor, logvar: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:

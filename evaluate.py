@@ -46,7 +46,7 @@ class Options:
     k: int = option(32, "posterior samples for each of them", least=1)
     judge_seed: int = option(1, "which judge reports; trained once, in minutes, and kept beside the data", least=0)
     seed: int = option(0, "decides everything drawn")
-    threads: int = option(0, "CPU threads; 0 is one a core", least=0)
+    threads: int = option(0, "CPU threads; 0 is torch's default, one a core", least=0, most=1024)
     json: bool = option(False, "print JSON")
     export: list[str] | None = option(None, "only write N pictures to a folder, as PNGs", nargs=2, metavar=("N", "DIR"))
 

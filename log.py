@@ -62,7 +62,7 @@ class Progress:
             print("\r" + self.line(epoch, done, rate, numbers()), end="\033[K", flush=True)
 
     def end_epoch(self, epoch: int, numbers: dict[str, float]) -> None:
-        """Print the epoch's line and add its speed, training steps alone and seconds of all, to speed.csv."""
+        """Print the epoch's line and add its speed up to the last step, and its seconds, to speed.csv."""
         if self.quiet:
             return
         now, done = time.monotonic(), epoch * self.images

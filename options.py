@@ -11,12 +11,17 @@ from pathlib import Path
 from typing import TypeVar
 
 try:
+    import reparam  # noqa: F401
+
     import numpy  # noqa: F401
     import PIL  # noqa: F401
     import torch
 except ModuleNotFoundError as error:
     print(f"{sys.argv[0]}: {sys.executable} has no {error.name}; use .venv/bin/python, which `make build` makes",
           file=sys.stderr)
+    sys.exit(2)
+except ImportError as error:  # of an extension for which PEGASUS_SIMD names no instruction set
+    print(f"{sys.argv[0]}: {error}", file=sys.stderr)
     sys.exit(2)
 except KeyboardInterrupt:  # importing torch takes a second or more
     sys.exit(130)
@@ -110,7 +115,7 @@ def writing(path: Path, advice: str) -> Iterator[None]:
 @contextlib.contextmanager
 def replacing(path: Path, advice: str = "choose another place") -> Iterator[Path]:
     """A name to write to that becomes `path` at the end; until then `path` stays as it was. Raises Fault."""
-    beside = path.with_name(path.name + ".part")
+    beside = Path(f"{path}.part")
     with writing(path, advice):
         try:
             yield beside
@@ -118,6 +123,12 @@ def replacing(path: Path, advice: str = "choose another place") -> Iterator[Path
         finally:
             with contextlib.suppress(OSError):
                 beside.unlink()
+
+
+def show(line: str, last: bool = False) -> None:
+    """Rewrite the last line of the terminal, where stderr is one."""
+    if sys.stderr.isatty():
+        print(f"\r{line}", end="\033[K" + "\n" * last, file=sys.stderr, flush=True)
 
 
 def brief(error: object) -> str:
@@ -134,8 +145,10 @@ def run(main: Callable[[], int | None]) -> None:
         sentence = str(fault)
     except OSError as error:
         sentence = f"{error.filename or 'file'}: {error.strerror or error}"
-    except torch.OutOfMemoryError as error:
-        sentence = f"the GPU's memory is full ({brief(error)}); make room, or set CUDA_VISIBLE_DEVICES= for the CPU"
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        sentence = f"memory is full ({brief(error)}); ask for less, or where it is a GPU's set CUDA_VISIBLE_DEVICES="
     except KeyboardInterrupt:
         sys.exit(130)
     print(f"{sys.argv[0]}: {sentence}", file=sys.stderr)

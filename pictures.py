@@ -29,6 +29,8 @@ def read(path: Path, size: int = 32) -> Tensor:
     """Any picture's middle square as (1, 3, size, size) in [0, 1]. Raises Fault."""
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut off at 255
+                image = image.convert("I").point(lambda value: value / 256).convert("L")
             square = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (size, size))
     except FileNotFoundError:
         raise Fault(f"{path}: no such file; wanted a picture") from None

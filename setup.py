@@ -33,11 +33,6 @@ def x86() -> bool:
     return platform.machine().lower() in ("x86_64", "amd64")
 
 
-def newest(files: list[str | Path]) -> float:
-    """When the last one of some files was changed."""
-    return max(os.path.getmtime(file) for file in files)
-
-
 def nvcc() -> str | None:
     """The CUDA compiler to use, of torch's own version of CUDA; or None: then the extension has no CUDA kernels."""
     import torch
@@ -88,7 +83,8 @@ class BuildOp(build_ext):
 
     def build_extension(self, extension: Extension) -> None:
         target = Path(self.get_ext_fullpath(extension.name))
-        if not self.force and target.exists() and newest(extension.depends) <= newest([target]):
+        newest = max(map(os.path.getmtime, extension.depends))
+        if not self.force and target.exists() and newest <= target.stat().st_mtime:
             print(f"{target.name} is up to date")
             return
         import pybind11
@@ -139,7 +135,7 @@ class BuildOp(build_ext):
         return names
 
     def run(self) -> None:
-        compiler = os.environ.get("CXX", "c++").split()[0]
+        compiler = (os.environ.get("CXX") or "c++").split()[0]
         if not (shutil.which(compiler) or shutil.which("g++")):
             go_without("the extension", f"no C++ compiler ({compiler}) was found")
             self.extensions = []

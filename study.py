@@ -135,7 +135,7 @@ def write(done: list[dict], out: Path) -> None:
              "\n".join(f"- {name}: `train.py {ROWS[name]}`" for name in names) + "\n",
              f"Eight draws each, none chosen, of the run with seed 0; rows: {', '.join(MODES)}.\n",
              *(f"{name}\n\n![{name}]({out.name}/{name}.png)\n" for name in names)]
-    with options.replacing(out.with_name(out.name + ".md")) as beside:
+    with options.replacing(Path(f"{out}.md")) as beside:
         beside.write_text("\n".join(parts))
 
 
@@ -145,14 +145,14 @@ def main(argv: list[str] | None = None) -> None:
     if set(names) - set(ROWS):
         raise Fault(f"--rows: got {chosen.rows}, wanted names out of {', '.join(ROWS)}, or all, or none")
     out = Path(chosen.out)
-    lines = out.with_name(out.name + ".jsonl")
+    lines = Path(f"{out}.jsonl")
     done = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
     for seed in range(chosen.seeds):
         for name in names:
             if f"{ROWS[name]} --seed {seed}" not in [line["command"] for line in done]:
                 done.append(run(name, seed, chosen))
-                with options.writing(lines, "choose another --out"), open(lines, "a") as file:
-                    file.write(json.dumps(done[-1]) + "\n")
+                with options.replacing(lines) as beside:
+                    beside.write_text("".join(json.dumps(line) + "\n" for line in done))
                 write(done, out)
     if done:
         write(done, out)

@@ -1,9 +1,12 @@
+import os
 import subprocess
 import sys
 
 import options
+import bench
 import checkpoint
 import recipe
+import reparam
 import sample
 import train
 
@@ -68,7 +71,7 @@ def test_what_is_given_stands_beside_defaults():
 def test_a_python_without_torch_is_told_which_one_to_use(script):
     done = subprocess.run([sys.executable, "-S", "-E", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert "has no numpy; use .venv/bin/python" in done.stderr
+    assert "has no torch; use .venv/bin/python" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -88,4 +91,25 @@ def test_a_full_gpu_is_told_in_one_sentence(capsys):
         options.run(main)
     assert left.value.code == 2
     said = capsys.readouterr().err
-    assert "the GPU's memory is full (CUDA out of memory" in said and "another version" not in said
+    assert "memory is full (CUDA out of memory" in said and "another version" not in said
+
+
+def test_full_memory_is_told_in_one_sentence(complaint):
+    def main(_):
+        torch.empty(2**60)
+    assert "memory is full ([enforce fail" in complaint(main)
+
+
+@pytest.mark.skipif(not reparam.extension, reason="the reference has no instruction sets")
+def test_an_unknown_instruction_set_is_told_in_one_sentence():
+    done = subprocess.run([sys.executable, "sample.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60,
+                          env=os.environ | {"PEGASUS_SIMD": "abacus"})
+    assert done.returncode == 2
+    assert "PEGASUS_SIMD: got 'abacus'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("argv", [("op", "--shapes", "12"), ("op", "--shapes", "axb"), ("op", "--threads", 0),
+                                  ("train", "--rounds", -1), ("train", "--images", 0)])
+def test_what_bench_refuses(complaint, argv):
+    assert f"argument {argv[1]}: got" in complaint(bench.main, *argv)

@@ -54,3 +54,8 @@ def test_pngs_carry_text_and_are_whole_or_not_there(tmp_path, monkeypatch):
     for place in (tmp_path / "none" / "a.png", tmp_path / "a.png" / "b.png"):
         with pytest.raises(Fault, match="can't be written"):
             pictures.save(image, place, {})
+
+
+def test_sixteen_bits_a_pixel_are_read_as_bright_as_they_are(tmp_path):
+    Image.fromarray(np.full((40, 50), 30_000, np.uint16)).save(tmp_path / "deep.png")
+    torch.testing.assert_close(pictures.read(tmp_path / "deep.png"), torch.full((1, 3, 32, 32), 117 / 255))
