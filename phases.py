@@ -1,7 +1,8 @@
 """The two parts of a run, and what a step of each minimises: the autoencoder's ELBO, then its learned prior's.
 
-Each phase has `optimizer`, `first` and `epochs` (its part of the run's), `backward` (gradients of some rows of a batch
-and their sums), `update` (after Adam's step), `numbers` (for the terminal) and `end_epoch` (the log's columns).
+Each phase has `optimizer`, `schedule` and `lr`, `first` and `epochs` (its part of the run's), `backward` (gradients of
+some rows of a batch and their sums), `update` (after Adam's step), `numbers` (for the terminal) and `end_epoch` (the
+log's columns).
 """
 import math
 
@@ -45,14 +46,12 @@ class Autoencoder:
 
     def __init__(self, chosen: Options, data: source.Pictures, model: vae.VAE, workers: Group):
         self.options, self.model, self.workers = chosen, model, workers
+        self.schedule, self.lr = chosen.schedule, chosen.lr
         self.images, self.test_images = data.images.to(chosen.device), data.test_images.to(chosen.device)
         self.first, self.epochs = 0, recipe.split(chosen)
         self.steps = math.ceil(len(self.images) / chosen.batch_size)  # an epoch
         self.optimizer = fused.Adam(model, chosen.precision == "bfloat16")
         self.longest = None  # gradients are clipped to this length
-
-    def learning_rate(self, progress: float) -> float:
-        return recipe.learning_rate(self.options.schedule, self.options.lr, progress)
 
     def backward(self, rows: Tensor, mirrored: Tensor | None, batch: int, first: int, step: int) -> Tensor:
         """Gradients from this process's rows of the photographs, rows `first` on of a batch of so many.
@@ -104,6 +103,7 @@ class Prior:
 
     def __init__(self, chosen: Options, data: source.Pictures, model: vae.VAE, learned: prior.Learned, workers: Group):
         self.options, self.model, self.learned, self.workers = chosen, model, learned, workers
+        self.schedule, self.lr = "onecycle", chosen.prior_lr
         self.first, self.epochs = recipe.split(chosen), chosen.epochs - recipe.split(chosen)
         self.optimizer, self.longest = fused.Adam(learned.velocity, chosen.precision == "bfloat16"), 1.0
         views = [self.posteriors(data.images, mirrored) for mirrored in ((False, True) if chosen.flip else (False,))]
@@ -123,9 +123,6 @@ class Prior:
             with autocast(self.options):
                 parts.append([each.half() for each in self.model.encode(x)])
         return tuple(torch.cat(each) for each in zip(*parts, strict=True))
-
-    def learning_rate(self, progress: float) -> float:
-        return recipe.learning_rate("onecycle", self.options.prior_lr, progress)
 
     def loss(self, velocity: prior.Velocity, mu: Tensor, logvar: Tensor, names: Tensor, seeds: list[Tensor],
              first: int) -> Tensor:

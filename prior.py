@@ -100,10 +100,10 @@ class Velocity(nn.Module):
 class Learned(nn.Module):
     """A learned prior: the velocity that is trained, its average over the steps, which draws, and the normalisation."""
 
-    def __init__(self, shape: tuple[int, int, int], names: int):
+    def __init__(self, shape: tuple[int, int, int], classes: int):
         super().__init__()
-        self.none = names
-        self.velocity = Velocity(shape, names)
+        self.none = classes + len(density.COATS)  # the coats are the first class's
+        self.velocity = Velocity(shape, self.none)
         self.average = copy.deepcopy(self.velocity).requires_grad_(False)
         self.register_buffer("mean", torch.zeros(math.prod(shape)))
         self.register_buffer("std", torch.ones(math.prod(shape)))
@@ -140,11 +140,6 @@ class Learned(nn.Module):
         """Take the averaged weights a little nearer to the trained ones, faster at the beginning."""
         nearer = 1 - min(decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.average.parameters()), list(self.velocity.parameters()), nearer)
-
-
-def build(shape: tuple[int, int, int], classes: tuple[str, ...]) -> Learned:
-    """A prior for a run's classes, and coats of the first."""
-    return Learned(shape, len(classes) + len(density.COATS))
 
 
 def hide(names: Tensor, none: int, seed: Tensor, first: int) -> Tensor:

@@ -73,13 +73,19 @@ def resolve(chosen: Options) -> Options:
     decided |= {"prior": kind, "latent": chosen.latent or ("8x8x8" if learned else "128")}
     if chosen.autoencoder_epochs and not learned:
         raise Fault("--autoencoder-epochs: only a run with --prior learned has epochs of another kind; leave it")
-    part = chosen.autoencoder_epochs or max(1, round(chosen.epochs / 5), min(round(chosen.epochs / 3), 20))
+    vae.latent_shape(decided["latent"])  # before anything is downloaded
+    part = chosen.autoencoder_epochs or share(chosen.epochs)
     decided |= {"autoencoder_epochs": part if learned else None}
     place = device(chosen)
     fast = "bfloat16" if computes_bfloat16(place) else "float32"
     precision = fast if chosen.precision == "auto" else chosen.precision
     threads = chosen.threads or torch.get_num_threads()
     return replace(chosen, **decided, device=place, precision=precision, threads=threads)
+
+
+def share(epochs: int) -> int:
+    """How many of so many epochs are the autoencoder's where the prior is learned and nothing else is asked."""
+    return max(1, round(epochs / 5), min(round(epochs / 3), 20))
 
 
 def decide_prior(chosen: Options) -> str:
@@ -109,8 +115,10 @@ def settle(chosen: Options, given: set[str], state: dict | None) -> Options:
                         "--run, or --overwrite")
     free = {name: getattr(chosen, name) for name in FREE & (given | {"run", "resume", "overwrite", "device"})}
     under_way = state.get("phase") != "prior" and state["epochs_done"] < (stored["autoencoder_epochs"] or 0)
-    if under_way and free.get("epochs", stored["epochs"]) != stored["epochs"] and "autoencoder_epochs" not in given:
-        stored["autoencoder_epochs"] = None  # decided anew
+    asked = "autoencoder_epochs" in given or stored["autoencoder_epochs"] != share(stored["epochs"])
+    if under_way and not asked:  # decided anew
+        begun = state["epochs_done"] + (state["step"] > 0)
+        stored["autoencoder_epochs"] = max(share(free.get("epochs", stored["epochs"])), begun)
     return resolve(replace(Options(**stored), **free, **({"data": chosen.data} if chosen.data != "auto" else {})))
 
 

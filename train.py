@@ -55,7 +55,7 @@ class Training:
         torch.manual_seed(chosen.seed)
         self.model = vae.build(asdict(chosen)).to(chosen.device)
         learned = chosen.prior == "learned"
-        self.learned = prior.build(self.model.shape, data.classes).to(chosen.device) if learned else None
+        self.learned = prior.Learned(self.model.shape, len(data.classes)).to(chosen.device) if learned else None
         self.epoch, self.step, self.history = 0, 0, []  # step: of the epoch that is under way
         self.totals = torch.zeros(phases.SUMS, dtype=torch.float64, device=chosen.device)  # of that epoch so far
         self.asked, self.stop = 0, 0  # the signal that asks this process to leave; once all of them know, to all
@@ -119,7 +119,7 @@ class Training:
         done, phase = self.epoch * self.steps + self.step, self.phase
         progress = (done - phase.first * self.steps) / (phase.epochs * self.steps)
         for settings in self.optimizer.param_groups:
-            settings["lr"] = phase.learning_rate(progress)
+            settings["lr"] = recipe.learning_rate(phase.schedule, phase.lr, progress)
         share = self.workers.share(len(rows))
         self.optimizer.zero_grad()
         sums = phase.backward(rows[share], None if mirrored is None else mirrored[share], len(rows), share.start, done)
@@ -214,7 +214,8 @@ class Training:
         if not self.learned or self.phase.name == "prior" or not self.workers.leads:
             return 0.0
         with phases.autocast(self.options):
-            return epochs * self.steps * prior.step_seconds(self.learned.velocity, self.options.batch_size)
+            return epochs * self.steps * prior.step_seconds(self.learned.velocity, min(self.options.batch_size,
+                                                                                      len(self.data.images)))
 
     def train_phase(self) -> None:
         """The epochs that are left of a phase; leaves early when a signal asks for it."""
@@ -237,7 +238,8 @@ class Training:
                 self.enter()
         self.save()
         if self.workers.leads:
-            left = f"stopped in epoch {self.epoch + 1}; --resume goes on" if self.stop else f"{self.epoch} epochs done"
+            epoch = min(self.epoch + 1, self.options.epochs)
+            left = f"stopped in epoch {epoch}; --resume goes on" if self.stop else f"{self.epoch} epochs done"
             print(f"{left}: {self.folder}/last.pt and pictures")
         return 128 + self.stop if self.stop else 0
 

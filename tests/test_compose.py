@@ -91,7 +91,7 @@ def parts():
     """An untrained model and prior, which moves nothing, and their bank."""
     torch.manual_seed(0)
     model = vae.VAE("conv", "gaussian", "8x8x2").eval()
-    learned = prior.Learned(model.shape, 4)
+    learned = prior.Learned(model.shape, 2)
     return model, learned, compose.prepare(model, learned, None, ("horse", "bird"), draws=12, horses=3, birds=4)
 
 
@@ -121,7 +121,7 @@ def test_a_horse_of_ones_own_is_every_pegasus_horse(parts):
     torch.testing.assert_close(compose.pegasus(*parts, 2, 5, photo=horse()), z[:2], rtol=0, atol=0.05)
 
 
-@pytest.mark.parametrize("wanted", [None, prior.Learned((2, 8, 8), 4)], ids=("autoencoder", "prior"))
+@pytest.mark.parametrize("wanted", [None, prior.Learned((2, 8, 8), 2)], ids=("autoencoder", "prior"))
 def test_a_preview_joins_pictures_and_shows_them_as_the_model_does(parts, wanted, monkeypatch):
     """Of so few that some come twice; before the prior it is their reconstruction."""
     model, images = parts[0], torch.cat([horse(d) for d in (-2, -1, 0, 1)] + [scene(SKY, (6, 26, 12, 20))] * 3)

@@ -159,6 +159,9 @@ def test_how_epochs_are_split(run, batches, tmp_path, complaint):
     assert parts({}, early) == (60, 300)
     assert parts({"epochs": 100}, early) == (20, 100)
     assert parts({"epochs": 100, "autoencoder_epochs": 60}, early) == (60, 100)
+    assert parts({"epochs": 100}, early | {"epochs_done": 50, "step": 1}) == (51, 100)  # not back to before
+    asked = early | {"config": early["config"] | {"autoencoder_epochs": 100}}
+    assert parts({"epochs": 400}, asked) == (100, 400)
     assert "--autoencoder-epochs: only a run with" in complaint(
         train.main, "--run", tmp_path / "r", "--arch", "mlp", "--autoencoder-epochs", 3)
 
@@ -229,3 +232,8 @@ def test_a_prior_of_no_epochs_and_its_start(batches, tmp_path):
     assert train.main(["--run", str(folder), "--data", str(batches), "--epochs", "2", "--resume", *COMMAND]) == 0
     assert sample.load(folder / "last.pt").learned is not None
     assert phases.Prior.name == checkpoint.load(folder / "last.pt")["phase"]
+
+
+def test_a_batch_of_more_than_there_is(batches, tmp_path):
+    argv = ("--run", tmp_path / "r", "--data", batches, "--epochs", 2, *COMMAND, "--batch-size", 10**12)
+    assert train.main([str(word) for word in argv]) == 0

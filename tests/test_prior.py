@@ -74,7 +74,7 @@ def test_velocities_depend_on_time_and_name():
 
 
 def test_normalised_latents_have_mean_zero_and_variance_one_in_each_channel():
-    learned = prior.Learned(SHAPE, 3)
+    learned = prior.Learned(SHAPE, 1)
     g = torch.Generator().manual_seed(1)
     scale = torch.tensor([3.0, 0.2]).repeat_interleave(64)
     mu, logvar = (scale * torch.randn(3000, 128, generator=g) + 5).half(), (scale.log() - 1).expand(3000, -1).half()
@@ -104,7 +104,7 @@ def test_names_of_photographs():
 
 
 def test_averaged_weights_follow():
-    learned = prior.Learned(SHAPE, 3)
+    learned = prior.Learned(SHAPE, 1)
     before = learned.average.enter.weight.clone()
     with torch.no_grad():
         learned.velocity.enter.weight.add_(1)
