@@ -6,6 +6,7 @@ multiply in closed form.
 """
 from typing import NamedTuple
 
+import cifar10
 import flow
 import vae
 from options import Fault
@@ -28,30 +29,16 @@ class Gaussian(NamedTuple):
     covariance: Tensor
 
 
-class Moments:
-    """Sums over images, added a few at a time, that give their aggregate posterior; float64."""
+def aggregate(mu: Tensor, within: Tensor) -> Gaussian:
+    """The aggregate posterior of images: m = mean mu, S = cov(mu) + mean covariance.
 
-    def __init__(self, d: int):
-        self.n, self.mean = 0, torch.zeros(d, dtype=torch.float64)
-        self.outer, self.within = (torch.zeros(d, d, dtype=torch.float64) for _ in range(2))
-
-    def add(self, mu: Tensor, covariance: Tensor) -> None:
-        """n more images: their posterior means (n, d), and the mean of their covariances (d, d)."""
-        self.n += len(mu)
-        self.mean += mu.double().sum(0)
-        self.outer += mu.double().T @ mu.double()
-        self.within += len(mu) * covariance
-
-    def gaussian(self) -> Gaussian:
-        """m = mean mu, S = cov(mu) + mean covariance.
-
-        cov(mu) off its diagonal is taken n / (n + d) times, as if d further images had shown none: few images would
-        otherwise claim directions in which they never vary.
-        """
-        mean = self.mean / self.n
-        between = self.outer / self.n - mean.outer(mean)
-        shrunk = (between * (self.n / (self.n + len(mean)))).diagonal_scatter(between.diagonal())
-        return Gaussian(mean, shrunk + self.within / self.n)
+    mu: their posterior means (n, d); within: the mean of their covariances (d, d).
+    cov(mu) off its diagonal is taken n / (n + d) times, as if d further images had shown none: few images would
+    otherwise claim directions in which they never vary.
+    """
+    between = mu.T.cov(correction=0)
+    shrunk = (between * (len(mu) / (len(mu) + mu.shape[1]))).diagonal_scatter(between.diagonal())
+    return Gaussian(mu.mean(0), shrunk + within)
 
 
 def brightness(images: Tensor) -> Tensor:
@@ -80,6 +67,19 @@ def class_rows(images: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict
     return masks
 
 
+def check(densities: dict[str, Gaussian], classes: tuple[str, ...], latent: int, spare: bool) -> None:
+    """Raise ValueError for classes that are none of CIFAR-10's, and for Gaussians that are not theirs.
+
+    spare: nothing is drawn from the Gaussians, and there may be none.
+    """
+    wanted = {*classes, *(coated(classes[0], coat) for coat in COATS)}
+    if not set(classes) <= set(cifar10.CLASSES) or set(densities) != wanted and not (spare and not densities):
+        raise ValueError(f"classes {', '.join(classes)} with densities of {', '.join(densities)}")
+    for name, (mean, covariance) in densities.items():
+        if mean.shape != (latent,) or covariance.shape != (latent, latent):
+            raise ValueError(f"the density of {name} has shapes {tuple(mean.shape)} and {tuple(covariance.shape)}")
+
+
 def names(images: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Tensor:
     """Each image's class, and of the first class's coats the one it has or again the class: int64 (n, 2).
 
@@ -96,22 +96,19 @@ def fit_classes(model: vae.VAE, images: Tensor, labels: Tensor, classes: tuple[s
                 batch_size: int = 250) -> dict[str, list[Tensor]]:
     """Mean and covariance, float32, of each class, and of the first class's "white" and "dark" quarters.
 
-    images: bytes (n, 3, 32, 32); labels: (n,), positions in `classes`. One pass of the encoder.
+    images: bytes (n, 3, 32, 32); labels: (n,), positions in `classes`. One after the other: it takes less memory.
     """
-    masks = class_rows(images, labels, classes)
-    moments = {name: Moments(model.latent) for name in masks}
-    for first in range(0, len(images), batch_size):
-        part = slice(first, first + batch_size)
-        mu, variance, units = encode(model, images[part].to(model.variance.device))
-        for name, mask in masks.items():
-            if (rows := mask[part]).any():
-                moments[name].add(mu[rows], flow.mean_covariance(variance[rows], units[rows]))
-    return {name: [tensor.float() for tensor in sums.gaussian()] for name, sums in moments.items()}
+    fitted = {}
+    for name, rows in class_rows(images, labels, classes).items():
+        parts = [encode(model, part.to(model.variance.device)) for part in images[rows].split(batch_size)]
+        mu, variance, units = (torch.cat(part) for part in zip(*parts, strict=True))
+        fitted[name] = [part.float() for part in aggregate(mu.double(), flow.mean_covariance(variance, units))]
+    return fitted
 
 
 def product(first: Gaussian, second: Gaussian, blend: float = 0.5) -> Gaussian:
     """What is likely under both: p(z) ~ first(z)^blend second(z)^(1 - blend), a Gaussian again; in float64."""
-    p, q = blend * first.covariance.double().inverse(), (1 - blend) * second.covariance.double().inverse()
+    p, q = blend * torch.cholesky_inverse(root(first)), (1 - blend) * torch.cholesky_inverse(root(second))
     covariance = (p + q).inverse()
     return Gaussian(covariance @ (p @ first.mean.double() + q @ second.mean.double()), covariance)
 

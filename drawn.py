@@ -5,10 +5,10 @@ Picture i of a split depends on (seed, split, i) alone. From the folder of this 
     python -c "import drawn, pathlib; drawn.write(pathlib.Path('drawn-batches'), train=500, test=100)"
     python -c "import drawn, numpy; drawn.draw('horse', numpy.random.default_rng(1)).save('horse.png')"
 """
-import sys
 import tempfile
 from pathlib import Path
 
+import options
 import cifar10
 from options import Fault
 
@@ -163,8 +163,7 @@ def write(folder: Path, train: int = 10_000, test: int = 2_000, seed: int = 0) -
         for done, (name, span) in enumerate(zip(FILES, [*spans, range(test)], strict=True), 1):
             labels, pictures = zip(*(_picture(seed, done // 6, index) for index in span), strict=True)
             cifar10.write(fresh / name, np.stack(pictures).transpose(0, 3, 1, 2), np.array(labels))
-            if sys.stderr.isatty():
-                print(f"\rdrawn: {done} of 6 files", end="\n" * (done // 6), file=sys.stderr, flush=True)
+            options.show(f"drawn: {done} of 6 files", done == 6)
         if folder.exists():
             folder.rename(Path(workshop, "old"))
         fresh.rename(folder)

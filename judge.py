@@ -119,14 +119,6 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(mirrored[:, None, None, None], x.flip(3), x)
 
 
-def show(epoch: int, step: float, begun: float) -> None:
-    """One line that is rewritten, on a terminal only. step: how much of all is done."""
-    if sys.stderr.isatty():
-        left = (time.monotonic() - begun) / step * (1 - step)
-        end = "\n" if step == 1 else ""
-        print(f"\rjudge: epoch {epoch + 1}/{EPOCHS}  {log.clock(left)} left ", end=end, file=sys.stderr, flush=True)
-
-
 def fit(images: Tensor, labels: Tensor, seed: int = 0, device: str = "cpu", precision: str = "float32") -> Judge:
     """A judge trained on bytes (n, 3, 32, 32) with labels (n,), 0 to 9; a function of these arguments alone.
 
@@ -153,7 +145,9 @@ def fit(images: Tensor, labels: Tensor, seed: int = 0, device: str = "cpu", prec
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        show(step // each, (step + 1) / (EPOCHS * each), begun)
+        done = (step + 1) / (EPOCHS * each)
+        left = log.clock((time.monotonic() - begun) / done * (1 - done))
+        options.show(f"judge: epoch {step // each + 1}/{EPOCHS}  {left} left", done == 1)
     return judge.cpu().eval()
 
 

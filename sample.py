@@ -83,6 +83,7 @@ def trained(state: dict, model: vae.VAE, learned: prior.Learned | None) -> Train
     drawing = {f"prior {name}": tensor for name, tensor in learned.drawing().items()} if learned else {}
     bank = {f"bank {name}": parts for name, parts in (state.get("bank") or {}).items()}
     compose.check(state.get("bank"), model.latent)
+    density.check(densities, state["classes"], model.latent, bool(learned))
     weights = model.state_dict() | fitted | drawing | bank
     about = {"Software": "Pegasus VAE", "model": checkpoint.digest(weights, config),
              "epochs": f"{state['epoch']:g}", "data": state["data"]["name"]}
@@ -97,7 +98,7 @@ def load(path: Path) -> Trained:
     with checkpoint.fitting(path):
         model = vae.build(state["config"])
         model.load_state_dict(state["model"])
-        learned = prior.build(model.shape, state["classes"]) if state.get("prior") else None
+        learned = prior.Learned(model.shape, len(state["classes"])) if state.get("prior") else None
         if learned:
             learned.load(state["prior"], None)
         return trained(state, model, learned)
@@ -115,6 +116,10 @@ def check(found: Trained, chosen: Options) -> None:
                     f"of {', '.join(found.classes)} can draw")
     if chosen.from_ is not None and not found.learned:
         raise Fault("--from: this model has no learned prior, and nothing else can go on from a picture; leave it")
+    if chosen.best and len(found.classes) < 2:
+        raise Fault(f"--best: a Pegasus needs two classes, this model knows {found.classes[0]} only; leave it")
+    if chosen.best and not (found.judge or found.densities):
+        raise Fault("--best: this small checkpoint has no judge to ask; leave it, or use the run's last.pt")
     coated = ("pegasus", "morph", found.classes[0])
     if chosen.coat != "any" and chosen.mode not in coated:
         raise Fault(f"--coat: got {chosen.coat} with --mode {chosen.mode}, which has no {found.classes[0]}; leave it, "
@@ -235,17 +240,12 @@ def ranking(found: Trained, z: Tensor, images: Tensor, chosen: Options) -> Tenso
 
     With a coat, the sum of an image's ranks by score and by brightness: neither has a unit that the other knows.
     """
-    if len(found.classes) < 2:
-        raise Fault(f"--best: a Pegasus needs two classes, this model knows {found.classes[0]} only; leave it")
     if found.judge:
         seen = judge.classify(found.judge, images)[0]
-        # composed Pegasi have wings: what they may lack is a horse
-        horse = seen[:, cifar10.CLASSES.index(found.classes[0])]
+        horse = seen[:, cifar10.CLASSES.index(found.classes[0])]  # what composed Pegasi, which have wings, may lack
         score = horse if composes(found, chosen) else judge.pegasus_score(seen, found.classes)
-    elif found.densities:
-        score = likeness(found, z, chosen.coat)
     else:
-        raise Fault("--best: this small checkpoint has no judge to ask; leave it, or use the run's last.pt")
+        score = likeness(found, z, chosen.coat)
     if chosen.coat == "any":
         return score
     light = density.brightness(images) * (1 if chosen.coat == "white" else -1)
@@ -256,11 +256,11 @@ def ranking(found: Trained, z: Tensor, images: Tensor, chosen: Options) -> Tenso
 def draw(found: Trained, chosen: Options = Options()) -> Tensor:  # noqa: B008  frozen
     """Images (n or best, 3, 32, 32) in [0, 1]; with `best`, that many of the n, the most Pegasus-like first."""
     check(found, chosen)
-    z = latents(found, chosen)
-    images = found.model.decode(z.to(found.device), codes(found, chosen)).cpu()
-    if chosen.best:
-        return images[ranking(found, z, images, chosen).argsort(descending=True, stable=True)[:chosen.best]]
-    return images
+    z, code = latents(found, chosen), codes(found, chosen)
+    images = torch.cat([found.model.decode(z[rows].to(found.device), None if code is None else code[rows]).cpu()
+                        for rows in torch.arange(chosen.n).split(500)])
+    order = ranking(found, z, images, chosen).argsort(descending=True, stable=True) if chosen.best else slice(None)
+    return images[order][:chosen.best or None]
 
 
 def page(images: Tensor, about: dict[str, object], columns: int = 8, scale: int = 4) -> Image.Image:

@@ -43,27 +43,24 @@ def drawn_folder() -> Path:
     return folder
 
 
-def automatic() -> Path:
-    """$CIFAR10_DIR, else data/cifar-10-batches-bin, else the download, else (nothing answers) the drawn set."""
-    if os.environ.get("CIFAR10_DIR"):
-        return Path(os.environ["CIFAR10_DIR"])
-    folder = DATA / cifar10.FOLDER
-    try:
-        return locate("cifar10")
-    except cifar10.Unreachable as reason:
-        if folder.is_dir():  # begun by hand: say what it lacks, rather than train on something else
-            return folder
-        print(BANNER.format(reason=reason), file=sys.stderr, flush=True)
-        return drawn_folder()
-
-
 def locate(data: str) -> Path:
-    """The folder of batches behind `--data`: auto, cifar10, drawn, or a folder. Raises Fault."""
-    if data == "auto":
-        return automatic()
-    if data == "cifar10":
+    """The folder of batches behind `--data`: cifar10, drawn, or a folder. Raises Fault.
+
+    auto: $CIFAR10_DIR, else data/cifar-10-batches-bin, else the download, else (nothing answers) the drawn set.
+    """
+    if data == "auto" and os.environ.get("CIFAR10_DIR"):
+        return Path(os.environ["CIFAR10_DIR"])
+    if data in ("auto", "cifar10"):
         folder = DATA / cifar10.FOLDER
-        return cifar10.download(DATA) if cifar10.missing(folder) else folder
+        try:
+            return cifar10.download(DATA) if cifar10.missing(folder) else folder
+        except cifar10.Unreachable as reason:
+            if data == "cifar10":
+                raise
+            if folder.is_dir():  # begun by hand: say what it lacks, rather than train on something else
+                return folder
+            print(BANNER.format(reason=reason), file=sys.stderr, flush=True)
+            data = "drawn"
     if data == "drawn":
         return drawn_folder()
     if not Path(data).is_dir():

@@ -128,6 +128,24 @@ def test_what_resume_refuses(whole, batches, tmp_path, fails, change, words):  #
     fails(train.main, command(run, batches, 5), f"{run}/last.pt: a checkpoint of another version", words)
 
 
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda s: s["densities"].pop("white horse"), "densities of horse, bird"),
+    (lambda s: s["densities"]["bird"].pop(), "missing 1 required"),
+    (lambda s: s["densities"]["bird"].__setitem__(1, torch.eye(3)), "bird has shapes (128,) and (3, 3)"),
+    (lambda s: s.update(classes=["unicorn", "bird"]), "classes unicorn, bird"),
+])
+def test_what_sample_refuses(whole, tmp_path, fails, change, words):  # noqa: F811
+    last = Path(shutil.copy(whole / "last.pt", tmp_path))
+    broken(change)(last)
+    fails(sample.main, [last, tmp_path / "out.png"], f"{last}: a checkpoint of another version", words)
+
+
+def test_densities_that_can_not_be_multiplied(whole, tmp_path, fails):  # noqa: F811
+    last = Path(shutil.copy(whole / "last.pt", tmp_path))
+    broken(lambda s: s["densities"]["bird"][1].zero_())(last)
+    fails(sample.main, [last, tmp_path / "out.png"], "no finite covariance")
+
+
 def test_an_archive_that_claims_more_than_it_is(tmp_path):
     """Small files that unpack to gigabytes are refused before they are unpacked."""
     path = tmp_path / "a.pt"

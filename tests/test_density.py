@@ -14,12 +14,6 @@ def random(d, seed):
     return Gaussian(torch.randn(d, generator=g, dtype=torch.float64), a @ a.T / (2 * d))
 
 
-def fit(mu, covariance):
-    moments = density.Moments(mu.shape[1])
-    moments.add(mu, covariance)
-    return moments.gaussian()
-
-
 def normal(gaussian):
     return MultivariateNormal(*gaussian)
 
@@ -29,7 +23,7 @@ def test_fit_is_the_mixture_of_the_posteriors_where_images_are_many():
     g = torch.Generator().manual_seed(1)
     mu = torch.randn(4000, 3, generator=g) @ torch.tensor([[1.0, 0.5, 0], [0, 1, 0.7], [0, 0, 0.3]]) + 2
     variance = torch.rand(4000, 3, generator=g)
-    mean, covariance = fit(mu, variance.double().mean(0).diag())
+    mean, covariance = density.aggregate(mu.double(), variance.double().mean(0).diag())
     z = (mu + variance.sqrt() * torch.randn(1000, *mu.shape, generator=g)).flatten(0, 1).double()
     torch.testing.assert_close(mean, z.mean(0), rtol=0, atol=3e-3)
     torch.testing.assert_close(covariance, z.T.cov(correction=0), rtol=0, atol=6e-3)
@@ -40,7 +34,7 @@ def test_few_images_claim_less():
     """Off the diagonal n / (n + d) of what was seen; the variances stay, and fewer images than dimensions will do."""
     g = torch.Generator().manual_seed(2)
     mu, variance = torch.randn(6, 24, generator=g), torch.full((6, 24), 0.01)
-    mean, covariance = fit(mu, variance.double().mean(0).diag())
+    mean, covariance = density.aggregate(mu.double(), variance.double().mean(0).diag())
     seen = mu.double().T.cov(correction=0)
     off = ~torch.eye(24, dtype=torch.bool)
     torch.testing.assert_close(covariance[off], seen[off] / 5)
@@ -62,7 +56,8 @@ def test_classes_and_coats():
     assert list(fitted) == ["horse", "bird", "white horse", "dark horse"]
     for name, rows in (("horse", slice(0, 40, 2)), ("bird", slice(1, 40, 2)), ("white horse", white)):
         mu, logvar = (part.detach() for part in model.encode(images[rows] / 255))
-        for got, wanted in zip(fitted[name], fit(mu, logvar.exp().double().mean(0).diag()), strict=True):
+        alone = density.aggregate(mu.double(), logvar.exp().double().mean(0).diag())
+        for got, wanted in zip(fitted[name], alone, strict=True):
             torch.testing.assert_close(got, wanted.float())
             assert got.dtype == torch.float32
     assert not fitted["dark horse"][0].allclose(fitted["white horse"][0], atol=1e-3)

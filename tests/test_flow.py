@@ -91,9 +91,7 @@ def test_what_is_fitted_is_behind_the_flow():
     torch.nn.init.normal_(model.encoder[-1].weight, std=0.1)
     images = torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8)
     mu, variance, u = density.encode(model, images)
-    moments = density.Moments(mu.shape[1])
-    moments.add(mu, flow.mean_covariance(variance, u))
-    fitted = moments.gaussian()
+    fitted = density.aggregate(mu.double(), flow.mean_covariance(variance, u))
     before = model.encode(images / 255)[0]
     z = flow.reflect((before + variance.sqrt() * torch.randn(20_000, 20, 6)).flatten(0, 1).detach(),
                      u.repeat(20_000, 1, 1)).double()

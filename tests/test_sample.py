@@ -159,8 +159,11 @@ def test_one_class_has_nothing_to_mix(batches, tmp_path, complaint):
     assert out.exists()
 
 
-def test_places_that_cannot_be_written(last, tmp_path, complaint):
-    assert "none/out.png: can't be written" in complaint(sample.main, last, tmp_path / "none" / "out.png")
+def test_places_that_cannot_be_written(last, tmp_path, complaint, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for place in (tmp_path / "none" / "out.png", ".", "", tmp_path, "/"):
+        assert "can't be written" in complaint(sample.main, last, place)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_checkpoint_that_comes_along():
