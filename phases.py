@@ -64,7 +64,8 @@ class Autoencoder:
             # convolutions take no empty batch: a process without rows computes one and counts none
             here, seed = x if len(x) else x.new_zeros(1, *vae.IMAGE), purpose_seed(self.options, step, NOISE)
             terms = self.optimizer.trained(here, seed, first, step / (self.epochs * self.steps))
-        terms = vae.Terms(*(term[:len(x)] for term in terms))
+        if not len(x):
+            terms = vae.Terms(*(term[:0] for term in terms))
         sse = self.workers.total(terms.sse.detach().sum())
         distortion = self.model.distortion(terms.sse, sse / (batch * vae.PIXELS))
         ((distortion + self.options.beta * terms.rate).sum() / batch).backward()

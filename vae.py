@@ -208,7 +208,7 @@ def build(config: dict) -> VAE:
 
 def from_bytes(images: Tensor) -> Tensor:
     """uint8 images to float32 in [0, 1]."""
-    return images.float() / 255
+    return images.float().div_(255)
 
 
 def noise(n: int, latent: int, seed: int, first: int = 0) -> Tensor:
