@@ -8,6 +8,7 @@ against each other (Liu et al. 2022): v_none + sum over classes k of w_k (v_k - 
 """
 import copy
 import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 
@@ -149,14 +150,15 @@ def hide(names: Tensor, none: int, seed: Tensor, first: int) -> Tensor:
 
 
 def step_seconds(velocity: Velocity, batch_size: int) -> float:
-    """What a training step takes, the second of two."""
-    z = velocity.enter.weight.new_zeros(batch_size, math.prod(velocity.shape))
-    for _ in range(2):
+    """What a training step takes, the median of five after one."""
+    z, times = velocity.enter.weight.new_zeros(batch_size, math.prod(velocity.shape)), []
+    for _ in range(6):
         begun = time.monotonic()
         velocity(z, z[:, 0], z[:, 0].long()).sum().backward()
         velocity.enter.bias.grad.sum().item()  # waits for a GPU
+        times.append(time.monotonic() - begun)
     velocity.zero_grad()
-    return time.monotonic() - begun
+    return statistics.median(times[1:])
 
 
 Field = Callable[[Tensor, float], Tensor]  # velocities (B, latent) of latents (B, latent) at a time

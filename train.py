@@ -209,7 +209,7 @@ class Training:
         self.saved = time.monotonic()
 
     def later(self) -> float:
-        """About how many seconds the phase after this one takes, by the time of two of its steps."""
+        """About how many seconds the phase after this one takes, by the time of a few of its steps."""
         epochs = self.options.epochs - recipe.split(self.options)
         if not self.learned or self.phase.name == "prior" or not self.workers.leads:
             return 0.0
