@@ -14,6 +14,7 @@ import tarfile
 import tempfile
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +33,7 @@ RECORD = 3073
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 SIZE = 170_052_171
 SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+BATCH_SIZE = 10_000 * RECORD
 BY_HAND = f"download {URL} yourself, unpack it, and give the folder {FOLDER} as --data or CIFAR10_DIR"
 
 
@@ -139,11 +141,20 @@ def fetch(url: str, file, timeout: float) -> None:
 
 def unpack(archive: Path, folder: Path) -> None:
     """Write the six batches of the archive, taken by name, into a folder; no other member is touched."""
+    members = {}
+    try:
+        with tarfile.open(archive, "r:gz") as tar:
+            for name in TRAIN + TEST:
+                member = tar.getmember(f"{FOLDER}/{name}")
+                if not member.isfile() or member.size != BATCH_SIZE:
+                    raise Fault(f"{archive}: {member.name} is not a file of {BATCH_SIZE:,} bytes; {BY_HAND}")
+                members[name] = tar.extractfile(member).read()
+    except (tarfile.TarError, KeyError, EOFError, zlib.error) as error:
+        raise Fault(f"{archive}: not CIFAR-10's archive ({error}); {BY_HAND}") from None
     folder.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(archive, "r:gz") as tar:
-        for name in TRAIN + TEST:
-            with options.replacing(folder / name) as beside:
-                beside.write_bytes(tar.extractfile(f"{FOLDER}/{name}").read())
+    for name, data in members.items():
+        with options.replacing(folder / name) as beside:
+            beside.write_bytes(data)
 
 
 def download(parent: Path, timeout: float = 8.0) -> Path:

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import TypeVar
 
 try:
-    import reparam  # noqa: F401
-
     import numpy  # noqa: F401
     import PIL  # noqa: F401
     import torch
@@ -20,12 +18,14 @@ except ModuleNotFoundError as error:
     print(f"{sys.argv[0]}: {sys.executable} has no {error.name}; use .venv/bin/python, which `make build` makes",
           file=sys.stderr)
     sys.exit(2)
-except ImportError as error:  # of an extension for which PEGASUS_SIMD names no instruction set
-    print(f"{sys.argv[0]}: {error}", file=sys.stderr)
-    sys.exit(2)
 except KeyboardInterrupt:  # importing torch takes a second or more
     sys.exit(130)
 
+try:
+    import reparam  # noqa: F401
+except ImportError as error:  # PEGASUS_SIMD names no instruction set of the extension's
+    print(f"{sys.argv[0]}: {error}", file=sys.stderr)
+    sys.exit(2)
 
 T = TypeVar("T")
 
@@ -145,10 +145,12 @@ def run(main: Callable[[], int | None]) -> None:
         sentence = str(fault)
     except OSError as error:
         sentence = f"{error.filename or 'file'}: {error.strerror or error}"
+    except torch.OutOfMemoryError as error:
+        sentence = f"the GPU's memory is full ({brief(error)}); make room, or set CUDA_VISIBLE_DEVICES= for the CPU"
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
             raise
-        sentence = f"memory is full ({brief(error)}); ask for less, or where it is a GPU's set CUDA_VISIBLE_DEVICES="
+        sentence = f"memory is full ({brief(error)}); ask for less"
     except KeyboardInterrupt:
         sys.exit(130)
     print(f"{sys.argv[0]}: {sentence}", file=sys.stderr)

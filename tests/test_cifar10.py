@@ -141,13 +141,22 @@ def files(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 
-def test_download(own_batches, tmp_path, monkeypatch, capsys):
-    body = archive(own_batches, "../../x", "/tmp/y", f"{cifar10.FOLDER}/readme.html")
+@pytest.fixture
+def equal_batches(own_batches, monkeypatch) -> Path:
+    """Batches of one size, as the official ones are."""
+    for name in cifar10.TRAIN + cifar10.TEST:
+        (own_batches / name).write_bytes((own_batches / name).read_bytes()[:3073 * 40])
+    monkeypatch.setattr(cifar10, "BATCH_SIZE", 3073 * 40)
+    return own_batches
+
+
+def test_download(equal_batches, tmp_path, monkeypatch, capsys):
+    body = archive(equal_batches, "../../x", "/tmp/y", f"{cifar10.FOLDER}/readme.html")
     served(monkeypatch, body)
     with Server(body) as url:
         folder = download(monkeypatch, url, tmp_path / "a" / "b")
     assert files(tmp_path / "a") == sorted(f"b/{cifar10.FOLDER}/{n}" for n in cifar10.TRAIN + cifar10.TEST)
-    assert all((folder / n).read_bytes() == (own_batches / n).read_bytes() for n in cifar10.TRAIN + cifar10.TEST)
+    assert all((folder / n).read_bytes() == (equal_batches / n).read_bytes() for n in cifar10.TRAIN + cifar10.TEST)
     assert not (tmp_path / "x").exists()
     said = capsys.readouterr().err
     assert str(tmp_path / "a" / "b") in said
@@ -160,8 +169,8 @@ def test_download(own_batches, tmp_path, monkeypatch, capsys):
     (lambda body: body + b"x", ["got more than"]),
     (lambda body: body[:100] + bytes([body[100] ^ 1]) + body[101:], ["SHA-256", "nothing was kept"]),
 ])
-def test_downloads_of_other_bytes(own_batches, tmp_path, monkeypatch, change, words):
-    body = archive(own_batches)
+def test_downloads_of_other_bytes(equal_batches, tmp_path, monkeypatch, change, words):
+    body = archive(equal_batches)
     sent = change(body)
     served(monkeypatch, body, 170_052_171 if len(sent) < 100 else len(body))
     with Server(sent) as url, pytest.raises(Fault) as fault:
@@ -172,8 +181,25 @@ def test_downloads_of_other_bytes(own_batches, tmp_path, monkeypatch, change, wo
     assert files(tmp_path / "data") == []
 
 
-def test_a_download_that_breaks_off_is_no_reason_to_draw(own_batches, tmp_path, monkeypatch, complaint):
-    body = archive(own_batches)
+def test_archives_without_the_batches(tmp_path, monkeypatch, equal_batches):
+    def fault(body):
+        served(monkeypatch, body)
+        with Server(body) as url, pytest.raises(Fault) as fault:
+            download(monkeypatch, url, tmp_path / "data")
+        assert files(tmp_path / "data") == []
+        return str(fault.value)
+
+    assert "not CIFAR-10's archive" in fault(b"\x1f\x8b not gzip after all")
+    other = io.BytesIO()
+    with tarfile.open(fileobj=other, mode="w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("../../x"), io.BytesIO())
+    assert "data_batch_1.bin" in fault(other.getvalue())
+    (equal_batches / "data_batch_2.bin").write_bytes(b"short")
+    assert "data_batch_2.bin is not a file of" in fault(archive(equal_batches))
+
+
+def test_a_download_that_breaks_off_is_no_reason_to_draw(equal_batches, tmp_path, monkeypatch, complaint):
+    body = archive(equal_batches)
     served(monkeypatch, body)
     monkeypatch.chdir(tmp_path)
     for server in (Server(body[:50], promised=len(body)), Server(b"", 404), Server(b"", 503)):

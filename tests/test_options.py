@@ -71,7 +71,7 @@ def test_what_is_given_stands_beside_defaults():
 def test_a_python_without_torch_is_told_which_one_to_use(script):
     done = subprocess.run([sys.executable, "-S", "-E", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert "has no torch; use .venv/bin/python" in done.stderr
+    assert "has no numpy; use .venv/bin/python" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -91,7 +91,7 @@ def test_a_full_gpu_is_told_in_one_sentence(capsys):
         options.run(main)
     assert left.value.code == 2
     said = capsys.readouterr().err
-    assert "memory is full (CUDA out of memory" in said and "another version" not in said
+    assert "the GPU's memory is full (CUDA out of memory" in said and "another version" not in said
 
 
 def test_full_memory_is_told_in_one_sentence(complaint):

@@ -10,7 +10,7 @@ import cifar10
 from options import Fault
 
 import pytest
-from test_cifar10 import Server, archive, files, served
+from test_cifar10 import Server, archive, equal_batches, files, served  # noqa: F401
 
 HEAD = "HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n"
 
@@ -86,9 +86,9 @@ def test_servers_that_fail(tmp_path, monkeypatch, fault):
     assert files(tmp_path / "data") == []
 
 
-def test_a_redirect_is_held_to_the_digest(own_batches, tmp_path, monkeypatch):
+def test_a_redirect_is_held_to_the_digest(equal_batches, tmp_path, monkeypatch):  # noqa: F811
     """Wherever the bytes come from, they are CIFAR-10's or none."""
-    body = archive(own_batches)
+    body = archive(equal_batches)
     served(monkeypatch, body)
     for there, kept in ((body, 6), (body[:-1] + bytes([body[-1] ^ 1]), 0)):
         with Server(there) as elsewhere, server(redirect(elsewhere)) as url:
