@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a group: its functions would keep it, and its threads, past its end
 from torch import Tensor
 
 T = TypeVar("T")

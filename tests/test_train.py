@@ -213,6 +213,23 @@ def test_any_number_of_processes_follows_the_same_curve(batches, tmp_path):
         torch.testing.assert_close(curves(tmp_path / str(n)), curves(tmp_path / "1"), rtol=1e-4, atol=0)
 
 
+def test_leaving_ends_the_threads_of_the_group():
+    """One that still lets go of a tensor while Python closes aborts the process."""
+    code = """if True:
+        import os, torch, group
+        workers = group.Group("cpu")
+        workers.join("gloo")
+        workers.total(torch.ones(3))
+        torch.optim.Adam([torch.zeros(3, requires_grad=True)])
+        workers.size = 2
+        workers.leave()
+        print(*(open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task")))"""
+    env = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    threads = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True).stdout
+    assert "python" in threads
+    assert "gloo" not in threads
+
+
 def test_a_lost_worker_is_replaced_and_the_curve_stays(batches, tmp_path):
     whole = workers(2, tmp_path / "whole", batches, "--epochs", 4, "--prior", "normal")
     assert whole.communicate(timeout=240)[0]
