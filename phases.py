@@ -27,7 +27,8 @@ def gather(images: Tensor, rows: Tensor, mirrored: Tensor | None) -> Tensor:
     """Some images (n, 3, 32, 32) of bytes as a batch in [0, 1], some of them mirrored."""
     x = images.flatten(1).index_select(0, rows).view(-1, *vae.IMAGE)
     if mirrored is not None:
-        x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
+        words = torch.where(mirrored[:, None, None, None], x.flip(3).view(torch.int64), x.view(torch.int64))
+        x = words.view(torch.uint8)  # eight bytes at once: bytes one by one take longer than all else here
     return vae.from_bytes(x)
 
 
