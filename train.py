@@ -219,10 +219,10 @@ class Training:
 
     def train_phase(self) -> None:
         """The epochs that are left of a phase; leaves early when a signal asks for it."""
-        last, images = self.phase.first + self.phase.epochs, len(self.data.images)
-        progress = log.Progress(last, self.options.epochs, images, self.epoch * images + self.step *
-                                self.options.batch_size, self.later(), self.folder / "speed.csv",
-                                quiet=not self.workers.leads)
+        last, images, chosen = self.phase.first + self.phase.epochs, len(self.data.images), self.options
+        progress = log.Progress(last, chosen.epochs, images, self.epoch * images + self.step * chosen.batch_size,
+                                self.later(), self.folder / "speed.csv", quiet=not self.workers.leads)
+        self.saved = time.monotonic()  # a step comes before a save: a run that is killed again and again gets ahead
         while self.epoch < last and not self.stop:
             self.train_epoch(progress)
             if self.step == self.steps:
