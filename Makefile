@@ -20,7 +20,7 @@ FUZZ ?= 100000
 KILLS ?= 30
 FLIPS ?= 200
 
-.PHONY: help build train paper sample evaluate study test faults fuzz soak lint sanitize cuda-check clean distclean
+.PHONY: help build train paper sample evaluate study test faults fuzz soak lint sanitize cuda-check arm-check clean distclean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -88,6 +88,9 @@ sanitize: build  ## the op, and its CUDA source on the CPU, under ASan and UBSan
 
 cuda-check: build  ## the CUDA source compiles for every architecture, and no kernel spills
 	$(PYTHON) tests/cuda_check.py
+
+arm-check:  ## the op and the step's kernels give the same bits on a 64-bit ARM, under qemu
+	tests/aarch64/run.sh build/aarch64
 
 clean:  ## remove what a build leaves
 	rm -rf build *.egg-info *.so .pytest_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__
