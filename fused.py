@@ -102,8 +102,8 @@ class Shrink(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         k = self.stride[0]
         patches = x.permute(0, 2, 3, 1).unflatten(2, (-1, k)).unflatten(1, (-1, k)).transpose(2, 3).flatten(3)
-        weight = self.weight.permute(0, 2, 3, 1).flatten(1)
-        return functional.linear(patches, weight, self.bias).permute(0, 3, 1, 2)
+        weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # contiguous patches, or each row has a copy of it
+        return functional.linear(patches.contiguous(), weight, self.bias).permute(0, 3, 1, 2)
 
 
 class Grow(nn.ConvTranspose2d):
@@ -112,7 +112,7 @@ class Grow(nn.ConvTranspose2d):
     def forward(self, x: Tensor) -> Tensor:
         k = self.stride[0]
         weight, bias = self.weight.permute(2, 3, 1, 0).flatten(0, 2), self.bias.repeat(k * k)
-        patches = functional.linear(x.permute(0, 2, 3, 1), weight, bias).unflatten(3, (k, k, -1))
+        patches = functional.linear(x.permute(0, 2, 3, 1).contiguous(), weight, bias).unflatten(3, (k, k, -1))
         return patches.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 

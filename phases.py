@@ -86,8 +86,8 @@ class Autoencoder:
         variance = self.model.variance.fill_(means[2] / vae.PIXELS).double()
         share, totals = self.workers.share(len(self.test_images)), self.test_images.new_zeros(2, dtype=torch.float64)
         seed = purpose_seed(Options(device=self.options.device), 0, TEST)
-        for first in range(share.start, share.stop, 500):
-            part = self.test_images[first:min(first + 500, share.stop)]
+        for first in range(share.start, share.stop, size := self.options.batch_size):  # as trained: takes no more room
+            part = self.test_images[first:min(first + size, share.stop)]
             with autocast(self.options):
                 terms = self.model(vae.from_bytes(part), seed, first)
             totals += torch.stack([terms.rate.sum(), terms.sse.sum()])
@@ -108,8 +108,7 @@ class Prior:
         self.schedule, self.lr = "onecycle", chosen.prior_lr
         self.first, self.epochs = recipe.split(chosen), chosen.epochs - recipe.split(chosen)
         self.optimizer, self.longest = fused.Adam(learned.velocity, chosen.precision == "bfloat16"), 1.0
-        views = [self.posteriors(data.images, mirrored) for mirrored in ((False, True) if chosen.flip else (False,))]
-        self.mu, self.logvar = (torch.cat(each) for each in zip(*views, strict=True))
+        self.mu, self.logvar = self.posteriors(data.images, chosen.flip)
         self.names = density.names(data.images, data.labels, data.classes).to(chosen.device)
         self.test_mu, self.test_logvar = self.posteriors(data.test_images)
         self.test_names = data.test_labels.to(chosen.device)
@@ -117,14 +116,19 @@ class Prior:
             learned.normalise(self.mu, self.logvar)
 
     @torch.no_grad()
-    def posteriors(self, images: Tensor, mirrored: bool = False, batch_size: int = 250) -> tuple[Tensor, Tensor]:
-        """Mean and logvar (n, latent) of images of bytes; half precision, or 60,000 of them would take a gigabyte."""
-        parts = []
-        for part in images.split(batch_size):
-            x = vae.from_bytes((part.flip(3) if mirrored else part).to(self.options.device))
-            with autocast(self.options):
-                parts.append([each.half() for each in self.model.encode(x)])
-        return tuple(torch.cat(each) for each in zip(*parts, strict=True))
+    def posteriors(self, images: Tensor, flip: bool = False, batch_size: int = 250) -> tuple[Tensor, Tensor]:
+        """Mean and logvar (n, latent) of images of bytes; with `flip` (2n, latent), those of mirror images behind.
+
+        Half precision, and in place at once, or 60,000 of them would take a gigabyte.
+        """
+        both = torch.empty(2, 1 + flip, len(images), self.model.latent, dtype=torch.half, device=self.options.device)
+        for first in range(0, len(images), batch_size):
+            part = images[first:first + batch_size].to(self.options.device)
+            for view in range(1 + flip):
+                with autocast(self.options):
+                    found = self.model.encode(vae.from_bytes(part.flip(3) if view else part))
+                both[:, view, first:first + batch_size] = torch.stack(found)
+        return both.flatten(1, 2).unbind()
 
     def loss(self, velocity: prior.Velocity, mu: Tensor, logvar: Tensor, names: Tensor, seeds: list[Tensor],
              first: int) -> Tensor:
@@ -159,8 +163,8 @@ class Prior:
         """Test the averaged weights; the log's columns."""
         share, total = self.workers.share(len(self.test_mu)), self.test_mu.new_zeros(1, dtype=torch.float64)
         seeds = [purpose_seed(Options(device=self.options.device), 0, purpose) for purpose in (START, NOISE, TIME)]
-        for first in range(share.start, share.stop, 500):
-            part = slice(first, min(first + 500, share.stop))
+        for first in range(share.start, share.stop, size := self.options.batch_size):
+            part = slice(first, min(first + size, share.stop))
             total += self.loss(self.learned.average, self.test_mu[part], self.test_logvar[part], self.test_names[part],
                                seeds, first).sum()
         return {"train_loss": means[0], "test_loss": (self.workers.total(total) / len(self.test_mu)).item()}

@@ -112,11 +112,10 @@ class Learned(nn.Module):
     @torch.no_grad()
     def normalise(self, mu: Tensor, logvar: Tensor) -> None:
         """Take mean and standard deviation of each channel from posteriors (n, latent)."""
-        cells = math.prod(self.velocity.shape[1:])
-        means, second = (torch.stack([part.double().sum(0) for part in parts]).sum(0) / len(mu) for parts in (
-            mu.split(1000), [m.float().square() + v.float().exp() for m, v in zip(mu.split(1000), logvar.split(1000),
-                                                                                  strict=True)]))
-        means, second = (part.view(-1, cells).mean(1) for part in (means, second))
+        cells, sums = math.prod(self.velocity.shape[1:]), mu.new_zeros(2, mu.shape[1], dtype=torch.float64)
+        for m, v in zip(mu.split(1000), logvar.split(1000), strict=True):
+            sums += torch.stack([m.double().sum(0), (m.float().square() + v.float().exp()).double().sum(0)])
+        means, second = (sums / len(mu)).view(2, -1, cells).mean(2)
         self.mean.copy_(means.repeat_interleave(cells))
         self.std.copy_((second - means.square()).sqrt().repeat_interleave(cells))
 
