@@ -55,7 +55,7 @@ def read(path: Path) -> tuple[Tensor, Tensor]:
     if len(wrong):
         i = int(wrong[0])
         raise Fault(f"{path}: record {i} has label {int(labels[i])}, wanted 0 to 9; is this a CIFAR-10 binary batch?")
-    return records[:, 1:].reshape(-1, 3, 32, 32), labels
+    return records[:, 1:].unflatten(1, (3, 32, 32)), labels
 
 
 def write(path: Path, images: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> None:

@@ -36,9 +36,10 @@ def aggregate(mu: Tensor, within: Tensor) -> Gaussian:
     cov(mu) off its diagonal is taken n / (n + d) times, as if d further images had shown none: few images would
     otherwise claim directions in which they never vary.
     """
-    between = mu.T.cov(correction=0)
+    mean = mu.mean(0, dtype=torch.float64)
+    between = sum((away := part.double() - mean).T @ away for part in mu.split(1000)) / len(mu)
     shrunk = (between * (len(mu) / (len(mu) + mu.shape[1]))).diagonal_scatter(between.diagonal())
-    return Gaussian(mu.mean(0), shrunk + within)
+    return Gaussian(mean, shrunk + within)
 
 
 def brightness(images: Tensor) -> Tensor:
@@ -100,9 +101,12 @@ def fit_classes(model: vae.VAE, images: Tensor, labels: Tensor, classes: tuple[s
     """
     fitted = {}
     for name, rows in class_rows(images, labels, classes).items():
-        parts = [encode(model, part.to(model.variance.device)) for part in images[rows].split(batch_size)]
-        mu, variance, units = (torch.cat(part) for part in zip(*parts, strict=True))
-        fitted[name] = [part.float() for part in aggregate(mu.double(), flow.mean_covariance(variance, units))]
+        mu, within = [], 0.0
+        for part in rows.nonzero()[:, 0].to(images.device).split(batch_size):
+            mean, variance, units = encode(model, images[part].to(model.variance.device))
+            mu.append(mean)
+            within = within + flow.mean_covariance(variance, units) * (len(part) / int(rows.sum()))
+        fitted[name] = [each.float() for each in aggregate(torch.cat(mu), within)]
     return fitted
 
 
