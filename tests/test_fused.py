@@ -250,3 +250,15 @@ def test_adam_refuses_what_does_not_fit():
         with pytest.raises(RuntimeError, match="without gaps"):
             torch.ops.pegasus.add_squares(values, torch.zeros(()))
     assert not weight.any() and not moments.any()
+
+
+@pytest.mark.parametrize("layer", [fused.Shrink(32, 96, 1), fused.Shrink(32, 48, 2, 2), fused.Grow(32, 16, 2, 2)])
+def test_no_row_has_a_copy_of_the_weight(layer):
+    """In whatever layout a picture comes: torch's linear falls back on such products where rows are not adjacent."""
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(8, 32, 4, 4).to(memory_format=layout)
+        with torch.no_grad(), torch.profiler.profile() as seen:
+            layer(x)
+        names = {event.key for event in seen.key_averages()}
+        assert "aten::addmm" in names or "aten::mm" in names
+        assert "aten::bmm" not in names
