@@ -86,8 +86,8 @@ class Autoencoder:
         variance = self.model.variance.fill_(means[2] / vae.PIXELS).double()
         share, totals = self.workers.share(len(self.test_images)), self.test_images.new_zeros(2, dtype=torch.float64)
         seed = purpose_seed(Options(device=self.options.device), 0, TEST)
-        for first in range(share.start, share.stop, size := self.options.batch_size):  # as trained: takes no more room
-            part = self.test_images[first:min(first + size, share.stop)]
+        for first in range(share.start, share.stop, 500):
+            part = self.test_images[first:min(first + 500, share.stop)]
             with autocast(self.options):
                 terms = self.model(vae.from_bytes(part), seed, first)
             totals += torch.stack([terms.rate.sum(), terms.sse.sum()])
@@ -163,8 +163,8 @@ class Prior:
         """Test the averaged weights; the log's columns."""
         share, total = self.workers.share(len(self.test_mu)), self.test_mu.new_zeros(1, dtype=torch.float64)
         seeds = [purpose_seed(Options(device=self.options.device), 0, purpose) for purpose in (START, NOISE, TIME)]
-        for first in range(share.start, share.stop, size := self.options.batch_size):
-            part = slice(first, min(first + size, share.stop))
+        for first in range(share.start, share.stop, 500):
+            part = slice(first, min(first + 500, share.stop))
             total += self.loss(self.learned.average, self.test_mu[part], self.test_logvar[part], self.test_names[part],
                                seeds, first).sum()
         return {"train_loss": means[0], "test_loss": (self.workers.total(total) / len(self.test_mu)).item()}
