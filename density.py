@@ -101,11 +101,11 @@ def fit_classes(model: vae.VAE, images: Tensor, labels: Tensor, classes: tuple[s
     """
     fitted = {}
     for name, rows in class_rows(images, labels, classes).items():
-        mu, within = [], 0.0
-        for part in rows.nonzero()[:, 0].to(images.device).split(batch_size):
+        mu, within, members = [], 0.0, rows.nonzero()[:, 0].to(images.device)
+        for part in members.split(batch_size):
             mean, variance, units = encode(model, images[part].to(model.variance.device))
             mu.append(mean)
-            within = within + flow.mean_covariance(variance, units) * (len(part) / int(rows.sum()))
+            within = within + flow.mean_covariance(variance, units) * (len(part) / len(members))
         fitted[name] = [each.float() for each in aggregate(torch.cat(mu), within)]
     return fitted
 
