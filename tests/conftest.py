@@ -9,6 +9,8 @@ from pathlib import Path
 import options
 import drawn
 import judge
+import prior
+import vae
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ if torch.cuda.is_available():
     torch.cuda.init()  # before `on_the_cpu` hides it
 judge.EPOCHS = 1  # any judge will do, but for the test that it learns
 ROOT = Path(__file__).parent.parent
+SMALL = (16, 16), (16, 16, 8)  # channels of the convolutional network and of the prior's, numbers of its condition
 
 
 def png(path: Path) -> tuple[tuple[int, int], dict[str, str]]:
@@ -32,6 +35,15 @@ def batches(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "small"
     drawn.write(folder, train=240, test=60)
     return folder
+
+
+@pytest.fixture(scope="module")
+def small_network() -> Iterator[None]:
+    """A tenth of the work, where it does not matter how well a run draws."""
+    whole = vae.conv.__defaults__, prior.Velocity.__init__.__defaults__
+    vae.conv.__defaults__, prior.Velocity.__init__.__defaults__ = SMALL
+    yield
+    vae.conv.__defaults__, prior.Velocity.__init__.__defaults__ = whole
 
 
 @pytest.fixture

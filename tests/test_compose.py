@@ -87,7 +87,7 @@ def test_wings_lie_on_the_back_and_leave_the_rest():
 
 
 @pytest.fixture(scope="module")
-def parts():
+def parts(small_network):
     """An untrained model and prior, which moves nothing, and their bank."""
     torch.manual_seed(0)
     model = vae.VAE("conv", "gaussian", "8x8x2").eval()

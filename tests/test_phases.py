@@ -8,7 +8,6 @@ import checkpoint
 import compose
 import phases
 import pictures
-import prior
 import sample
 import train
 
@@ -16,16 +15,8 @@ import pytest
 import torch
 from conftest import png
 
+pytestmark = pytest.mark.usefixtures("small_network")
 COMMAND = ("--batch-size", "50", "--latent", "8x8x2", "--no-judge", "--threads", "1")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_network():
-    """A thirtieth of the work: what is tested here is not how well it draws."""
-    whole = prior.Velocity.__init__.__defaults__
-    prior.Velocity.__init__.__defaults__ = (16, 16, 8)
-    yield
-    prior.Velocity.__init__.__defaults__ = whole
 
 
 def trained(folder: Path, batches: Path, epochs: int, *more: str) -> int:
