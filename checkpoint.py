@@ -18,7 +18,7 @@ from options import Fault, option
 import torch
 from torch import Tensor
 
-FORMAT = 4  # 1 knew no skipped steps, 2 no learned prior, 3 no moments of Adam with channels innermost
+FORMAT = 5  # 1 knew no skipped steps, 2 no learned prior, 3 no channels innermost, 4 also kept Adam's settings
 TRAINING = ("optimizer", "velocity", "history", "rng", "totals", "skipped", "densities")  # what drawing can do without
 
 

@@ -130,27 +130,33 @@ def laid_out(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor if same else torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
 
 
-class Adam(torch.optim.Adam):
+class Adam:
     """Adam (Kingma and Ba 2015) for a network's weights, by gradients of `trained`, which is that network or `halved`.
 
-    `found_inf` and `grad_scale`, tensors of one number, are as torch's fused Adam has them: where the first is 1
+    As torch's fused one, whose checkpoints it reads, without the second and the 70 MB that importing torch's compiler
+    takes, as any of torch.optim does. `found_inf` and `grad_scale` are tensors of one number: where the first is 1
     nothing changes, and gradients are divided by the second.
     """
+    lr, beta1, beta2, epsilon = 1e-3, 0.9, 0.999, 1e-8
     found_inf = grad_scale = None
 
     def __init__(self, network: nn.Module, bfloat16: bool):
-        super().__init__(network.parameters(), fused=True)
         self.ours = BUILT and all(p.is_cpu for p in network.parameters())
         self.trained = halved(network) if self.ours and bfloat16 else network
         self.pairs = list(zip(network.parameters(), self.trained.parameters(), strict=True))
+        self.state = [{"step": torch.zeros((), device=weight.device), "exp_avg": torch.zeros_like(weight),
+                       "exp_avg_sq": torch.zeros_like(weight)} for weight in network.parameters()]
+
+    def state_dict(self) -> dict:
+        return {"state": dict(enumerate(self.state))}
 
     def load_state_dict(self, state: dict) -> None:
-        super().load_state_dict(state)
-        for weight, moments in self.state.items():
-            for name in ("exp_avg", "exp_avg_sq"):
-                if moments[name].shape != weight.shape:  # which torch does not look at
+        """Raises ValueError or KeyError where it is another network's."""
+        for i, moments in enumerate(self.state):
+            for name, moment in moments.items():
+                if moment.shape != state["state"][i][name].shape:
                     raise ValueError("optimizer and model differ in shape")
-                moments[name] = laid_out(moments[name], weight)
+                moment.copy_(state["state"][i][name])
 
     def zero_grad(self) -> None:
         for _, trained in self.pairs:
@@ -169,22 +175,28 @@ class Adam(torch.optim.Adam):
     @torch.no_grad()
     def step(self) -> None:
         if not self.ours:
-            super().step()
+            self.torchs_step()
         elif not self.found_inf:
             self.one_pass()
 
+    def torchs_step(self) -> None:
+        """The step as torch.optim.Adam(fused=True) takes it."""
+        steps, *moments = ([moments[name] for moments in self.state] for name in ("step", "exp_avg", "exp_avg_sq"))
+        weights, grads = zip(*((weight, trained.grad) for weight, trained in self.pairs), strict=True)
+        torch._foreach_add_(steps, 1)
+        torch._fused_adam_(weights, grads, *moments, [], steps, lr=self.lr, beta1=self.beta1, beta2=self.beta2,
+                           weight_decay=0.0, eps=self.epsilon, amsgrad=False, maximize=False,
+                           grad_scale=self.grad_scale, found_inf=self.found_inf)
+        if self.found_inf is not None:
+            torch._foreach_sub_(steps, [self.found_inf] * len(steps))
+
     def one_pass(self) -> None:
         """The step by the extension."""
-        if not self.state:
-            for weight, _ in self.pairs:
-                self.state[weight] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(weight),
-                                      "exp_avg_sq": torch.zeros_like(weight)}
-        settings, steps = self.param_groups[0], self.state[self.pairs[0][0]]["step"].item() + 1
-        beta1, beta2 = settings["betas"]
+        steps = self.state[0]["step"].item() + 1
         scale = 1.0 if self.grad_scale is None else 1 / self.grad_scale.item()
-        numbers = (settings["lr"] / (1 - beta1**steps), (1 - beta2**steps)**-0.5, beta1, beta2, settings["eps"], scale)
-        for weight, trained in self.pairs:
-            state = self.state[weight]
-            state["step"] += 1
-            torch.ops.pegasus.adam.default(weight, laid_out(trained.grad, weight), state["exp_avg"],
-                                           state["exp_avg_sq"], trained.detach(), *numbers)
+        numbers = (self.lr / (1 - self.beta1**steps), (1 - self.beta2**steps)**-0.5, self.beta1, self.beta2,
+                   self.epsilon, scale)
+        for (weight, trained), moments in zip(self.pairs, self.state, strict=True):
+            moments["step"] += 1
+            torch.ops.pegasus.adam.default(weight, laid_out(trained.grad, weight), moments["exp_avg"],
+                                           moments["exp_avg_sq"], trained.detach(), *numbers)

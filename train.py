@@ -118,8 +118,7 @@ class Training:
         """One step of Adam on some rows of the images, added to the epoch's totals."""
         done, phase = self.epoch * self.steps + self.step, self.phase
         progress = (done - phase.first * self.steps) / (phase.epochs * self.steps)
-        for settings in self.optimizer.param_groups:
-            settings["lr"] = recipe.learning_rate(phase.schedule, phase.lr, progress)
+        self.optimizer.lr = recipe.learning_rate(phase.schedule, phase.lr, progress)
         share = self.workers.share(len(rows))
         self.optimizer.zero_grad()
         sums = phase.backward(rows[share], None if mirrored is None else mirrored[share], len(rows), share.start, done)

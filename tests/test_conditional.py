@@ -106,7 +106,7 @@ def test_the_prior_is_trained(batches, tmp_path):
         assert p.grad.abs().sum() > 0, name
     for name in ("conditional.mean", "conditional.logvar", "conditional.shift", "conditional.logits.weight"):
         assert not before[name].equal(dict(training.model.named_parameters())[name]), name
-    assert len(training.optimizer.param_groups[0]["params"]) == len(before)
+    assert len(training.optimizer.pairs) == len(before)
 
 
 def test_a_rows_noise_is_its_own():

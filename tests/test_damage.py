@@ -91,7 +91,7 @@ def other_architecture(state: dict) -> None:
 
 
 DAMAGE = {
-    "newer format": (broken(lambda s: s.update(format=5)), "format 5, this program reads 1 to 4"),
+    "newer format": (broken(lambda s: s.update(format=6)), "format 6, this program reads 1 to 5"),
     "other architecture": (broken(other_architecture), "another version (Error(s) in loading state_dict"),
     "nan": (broken(lambda s: s["model"]["encoder.1.bias"].fill_(torch.nan)), "model/encoder.1.bias holds NaN"),
     "infinite moment": (broken(lambda s: s["optimizer"]["state"][0]["exp_avg"].view(-1)[5:6].fill_(torch.inf)),
@@ -194,7 +194,7 @@ def test_a_step_without_a_finite_gradient_is_skipped(batches, tmp_path, spoil, m
 
     def watched(self, *args):
         step(self, *args)
-        moments = [m[key].clone() for m in self.optimizer.state.values() for key in ("step", "exp_avg", "exp_avg_sq")]
+        moments = [m[key].clone() for m in self.optimizer.state for key in ("step", "exp_avg", "exp_avg_sq")]
         seen.append([*(p.detach().clone() for p in self.optimizer.trained.parameters()), self.totals.clone(), *moments])
         if len(seen) == 10:
             self.asked = 15

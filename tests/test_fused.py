@@ -125,8 +125,8 @@ def test_adam_is_torchs(bfloat16):
             p.grad = trained.grad.float().clone()  # which torch's step scales in place
         norm = torch.nn.utils.get_total_norm([p.grad for p in theirs.parameters()])
         torch.testing.assert_close(ours.norm(), norm, rtol=1e-5, atol=0)
+        ours.lr = other.param_groups[0]["lr"] = 0.01 / (1 + step)
         for optimizer in (ours, other):
-            optimizer.param_groups[0]["lr"] = 0.01 / (1 + step)
             optimizer.found_inf = torch.tensor(float(step == 3))
             if step == 4:
                 optimizer.grad_scale = torch.tensor(3.0)
