@@ -94,7 +94,7 @@ def names(images: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Tensor:
 
 
 def fit_classes(model: vae.VAE, images: Tensor, labels: Tensor, classes: tuple[str, ...],
-                batch_size: int = 250) -> dict[str, list[Tensor]]:
+                batch_size: int = 100) -> dict[str, list[Tensor]]:
     """Mean and covariance, float32, of each class, and of the first class's "white" and "dark" quarters.
 
     images: bytes (n, 3, 32, 32); labels: (n,), positions in `classes`. One after the other: it takes less memory.

@@ -86,8 +86,9 @@ class Autoencoder:
         variance = self.model.variance.fill_(means[2] / vae.PIXELS).double()
         share, totals = self.workers.share(len(self.test_images)), self.test_images.new_zeros(2, dtype=torch.float64)
         seed = purpose_seed(Options(device=self.options.device), 0, TEST)
-        for first in range(share.start, share.stop, 500):
-            part = self.test_images[first:min(first + 500, share.stop)]
+        size = 500 if self.options.arch == "mlp" else 128  # convolutions take 64 KB a picture and layer
+        for first in range(share.start, share.stop, size):
+            part = self.test_images[first:min(first + size, share.stop)]
             with autocast(self.options):
                 terms = self.model(vae.from_bytes(part), seed, first)
             totals += torch.stack([terms.rate.sum(), terms.sse.sum()])
@@ -116,7 +117,7 @@ class Prior:
             learned.normalise(self.mu, self.logvar)
 
     @torch.no_grad()
-    def posteriors(self, images: Tensor, flip: bool = False, batch_size: int = 250) -> tuple[Tensor, Tensor]:
+    def posteriors(self, images: Tensor, flip: bool = False, batch_size: int = 100) -> tuple[Tensor, Tensor]:
         """Mean and logvar (n, latent) of images of bytes; with `flip` (2n, latent), those of mirror images behind.
 
         Half precision, and in place at once, or 60,000 of them would take a gigabyte.
