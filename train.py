@@ -58,6 +58,7 @@ class Training:
         self.learned = prior.Learned(self.model.shape, len(data.classes)).to(chosen.device) if learned else None
         self.epoch, self.step, self.history = 0, 0, []  # step: of the epoch that is under way
         self.totals = torch.zeros(phases.SUMS, dtype=torch.float64, device=chosen.device)  # of that epoch so far
+        self.ahead = False  # of what is saved: a run that is killed again and again takes a step before each save
         self.asked, self.stop = 0, 0  # the signal that asks this process to leave; once all of them know, to all
         self.skipped = torch.zeros(3, dtype=torch.int64, device=chosen.device)  # steps, their images; steps in a row
         self.begun, self.saved, self.cost = time.monotonic(), time.monotonic(), 0.0  # cost: seconds that saving took
@@ -130,7 +131,7 @@ class Training:
             self.stop = self.asked
         elif sums[-1] > 0:
             self.stop = self.asked or signal.SIGTERM
-        self.step += 1
+        self.step, self.ahead = self.step + 1, True
         if self.step % PATIENCE == 0 or self.step == self.steps:
             self.check_skipped()
 
@@ -168,7 +169,7 @@ class Training:
         order = epoch_order(chosen.seed, self.epoch, n).to(chosen.device)
         mirrored = coins(chosen.seed, self.epoch, n).to(chosen.device) if chosen.flip else None
         while self.step < self.steps and not self.stop:
-            if time.monotonic() - self.saved >= self.pause():
+            if self.ahead and time.monotonic() - self.saved >= self.pause():
                 self.save()
             part = slice(self.step * chosen.batch_size, (self.step + 1) * chosen.batch_size)
             self.train_step(order[part], None if mirrored is None else mirrored[part])
@@ -205,7 +206,7 @@ class Training:
             checkpoint.save(self.folder / "last.pt", state)
             folder.draw(self.folder, state, self.model, self.learned, self.data)
             self.cost = time.monotonic() - begun
-        self.saved = time.monotonic()
+        self.saved, self.ahead = time.monotonic(), False
 
     def later(self) -> float:
         """About how many seconds the phase after this one takes, by the time of a few of its steps."""
@@ -221,7 +222,6 @@ class Training:
         last, images, chosen = self.phase.first + self.phase.epochs, len(self.data.images), self.options
         progress = log.Progress(last, chosen.epochs, images, self.epoch * images + self.step * chosen.batch_size,
                                 self.later(), self.folder / "speed.csv", quiet=not self.workers.leads)
-        self.saved = time.monotonic()  # a step comes before a save: a run that is killed again and again gets ahead
         while self.epoch < last and not self.stop:
             self.train_epoch(progress)
             if self.step == self.steps:
