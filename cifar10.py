@@ -79,6 +79,22 @@ def missing(folder: Path) -> list[str]:
     return [name for name in TRAIN + TEST if not (folder / name).is_file()]
 
 
+def collect(folder: Path, files: tuple[str, ...], position: Tensor) -> tuple[Tensor, Tensor]:
+    """Images of some batch files, uint8 (n, 3, 32, 32), and labels (n,): what `position` (10,) has for CIFAR-10's ten.
+
+    Where that is -1 the image is left out. Raises Fault for a damaged file.
+    """
+    most = sum((folder / name).stat().st_size for name in files) // RECORD
+    whole, labels, n = torch.empty(most, 3, 32, 32, dtype=torch.uint8), [], 0  # what is never written takes no memory
+    for name in files:
+        images, named = read(folder / name)
+        keep = (position[named] >= 0).nonzero()[:, 0]
+        torch.index_select(images, 0, keep, out=whole[n:n + len(keep)])
+        labels.append(position[named[keep]])
+        n += len(keep)
+    return whole[:n], torch.cat(labels)
+
+
 def load(folder: Path, classes: str, files: tuple[str, ...]) -> tuple[Tensor, Tensor]:
     """The images of some classes in some batch files, uint8 (n, 3, 32, 32), and int64 (n,) positions in `classes`.
 
@@ -89,15 +105,7 @@ def load(folder: Path, classes: str, files: tuple[str, ...]) -> tuple[Tensor, Te
     if lacking:
         raise Fault(f"{folder}: no {', '.join(lacking)}; wanted CIFAR-10's six binary batches; {BY_HAND}")
     position = torch.full((len(CLASSES),), -1).index_copy(0, torch.tensor(wanted), torch.arange(len(wanted)))
-    most = sum((folder / name).stat().st_size for name in files) // RECORD
-    whole, labels, n = torch.empty(most, 3, 32, 32, dtype=torch.uint8), [], 0  # what is never written takes no memory
-    for name in files:
-        images, named = read(folder / name)
-        keep = (position[named] >= 0).nonzero()[:, 0]
-        torch.index_select(images, 0, keep, out=whole[n:n + len(keep)])
-        labels.append(position[named[keep]])
-        n += len(keep)
-    images, labels = whole[:n], torch.cat(labels)
+    images, labels = collect(folder, files, position)
     empty = [CLASSES[c] for i, c in enumerate(wanted) if not (labels == i).any()]
     if empty:
         raise Fault(f"{folder}: no picture of {', '.join(empty)} in {', '.join(files)}; choose other --classes")

@@ -166,12 +166,6 @@ def from_state(state: dict) -> Judge:
     return judge.eval().requires_grad_(False)
 
 
-def photographs(folder: Path, files: tuple[str, ...]) -> tuple[Tensor, Tensor]:
-    """All images of some batch files, uint8 (n, 3, 32, 32), and CIFAR-10's labels (n,), whatever classes there are."""
-    parts = [cifar10.read(folder / name) for name in files]
-    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
-
-
 def get(folder: Path, seed: int = 0, device: str = "cpu", precision: str = "float32") -> dict:
     """The state of the judge of a folder of batches: trained at the first call, then kept in a file beside the folder.
 
@@ -184,7 +178,8 @@ def get(folder: Path, seed: int = 0, device: str = "cpu", precision: str = "floa
     with contextlib.suppress(Fault):  # none is there that is whole
         if (found := checkpoint.load(path)).get("version") == VERSION:
             return found
-    (images, labels), test = photographs(folder, cifar10.TRAIN), photographs(folder, cifar10.TEST)
+    (images, labels), test = (cifar10.collect(folder, files, torch.arange(len(cifar10.CLASSES)))
+                              for files in (cifar10.TRAIN, cifar10.TEST))
     print(f"training a judge on {len(images):,} pictures, once for this data", file=sys.stderr, flush=True)
     begun = time.monotonic()
     state = to_state(fit(images, labels, seed, device, precision), *test, seed)

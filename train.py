@@ -90,8 +90,7 @@ class Training:
         if state.get("phase", self.phase.name) == self.phase.name:
             self.optimizer.load_state_dict(state["optimizer"])
         self.totals = state["totals"].to(self.options.device)
-        if "skipped" in state:  # not in format 1
-            self.skipped = state["skipped"].to(self.options.device)
+        self.skipped = state.get("skipped", self.skipped).to(self.options.device)  # format 1 has none
         torch.set_rng_state(state["rng"])
 
     def state(self) -> dict:
@@ -246,6 +245,8 @@ class Training:
         """Put judge and parts for Pegasi into the checkpoint of a finished run, which draws without them already."""
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.phase = type(self.phase)  # keeps its name and, as training's pictures, no memory, which the judge needs
+        self.data = replace(self.data, images=self.data.images[:0].clone(), labels=self.data.labels[:0].clone())
         if self.options.judge and not self.judge:
             self.judge = judge.get(Path(self.data.folder), 0, self.options.device, self.options.precision)
             self.save()

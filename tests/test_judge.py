@@ -7,7 +7,7 @@ import torch
 
 @pytest.fixture(scope="module")
 def pictures(batches):
-    return judge.photographs(batches, judge.cifar10.TRAIN)
+    return judge.cifar10.collect(batches, judge.cifar10.TRAIN, torch.arange(10))
 
 
 @pytest.fixture(scope="module")
