@@ -152,7 +152,7 @@ class Adam:
 
     def load_state_dict(self, state: dict) -> None:
         """Raises ValueError or KeyError where it is another network's."""
-        for i, moments in enumerate(self.state):
+        for i, moments in enumerate(self.state if state["state"] else ()):  # torch's has none before the first step
             for name, moment in moments.items():
                 if moment.shape != state["state"][i][name].shape:
                     raise ValueError("optimizer and model differ in shape")

@@ -245,7 +245,7 @@ class Training:
         """Put judge and parts for Pegasi into the checkpoint of a finished run, which draws without them already."""
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        self.phase = type(self.phase)  # keeps its name and, as training's pictures, no memory, which the judge needs
+        self.phase = type(self.phase)  # only its name: what training alone needs is let go, since the judge needs much
         self.data = replace(self.data, images=self.data.images[:0].clone(), labels=self.data.labels[:0].clone())
         if self.options.judge and not self.judge:
             self.judge = judge.get(Path(self.data.folder), 0, self.options.device, self.options.precision)

@@ -14,7 +14,7 @@ import torch
 
 @pytest.fixture
 def few(small_network: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs show few pictures by a small prior, since what a place computes is the same for many."""
+    """Runs show few pictures by small networks, since what a place computes is the same for many."""
     chosen = functools.partial(sample.Options, n=4, steps=2)
     monkeypatch.setattr(sample, "Options", chosen)
     monkeypatch.setattr(sample.draw.__wrapped__, "__defaults__", (chosen(),))

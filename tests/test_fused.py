@@ -139,6 +139,14 @@ def test_adam_is_torchs(bfloat16):
     assert all(s["step"] == 5 for s in (*states[0].values(), *states[1].values()))
 
 
+def test_adam_goes_on_from_torchs_before_its_first_step():
+    ours = fused.Adam(network(), False)
+    ours.load_state_dict(torch.optim.Adam(network().parameters(), fused=True).state_dict())
+    assert not any(moment.any() for moments in ours.state for moment in moments.values())
+    with pytest.raises(ValueError, match="differ in shape"):
+        ours.load_state_dict(fused.Adam(nn.Linear(3, 2), False).state_dict())
+
+
 def test_adam_goes_on_from_moments_of_another_layout():
     model = network()
     whole = fused.Adam(model, False)
