@@ -35,7 +35,7 @@ class Options:
 
 
 def layers(before: int, after: int) -> list[nn.Module]:
-    return [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+    return [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
 
 
 class Residual(nn.Module):
@@ -46,7 +46,7 @@ class Residual(nn.Module):
         self.body = nn.Sequential(*layers(channels, channels), *layers(channels, channels)[:2])
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.relu(x + self.body(x))
+        return functional.relu_(x + self.body(x))
 
 
 class Judge(nn.Module):
@@ -69,7 +69,7 @@ class Judge(nn.Module):
 
 
 @torch.no_grad()
-def classify(judge: Judge, images: Tensor, batch_size: int = 500) -> tuple[Tensor, Tensor]:
+def classify(judge: Judge, images: Tensor, batch_size: int = 100) -> tuple[Tensor, Tensor]:
     """Probabilities (n, 10) and features (n, 112) of images (n, 3, 32, 32), bytes or in [0, 1].
 
     Both are means over an image and its mirror image: of CIFAR-10's test photographs 85.6 % are right, not 84.8.
@@ -119,6 +119,18 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(mirrored[:, None, None, None], x.flip(3), x)
 
 
+@torch.no_grad()
+def descend(weights: list[Tensor], momentum: list[Tensor], lr: float, keep: float = 0.9, decay: float = 5e-4) -> None:
+    """One step of gradient descent with Nesterov's momentum and weight decay (Sutskever et al. 2013), in place.
+
+    Bit for bit that of torch.optim.SGD, whose first use imports torch's compiler: 71 MB, and over a second.
+    """
+    for weight, mean in zip(weights, momentum, strict=True):
+        gradient = weight.grad.add(weight, alpha=decay)
+        mean.mul_(keep).add_(gradient)
+        weight.add_(gradient.add(mean, alpha=keep), alpha=-lr)
+
+
 def fit(images: Tensor, labels: Tensor, seed: int = 0, device: str = "cpu", precision: str = "float32") -> Judge:
     """A judge trained on bytes (n, 3, 32, 32) with labels (n,), 0 to 9; a function of these arguments alone.
 
@@ -128,7 +140,8 @@ def fit(images: Tensor, labels: Tensor, seed: int = 0, device: str = "cpu", prec
         torch.manual_seed(seed)
         judge = Judge().to(device)
     generator, begun = torch.Generator().manual_seed(seed), time.monotonic()
-    optimizer = torch.optim.SGD(judge.parameters(), PEAK, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    weights = list(judge.parameters())
+    momentum = [torch.zeros_like(weight) for weight in weights]
     autocast = torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16")
     size = min(BATCH, len(images) // 8 + 1)
     each = len(images) // size  # steps an epoch, which leaves out a different few each time
@@ -136,15 +149,13 @@ def fit(images: Tensor, labels: Tensor, seed: int = 0, device: str = "cpu", prec
         if step % each == 0:
             rows = torch.randperm(len(images), generator=generator).split(size)
         row = rows[step % each]
-        for settings in optimizer.param_groups:
-            settings["lr"] = learning_rate(step / (EPOCHS * each))
         x = augment(images[row].to(device), generator)
         with autocast:
             logits = judge(x)
         loss = functional.cross_entropy(logits.float(), labels[row].to(device), label_smoothing=0.1)
-        optimizer.zero_grad()
+        judge.zero_grad()
         loss.backward()
-        optimizer.step()
+        descend(weights, momentum, learning_rate(step / (EPOCHS * each)))
         done = (step + 1) / (EPOCHS * each)
         left = log.clock((time.monotonic() - begun) / done * (1 - done))
         options.show(f"judge: epoch {step // each + 1}/{EPOCHS}  {left} left", done == 1)
@@ -178,18 +189,17 @@ def get(folder: Path, seed: int = 0, device: str = "cpu", precision: str = "floa
     with contextlib.suppress(Fault):  # none is there that is whole
         if (found := checkpoint.load(path)).get("version") == VERSION:
             return found
-    (images, labels), test = (cifar10.collect(folder, files, torch.arange(len(cifar10.CLASSES)))
-                              for files in (cifar10.TRAIN, cifar10.TEST))
-    print(f"training a judge on {len(images):,} pictures, once for this data", file=sys.stderr, flush=True)
-    begun = time.monotonic()
-    state = to_state(fit(images, labels, seed, device, precision), *test, seed)
+    print("training a judge, once for this data", file=sys.stderr, flush=True)
+    begun, all_classes = time.monotonic(), torch.arange(len(cifar10.CLASSES))
+    judge = fit(*cifar10.collect(folder, cifar10.TRAIN, all_classes), seed, device, precision)
+    state = to_state(judge, *cifar10.collect(folder, cifar10.TEST, all_classes), seed)
     where = path
     try:
         checkpoint.save(path, state)
     except (Fault, OSError):
         where = f"not kept, since {folder.parent} can't be written to"
-    print(f"judge: {100 * state['accuracy']:.1f} % of {len(test[0]):,} test pictures right, "
-          f"{log.clock(time.monotonic() - begun)}, {where}", file=sys.stderr, flush=True)
+    print(f"judge: {100 * state['accuracy']:.1f} % of test pictures right, {log.clock(time.monotonic() - begun)}, "
+          f"{where}", file=sys.stderr, flush=True)
     return state
 
 
