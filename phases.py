@@ -4,6 +4,8 @@ Each phase has `optimizer`, `schedule` and `lr`, `first` and `epochs` (its part 
 some rows of a batch and their sums), `update` (after Adam's step), `numbers` (for the terminal) and `end_epoch` (the
 log's columns).
 """
+import contextlib
+import ctypes
 import math
 
 import density
@@ -39,6 +41,12 @@ def autocast(chosen: Options) -> torch.autocast:
 def purpose_seed(chosen: Options, step: int, purpose: int) -> Tensor:
     """The seed of one purpose at one step of a run, where the run computes."""
     return torch.tensor(reparam.derive_seed(chosen.seed, step, purpose), device=chosen.device)
+
+
+def trim() -> None:
+    """Give the system back what is free: after many steps the C library, if it is glibc, keeps 200 MB of pieces."""
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Autoencoder:

@@ -74,6 +74,7 @@ class Training:
     def enter(self, begun: bool = False) -> None:
         """Begin the phase that the epoch is of; begun: the prior's is under way."""
         chosen = self.options
+        phases.trim()
         if self.learned and (begun or recipe.split(chosen) <= self.epoch < chosen.epochs):
             self.phase = phases.Prior(chosen, self.data, self.model, self.learned, self.workers)
         else:
@@ -247,6 +248,7 @@ class Training:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self.phase = type(self.phase)  # only its name: what training alone needs is let go, since the judge needs much
         self.data = replace(self.data, images=self.data.images[:0].clone(), labels=self.data.labels[:0].clone())
+        compose.photographed.cache_clear()
         if self.options.judge and not self.judge:
             self.judge = judge.get(Path(self.data.folder), 0, self.options.device, self.options.precision)
             self.save()
