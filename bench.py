@@ -152,12 +152,6 @@ def time_training(chosen: recipe.Options, data: source.Pictures, rounds: int, ag
     return {name: n / statistics.median(t[1:]) for name, t in times.items()}  # the first round warms up
 
 
-def part(data: source.Pictures, n: int) -> source.Pictures:
-    """The first n training pictures, again from the start where there are fewer."""
-    rows = torch.arange(n) % len(data.images)
-    return dataclasses.replace(data, images=data.images[rows], labels=data.labels[rows])
-
-
 def variants(base: recipe.Options, images: int, sizes: bool) -> list[tuple[dict, int]]:
     """Changes of options, and numbers of pictures, to time."""
     batches = [({"batch_size": size}, images) for size in (32, 256, 1024)]
@@ -188,7 +182,9 @@ def time_network(name: str, chosen: argparse.Namespace, data: source.Pictures, p
           f"{machine('cpu')}", flush=True)
     for changes, n in variants(base, chosen.images, chosen.sizes):
         against = not changes and n == chosen.images
-        speeds = time_training(dataclasses.replace(base, **changes), part(data, n), chosen.rounds, against)
+        rows = torch.arange(n) % len(data.images)  # again from the start where there are fewer
+        some = dataclasses.replace(data, images=data.images[rows], labels=data.labels[rows])
+        speeds = time_training(dataclasses.replace(base, **changes), some, chosen.rounds, against)
         yield {"arch": name, **changes, "images": n, **speeds}
     for count in (1, 2) if chosen.sizes else ():
         yield {"arch": name, "processes": count, "ours": processes_speed(base, chosen.data, count)}

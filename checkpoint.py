@@ -49,7 +49,12 @@ def save(path: Path, state: dict) -> None:
 def load(path: Path) -> dict:
     """Read what `save` wrote, on the CPU. Raises Fault for anything else, and for a single damaged byte."""
     try:
-        check_archive(path)
+        with zipfile.ZipFile(path) as archive:
+            if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
+                raise zipfile.BadZipFile("its parts are larger than the file")
+            damaged = archive.testzip()
+        if damaged:
+            raise Fault(f"{path}: damaged at {damaged}; use another copy, or train again")
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # torch warns of nothing in a file of ours
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -71,16 +76,6 @@ def load(path: Path) -> dict:
     if bad:
         raise Fault(f"{path}: {bad} holds NaN or infinity; use an earlier copy, or train again with a lower --lr")
     return state
-
-
-def check_archive(path: Path) -> None:
-    """Raise Fault for an archive with a damaged byte, or with members that claim more room than the file has."""
-    with zipfile.ZipFile(path) as archive:
-        if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
-            raise Fault(f"{path}: not a checkpoint, or one cut short (its parts are larger than the file)")
-        damaged = archive.testzip()
-    if damaged:
-        raise Fault(f"{path}: damaged at {damaged}; use another copy, or train again")
 
 
 def not_finite(state: object, name: str = "") -> str:

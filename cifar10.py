@@ -42,10 +42,7 @@ class Unreachable(Fault):
 
 
 def read(path: Path) -> tuple[Tensor, Tensor]:
-    """One batch file as images, uint8 (n, 3, 32, 32), and labels, int64 (n,).
-
-    Raises Fault for a size that is no whole number of records and for a label above 9.
-    """
+    """One batch file as images, uint8 (n, 3, 32, 32), and labels, int64 (n,). Raises Fault for wrong size or label."""
     data = np.fromfile(path, np.uint8)
     if len(data) == 0 or len(data) % RECORD:
         raise Fault(f"{path}: {len(data):,} bytes, wanted a whole number of {RECORD}-byte records; get the file again")

@@ -9,7 +9,6 @@ Training draws a c that is relaxed, between one-hot codes, so that it has a grad
 hard c the model is a plain one in the coordinates (z - m_k) / s_k, where p(z|k) is N(0, I): from these K the bound is
 summed up exactly.
 """
-import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -29,11 +28,6 @@ class Given(NamedTuple):
     mu: Tensor  # of q(z|x,k), (B, latent), in coordinates where p(z|k) is N(0, I)
     logvar: Tensor
     decode: Callable[[Tensor], Tensor]  # from these coordinates to mean images
-
-
-def temperature(progress: float) -> float:
-    """Of the relaxed codes when `progress`, 0 to 1, of the run is done: from 1 down to 1/2."""
-    return 1 - progress / 2
 
 
 def gumbel(rows: int, columns: int, seed: Tensor, row_offset: int = 0) -> Tensor:
@@ -89,18 +83,13 @@ class Conditional(nn.Module):
     def given(self, h: Tensor, joint: Tensor, decode: Callable[[Tensor, Tensor], Tensor]) -> list[Given]:
         """For each code what images with these h and `joint` are coded as. decode: of z and codes (B, K)."""
         codes = torch.eye(len(self.mean), device=joint.device)
-
-        def decode_given(k: int, z: Tensor) -> Tensor:
-            return decode(self.mean[k] + (self.logvar[k] / 2).exp() * z, codes[k].expand(len(z), -1))
-
         parts = zip(*(part.unbind(1) for part in (self.log_shares(h), *self.whiten(joint))), strict=True)
-        return [Given(*part, functools.partial(decode_given, k)) for k, part in enumerate(parts)]
+        return [Given(*part, lambda z, k=k: decode(self.mean[k] + (self.logvar[k] / 2).exp() * z,
+                                                   codes[k].expand(len(z), -1))) for k, part in enumerate(parts)]
 
-    def likeliest(self, h: Tensor, joint: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """mu, logvar, (B, latent), and no unit vectors, (B, 0, latent), of q(z|x,c) with the likeliest c."""
-        code = functional.one_hot(self.log_shares(h).argmax(1), len(self.mean)).float()
-        mu, logvar = self.posterior(joint, code)
-        return mu, logvar, mu.new_zeros(len(mu), 0, mu.shape[1])
+    def likeliest(self, h: Tensor, joint: Tensor) -> tuple[Tensor, Tensor]:
+        """mu and logvar, (B, latent), of q(z|x,c) with the likeliest c."""
+        return self.posterior(joint, functional.one_hot(self.log_shares(h).argmax(1), len(self.mean)).float())
 
     def infer(self, z: Tensor) -> Tensor:
         """The likeliest code for latents (B, latent), p(c|z) ~ p(z|c), one-hot (B, K)."""

@@ -47,16 +47,6 @@ def brightness(images: Tensor) -> Tensor:
     return images[CENTRE].float().flatten(1).mean(1)
 
 
-@torch.no_grad()
-def encode(model: vae.VAE, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The posteriors of images (n, 3, 32, 32) of bytes, on the CPU.
-
-    Means (n, latent), behind the flow; before it, variances (n, latent); its unit vectors (n, T, latent). float32.
-    """
-    mu, logvar, units = (part.cpu() for part in model.posterior(vae.from_bytes(images)))
-    return flow.reflect(mu, units), logvar.exp(), units
-
-
 def class_rows(images: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Tensor]:
     """Which images are each class's, and the first class's "white" and "dark" quarters: masks (n,), on the CPU."""
     masks = {name: (labels == i).cpu() for i, name in enumerate(classes)}
@@ -93,6 +83,7 @@ def names(images: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Tensor:
     return both
 
 
+@torch.no_grad()
 def fit_classes(model: vae.VAE, images: Tensor, labels: Tensor, classes: tuple[str, ...],
                 batch_size: int = 100) -> dict[str, list[Tensor]]:
     """Mean and covariance, float32, of each class, and of the first class's "white" and "dark" quarters.
@@ -103,9 +94,10 @@ def fit_classes(model: vae.VAE, images: Tensor, labels: Tensor, classes: tuple[s
     for name, rows in class_rows(images, labels, classes).items():
         mu, within, members = [], 0.0, rows.nonzero()[:, 0].to(images.device)
         for part in members.split(batch_size):
-            mean, variance, units = encode(model, images[part].to(model.variance.device))
-            mu.append(mean)
-            within = within + flow.mean_covariance(variance, units) * (len(part) / len(members))
+            x = vae.from_bytes(images[part].to(model.variance.device))
+            mean, logvar, units = (each.cpu() for each in model.posterior(x))
+            mu.append(flow.reflect(mean, units))
+            within = within + flow.mean_covariance(logvar.exp(), units) * (len(part) / len(members))
         fitted[name] = [each.float() for each in aggregate(torch.cat(mu), within)]
     return fitted
 
@@ -132,12 +124,6 @@ def draw(gaussian: Gaussian, eps: Tensor, temperature: float = 1.0) -> Tensor:
     In float64, so that how many rows are multiplied together does not reach the bits that are kept.
     """
     return (gaussian.mean.double() + temperature * (eps.double() @ root(gaussian).T)).float()
-
-
-def draw_in_turn(gaussians: list[Gaussian], eps: Tensor, temperature: float = 1.0) -> Tensor:
-    """Draws (n, d), one by each Gaussian in turn, from standard normals (n, d)."""
-    rows = torch.arange(len(eps))
-    return torch.stack([draw(gaussian, eps, temperature) for gaussian in gaussians])[rows % len(gaussians), rows]
 
 
 def log_density(gaussian: Gaussian, z: Tensor) -> Tensor:

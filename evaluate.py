@@ -256,9 +256,7 @@ def main(argv: list[str] | None = None) -> None:
     if chosen.export:
         print(export(found, chosen))
         return
-    data = source.load(stored["folder"] if chosen.data == "auto" else chosen.data, ",".join(found.classes))
-    if data.digest != stored["digest"]:
-        raise Fault(f"--data: {data.folder} is not what {path} was trained on ({stored['folder']}); give that folder")
+    data = source.load(chosen.data, ",".join(found.classes), stored)
     state = judge.get(Path(data.folder), chosen.judge_seed, place.device, place.precision)
     figures = report(found, data, state, replace(chosen, threads=place.threads))
     print(json.dumps(figures, indent=2) if chosen.json else table(figures))

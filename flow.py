@@ -23,30 +23,21 @@ def reflect(z: Tensor, units: Tensor) -> Tensor:
     return z
 
 
-def low_rank(units: Tensor) -> Tensor:
-    """P (B, T, d), for which all reflections together are I - P' U with the unit vectors as the rows of U (B, T, d).
-
-    One more turns P into [P - 2 (P u) u', 2 u'], since (I - 2 u u')(I - P' U) = I - (P - 2 (P u) u')' U - 2 u u'.
-    """
-    rows = units[:, :0]
-    for u in units.unbind(1):
-        u = u[:, None]
-        rows = torch.cat([rows - 2 * (rows * u).sum(2, keepdim=True) * u, 2 * u], 1)
-    return rows
-
-
 def mean_covariance(variance: Tensor, units: Tensor) -> Tensor:
     """The mean over images of H diag(variance) H', float64 (d, d), for variances (n, d) and unit vectors (n, T, d).
 
-    From H = I - P' U: D - (P' U D)' - P' U D + P' (U D U') P, which are products of (n T, d) matrices.
+    H is I - P' U with the unit vectors as the rows of U, and one vector u more turns P into [P - 2 (P u) u', 2 u'],
+    since (I - 2 u u')(I - P' U) = I - (P - 2 (P u) u')' U - 2 u u'. So H D H' is D - (P' U D)' - P' U D +
+    P' (U D U') P: products of (n T, d) matrices.
     """
-    whole = variance.double().mean(0).diag()
-    if units.shape[1] == 0:
-        return whole
-    u, p, scaled = units.double(), low_rank(units.double()), units.double() * variance.double()[:, None]
+    variance, u = variance.double(), units.double()
+    p = u[:, :0]
+    for last in u.split(1, 1):
+        p = torch.cat([p - 2 * (p * last).sum(2, keepdim=True) * last, 2 * last], 1)
+    scaled = u * variance[:, None]
     once = p.flatten(0, 1).T @ scaled.flatten(0, 1)
     twice = (scaled @ u.mT @ p).flatten(0, 1).T @ p.flatten(0, 1)
-    return whole + (twice - once - once.T) / len(variance)
+    return variance.mean(0).diag() + (twice - once - once.T) / len(variance)
 
 
 class Householder(nn.Module):
@@ -62,8 +53,5 @@ class Householder(nn.Module):
         self.layers = nn.ModuleList([first, *(nn.Linear(latent, latent, bias=False) for _ in range(steps - 1))])
 
     def forward(self, v: Tensor) -> Tensor:
-        units = []
-        for layer in self.layers:
-            v = unit(layer(v).float())  # the next vector's direction does not know this one's length
-            units.append(v)
-        return torch.stack(units, 1)
+        # the next vector's direction does not know this one's length
+        return torch.stack([v := unit(layer(v).float()) for layer in self.layers], 1)

@@ -25,7 +25,6 @@ from options import Fault
 from recipe import Options
 
 import torch
-from torch import Tensor
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what a file system without flock answers
 
@@ -88,17 +87,6 @@ def open_run(chosen: Options) -> dict | None:
     return None
 
 
-def check_resume(state: dict, chosen: Options, data: source.Pictures) -> None:
-    """Raise Fault where a run can't go on as asked."""
-    if data.digest != state["data"]["digest"]:
-        raise Fault(f"--data: {data.folder} is not what {chosen.run} was trained on ({state['data']['folder']}); "
-                    "give that folder, or another --run")
-    done = state["epochs_done"]
-    if chosen.epochs < done:
-        raise Fault(f"--epochs: got {chosen.epochs}, but {chosen.run} has done {done}; ask for {done} or more, "
-                    "--overwrite, or another --run")
-
-
 def describe(chosen: Options, data: source.Pictures, history: list[dict]) -> None:
     """Print what is trained; write config.json, and log.csv anew from the history so that no row stands there twice."""
     folder = Path(chosen.run)
@@ -117,31 +105,22 @@ def describe(chosen: Options, data: source.Pictures, history: list[dict]) -> Non
           f"{chosen.precision}, {chosen.threads} threads, {chosen.device}; to {chosen.run}")
 
 
-def sheets(found: sample.Trained, data: source.Pictures, begun: bool) -> dict[str, tuple[Tensor, dict[str, object]]]:
-    """Reconstructions (each under its test photograph), samples and Pegasi, and what to say of each.
-
-    begun: the run has not ended, so that a learned prior has no parts yet to compose Pegasi of.
-    """
-    about = found.about | {"seed": 0}
-    x = vae.from_bytes(data.test_images[:32].to(found.model.variance.device)).view(-1, 8, *vae.IMAGE)
-    pairs = torch.stack([x, found.model.reconstruct(x.flatten(0, 1)).view(x.shape)], 1).flatten(0, 2)
-    drawn = {"reconstructions": (pairs, {key: value for key, value in about.items() if key != "prior"}),
-             "samples": (sample.draw(found, sample.Options(mode="prior")), about)}
-    if len(data.classes) < 2:
-        return drawn
-    if begun and "prior" in about:
-        joined = compose.preview(found.model, found.learned, data.images, data.labels)
-        return drawn | {"pegasus": (joined, about | {"prior": sample.JOINED})}
-    return drawn | {"pegasus": (sample.draw(found), about)}
-
-
 @torch.no_grad()
 def draw(folder: Path, state: dict, model: vae.VAE, learned: prior.Learned | None, data: source.Pictures) -> None:
-    """A run's pictures: its curves and sheets. Raises Fault."""
+    """A run's pictures: curves, reconstructions (each under its test photograph), samples and Pegasi. Raises Fault."""
     found = sample.trained(state, model, learned)
+    about = found.about | {"seed": 0}
     if state["history"]:
         words = f"{pictures.DRAWN if data.name == 'drawn' else data.name}: {', '.join(data.classes)}"
-        curves = pictures.curves(state["history"], words)
-        pictures.save(curves, folder / "curves.png", found.about | {"seed": 0})
-    for name, (images, about) in sheets(found, data, state["epoch"] < state["config"]["epochs"]).items():
-        pictures.save(sample.page(images, about), folder / f"{name}.png", about | {"mode": name})
+        pictures.save(pictures.curves(state["history"], words), folder / "curves.png", about)
+    x = vae.from_bytes(data.test_images[:32].to(model.variance.device)).view(-1, 8, *vae.IMAGE)
+    pairs = torch.stack([x, model.reconstruct(x.flatten(0, 1)).view(x.shape)], 1).flatten(0, 2)
+    sheets = {"reconstructions": (pairs, {key: value for key, value in about.items() if key != "prior"}),
+              "samples": (sample.draw(found, sample.Options(mode="prior")), about)}
+    if len(data.classes) > 1 and "prior" in about and state["epoch"] < state["config"]["epochs"]:  # no parts yet
+        joined = compose.preview(model, found.learned, data.images, data.labels)
+        sheets["pegasus"] = joined, about | {"prior": sample.JOINED}
+    elif len(data.classes) > 1:
+        sheets["pegasus"] = sample.draw(found), about
+    for name, (images, said) in sheets.items():
+        pictures.save(sample.page(images, said), folder / f"{name}.png", said | {"mode": name})

@@ -124,12 +124,6 @@ def halved(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network, shared | halves)
 
 
-def laid_out(tensor: Tensor, like: Tensor) -> Tensor:
-    """A tensor with the strides of another one of its shape."""
-    same = tensor.stride() == like.stride()
-    return tensor if same else torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
-
-
 class Adam:
     """Adam (Kingma and Ba 2015) for a network's weights, by gradients of `trained`, which is that network or `halved`.
 
@@ -158,10 +152,6 @@ class Adam:
                     raise ValueError("optimizer and model differ in shape")
                 moment.copy_(state["state"][i][name])
 
-    def zero_grad(self) -> None:
-        for _, trained in self.pairs:
-            trained.grad = None
-
     def norm(self) -> Tensor:
         """The length of all gradients together, a tensor of one number."""
         grads = [trained.grad for _, trained in self.pairs]
@@ -174,21 +164,18 @@ class Adam:
 
     @torch.no_grad()
     def step(self) -> None:
-        if not self.ours:
-            self.torchs_step()
-        elif not self.found_inf:
-            self.one_pass()
-
-    def torchs_step(self) -> None:
-        """The step as torch.optim.Adam(fused=True) takes it."""
+        """The step that torch.optim.Adam(fused=True) takes."""
+        if self.ours:
+            if not self.found_inf:
+                self.one_pass()
+            return
         steps, *moments = ([moments[name] for moments in self.state] for name in ("step", "exp_avg", "exp_avg_sq"))
         weights, grads = zip(*((weight, trained.grad) for weight, trained in self.pairs), strict=True)
         torch._foreach_add_(steps, 1)
         torch._fused_adam_(weights, grads, *moments, [], steps, lr=self.lr, beta1=self.beta1, beta2=self.beta2,
                            weight_decay=0.0, eps=self.epsilon, amsgrad=False, maximize=False,
                            grad_scale=self.grad_scale, found_inf=self.found_inf)
-        if self.found_inf is not None:
-            torch._foreach_sub_(steps, [self.found_inf] * len(steps))
+        torch._foreach_sub_(steps, [self.found_inf] * len(steps))
 
     def one_pass(self) -> None:
         """The step by the extension."""
@@ -198,5 +185,5 @@ class Adam:
                    self.epsilon, scale)
         for (weight, trained), moments in zip(self.pairs, self.state, strict=True):
             moments["step"] += 1
-            torch.ops.pegasus.adam.default(weight, laid_out(trained.grad, weight), moments["exp_avg"],
-                                           moments["exp_avg_sq"], trained.detach(), *numbers)
+            torch.ops.pegasus.adam.default(weight, trained.grad, moments["exp_avg"], moments["exp_avg_sq"],
+                                           trained.detach(), *numbers)

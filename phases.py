@@ -1,8 +1,7 @@
 """The two parts of a run, and what a step of each minimises: the autoencoder's ELBO, then its learned prior's.
 
 Each phase has `optimizer`, `schedule` and `lr`, `first` and `epochs` (its part of the run's), `backward` (gradients of
-some rows of a batch and their sums), `update` (after Adam's step), `numbers` (for the terminal) and `end_epoch` (the
-log's columns).
+some rows of a batch and their sums), `numbers` (for the terminal) and `end_epoch` (the log's columns).
 """
 import contextlib
 import ctypes
@@ -80,9 +79,6 @@ class Autoencoder:
         ((distortion + self.options.beta * terms.rate).sum() / batch).backward()
         return torch.stack([distortion.detach().sum(), terms.rate.detach().sum(), terms.sse.detach().sum()])
 
-    def update(self, step: int) -> None:
-        """Nothing but Adam's step."""
-
     def numbers(self, means: list[float]) -> dict[str, float]:
         """What the progress line shows, of an epoch's means over its images."""
         distortion, rate, _ = means
@@ -159,10 +155,6 @@ class Prior:
         loss = self.loss(self.optimizer.trained, self.mu[at], self.logvar[at], names, seeds, first)[:len(rows)].sum()
         (loss / batch).backward()
         return torch.stack([loss.detach(), *loss.new_zeros(SUMS - 1)])
-
-    def update(self, step: int) -> None:
-        """Follow with the averaged weights, which draw better pictures."""
-        self.learned.follow(step)
 
     def numbers(self, means: list[float]) -> dict[str, float]:
         return {"prior loss": means[0]}

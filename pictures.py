@@ -69,14 +69,6 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
     return [step * k for k in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def limits(values: Sequence[float]) -> tuple[float, float]:
-    """The least and greatest finite value with a little room, never equal."""
-    finite = [v for v in values if math.isfinite(v)] or [0.0]
-    low, high = min(finite), max(finite)
-    room = (high - low) * 0.05 or max(abs(high) * 0.05, 1e-3)
-    return low - room, high + room
-
-
 PANELS = (("Train loss", ("train_loss",)), ("Test loss", ("test_loss",)),
           ("Distortion", ("train_distortion", "test_distortion")), ("Rate (KL)", ("train_rate", "test_rate")))
 PRIOR = ("Learned prior", ("train_loss", "test_loss"))
@@ -87,7 +79,9 @@ def panel(page: Image.Image, box: tuple[int, int, int, int], rows: Sequence[dict
     """Curves of some columns against epochs, on axes of their own in a box of an image."""
     epochs, series = [row["epoch"] for row in rows], [[row[column] for row in rows] for column in columns]
     left, top, right, bottom = box[0] + 76, box[1] + 34, box[2] - 20, box[3] - 50
-    (x0, x1), (y0, y1) = (min(epochs[0], 1), max(epochs[-1], epochs[0] + 1)), limits(sum(series, []))
+    finite = [value for values in series for value in values if math.isfinite(value)] or [0.0]
+    room = (max(finite) - min(finite)) * 0.05 or max(abs(max(finite)) * 0.05, 1e-3)
+    (x0, x1), (y0, y1) = (min(epochs[0], 1), max(epochs[-1], epochs[0] + 1)), (min(finite) - room, max(finite) + room)
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(14)
 
     def point(x: float, y: float) -> tuple[float, float]:

@@ -137,7 +137,7 @@ class Learned(nn.Module):
 
     @torch.no_grad()
     def follow(self, step: int, decay: float = 0.995) -> None:
-        """Take the averaged weights a little nearer to the trained ones, faster at the beginning."""
+        """Take the averaged weights, which draw better pictures, nearer to the trained ones, at first faster."""
         nearer = 1 - min(decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.average.parameters()), list(self.velocity.parameters()), nearer)
 

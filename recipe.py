@@ -66,35 +66,28 @@ def computes_bfloat16(place: str) -> bool:
 
 
 def resolve(chosen: Options) -> Options:
-    """Options with whatever was left open decided, for this network and this machine."""
+    """Options with whatever was left open decided, for this network and this machine. Raises Fault."""
     decided = {name: value for name, value in RECIPES[chosen.arch].items() if getattr(chosen, name) is None}
-    kind = decide_prior(chosen)
-    learned = kind == "learned"
-    decided |= {"prior": kind, "latent": chosen.latent or ("8x8x8" if learned else "128")}
+    grid = chosen.arch == "conv" and "x" in (chosen.latent or "8x8x8") and not chosen.flow
+    learned = chosen.prior == "learned" or chosen.prior is None and grid
+    if learned and not grid:
+        raise Fault("--prior: learned needs --arch conv, a grid of latents (--latent 8x8x8) and --flow 0; leave it, or "
+                    "use --prior normal")
     if chosen.autoencoder_epochs and not learned:
         raise Fault("--autoencoder-epochs: only a run with --prior learned has epochs of another kind; leave it")
-    vae.latent_shape(decided["latent"])  # before anything is downloaded
-    part = chosen.autoencoder_epochs or share(chosen.epochs)
-    decided |= {"autoencoder_epochs": part if learned else None}
-    place = device(chosen)
-    fast = "bfloat16" if computes_bfloat16(place) else "float32"
-    precision = fast if chosen.precision == "auto" else chosen.precision
-    threads = chosen.threads or torch.get_num_threads()
-    return replace(chosen, **decided, device=place, precision=precision, threads=threads)
+    latent = chosen.latent or ("8x8x8" if learned else "128")
+    vae.latent_shape(latent)  # before anything is downloaded
+    decided |= {"prior": "learned" if learned else chosen.prior or "normal", "latent": latent,
+                "autoencoder_epochs": (chosen.autoencoder_epochs or share(chosen.epochs)) if learned else None,
+                "device": device(chosen), "threads": chosen.threads or torch.get_num_threads()}
+    if chosen.precision == "auto":
+        decided["precision"] = "bfloat16" if computes_bfloat16(decided["device"]) else "float32"
+    return replace(chosen, **decided)
 
 
 def share(epochs: int) -> int:
     """How many of so many epochs are the autoencoder's where the prior is learned and nothing else is asked."""
     return max(1, round(epochs / 5), min(round(epochs / 3), 20))
-
-
-def decide_prior(chosen: Options) -> str:
-    """A run's prior: unless asked, learned where it can be, else normal. Raises Fault where it is learned in vain."""
-    grid = chosen.arch == "conv" and "x" in (chosen.latent or "8x8x8") and not chosen.flow
-    if chosen.prior == "learned" and not grid:
-        raise Fault("--prior: learned needs --arch conv, a grid of latents (--latent 8x8x8) and --flow 0; leave it, or "
-                    "use --prior normal")
-    return chosen.prior or ("learned" if grid else "normal")
 
 
 def split(chosen: Options) -> int:
@@ -114,11 +107,14 @@ def settle(chosen: Options, given: set[str], state: dict | None) -> Options:
             raise Fault(f"--{flag}: got {got}, but the run in {chosen.run} has {stored[name]}; leave it, use another "
                         "--run, or --overwrite")
     free = {name: getattr(chosen, name) for name in FREE & (given | {"run", "resume", "overwrite", "device"})}
-    under_way = state.get("phase") != "prior" and state["epochs_done"] < (stored["autoencoder_epochs"] or 0)
+    epochs, done = free.get("epochs", stored["epochs"]), state["epochs_done"]
+    if epochs < done:
+        raise Fault(f"--epochs: got {epochs}, but {chosen.run} has done {done}; ask for {done} or more, --overwrite, "
+                    "or another --run")
+    under_way = state.get("phase") != "prior" and done < (stored["autoencoder_epochs"] or 0)
     asked = "autoencoder_epochs" in given or stored["autoencoder_epochs"] != share(stored["epochs"])
     if under_way and not asked:  # decided anew
-        begun = state["epochs_done"] + (state["step"] > 0)
-        stored["autoencoder_epochs"] = max(share(free.get("epochs", stored["epochs"])), begun)
+        stored["autoencoder_epochs"] = max(share(epochs), done + (state["step"] > 0))
     return resolve(replace(Options(**stored), **free, **({"data": chosen.data} if chosen.data != "auto" else {})))
 
 

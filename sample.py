@@ -131,15 +131,6 @@ def two_sides(found: Trained, coat: str) -> tuple[Gaussian, Gaussian]:
     return found.densities[density.coated(found.classes[0], coat)], found.densities[found.classes[1]]
 
 
-def source(found: Trained, chosen: Options) -> Gaussian:
-    """What the latents of a mode are drawn from, `morph` apart."""
-    if chosen.mode == "prior":
-        return Gaussian(torch.zeros(found.model.latent), torch.eye(found.model.latent))
-    if chosen.mode == "pegasus":
-        return density.product(*two_sides(found, chosen.coat), chosen.blend)
-    return found.densities[density.coated(chosen.mode, chosen.coat)]
-
-
 def codes(found: Trained, chosen: Options) -> Tensor | None:
     """The codes (n, K) of draws from a conditional prior; other latents, which know none, are given the likeliest."""
     known = found.model.conditional
@@ -155,10 +146,16 @@ def latents(found: Trained, chosen: Options) -> Tensor:
         return morph(found, chosen)
     eps = vae.noise(chosen.n, found.model.latent, chosen.seed)
     if chosen.mode == "prior" and found.about.get("prior") == BEFORE:
-        return density.draw_in_turn([found.densities[name] for name in found.classes], eps, chosen.temperature)
+        sets = [density.draw(found.densities[name], eps, chosen.temperature) for name in found.classes]
+        return torch.stack(sets)[torch.arange(chosen.n) % len(sets), torch.arange(chosen.n)]
     if (code := codes(found, chosen)) is not None:
         return found.model.conditional.draw(chosen.temperature * eps, code).cpu()
-    return density.draw(source(found, chosen), eps, chosen.temperature)
+    if chosen.mode == "prior":
+        return (chosen.temperature * eps.double()).float()
+    both = chosen.mode == "pegasus"
+    gaussian = density.product(*two_sides(found, chosen.coat), chosen.blend) if both else (
+        found.densities[density.coated(chosen.mode, chosen.coat)])
+    return density.draw(gaussian, eps, chosen.temperature)
 
 
 def composes(found: Trained, chosen: Options) -> bool:
@@ -229,23 +226,18 @@ def morph(found: Trained, chosen: Options) -> Tensor:
     return z
 
 
-def likeness(found: Trained, z: Tensor, coat: str) -> Tensor:
-    """How Pegasus-like latents (n, latent) are, (n,): their density under whichever of the two classes gives less."""
-    first, second = two_sides(found, coat)
-    return torch.minimum(density.log_density(first, z), density.log_density(second, z))
-
-
 def ranking(found: Trained, z: Tensor, images: Tensor, chosen: Options) -> Tensor:
-    """What `--best` goes by, (n,), for latents and their images: the judge's score where there is one, and the coat.
+    """What `--best` goes by, (n,), for latents and their images: the judge's score, and the coat.
 
-    With a coat, the sum of an image's ranks by score and by brightness: neither has a unit that the other knows.
+    Without a judge, their density under whichever of the two classes gives less. With a coat, the sum of an image's
+    ranks by score and by brightness: neither has a unit that the other knows.
     """
     if found.judge:
         seen = judge.classify(found.judge, images)[0]
         horse = seen[:, cifar10.CLASSES.index(found.classes[0])]  # what composed Pegasi, which have wings, may lack
         score = horse if composes(found, chosen) else judge.pegasus_score(seen, found.classes)
     else:
-        score = likeness(found, z, chosen.coat)
+        score = torch.minimum(*(density.log_density(side, z) for side in two_sides(found, chosen.coat)))
     if chosen.coat == "any":
         return score
     light = density.brightness(images) * (1 if chosen.coat == "white" else -1)

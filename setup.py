@@ -24,13 +24,9 @@ TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of torch 
 # No contraction of a * b + c: every instruction set is to give the same bits.
 KERNEL = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-Wno-maybe-uninitialized"]
 # Tuned for no processor in particular, gcc's AVX-512 code runs 14 % longer on a Zen 4; tuning changes no bit.
-LEVELS = {"baseline": [], "avx2": ["-mavx2"], "avx512": ["-mavx512f", "-mtune=icelake-server"]}
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+LEVELS = {"baseline": []} | ({"avx2": ["-mavx2"], "avx512": ["-mavx512f", "-mtune=icelake-server"]} if X86 else {})
 ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0", "12.0")
-
-
-def x86() -> bool:
-    """Whether the levels above the baseline can be compiled."""
-    return platform.machine().lower() in ("x86_64", "amd64")
 
 
 def nvcc() -> str | None:
@@ -45,16 +41,11 @@ def nvcc() -> str | None:
     path = shutil.which("nvcc", path=f"{home}/bin" if home else None) or shutil.which("nvcc")
     if asked and path is None:
         raise SystemExit("PEGASUS_CUDA=1: no nvcc found on PATH or under CUDA_HOME")
-    if asked or path and release(path) == torch.version.cuda.split(".")[0]:
+    said = subprocess.run([path, "--version"], capture_output=True, text=True).stdout if path else ""
+    if asked or f"release {torch.version.cuda.split('.')[0]}." in said:
         return path
     go_without("CUDA kernels", f"no nvcc of CUDA {torch.version.cuda}, which is torch's, was found")
     return None
-
-
-def release(compiler: str) -> str:
-    """The major version of CUDA that a compiler is of."""
-    said = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    return "".join(re.findall(r"release (\d+)", said)[:1])
 
 
 def go_without(what: str, reason: str) -> None:
@@ -93,7 +84,9 @@ class BuildOp(build_ext):
         self.flags = ["-std=c++20", "-g0", *os.environ.get("PEGASUS_FLAGS", "").split()]
         # pybind11's own headers before those that come with torch, which refuse to be used beside the stable ABI
         self.includes = [pybind11.get_include(), *include_paths(), *self.compiler.include_dirs]
-        objects, macros = self.cpu_objects(), [TARGET, *(["-DPEGASUS_X86"] if x86() else [])]
+        objects = [self.compile(source, level, [*KERNEL, f"-DPEGASUS_LEVEL={level}", *flags])[0]
+                   for level, flags in LEVELS.items() for source in ("cpu.cpp", "step.cpp")]
+        macros = [TARGET, *(["-DPEGASUS_X86"] if X86 else [])]
         libraries, library_directories = ["torch", "torch_cpu", "c10"], library_paths()
         if names := self.cuda_objects(objects, compiler := nvcc()):
             macros += ["-DPEGASUS_CUDA", "-DUSE_CUDA", f'-DPEGASUS_CUDA_ARCHITECTURES="{" ".join(names)}"']
@@ -109,11 +102,6 @@ class BuildOp(build_ext):
     def compile(self, source: str, folder: str, flags: list[str]) -> list[str]:
         return self.compiler.compile([f"csrc/{source}"], output_dir=str(Path(self.build_temp) / folder),
                                      include_dirs=self.includes, extra_postargs=[*self.flags, *flags])
-
-    def cpu_objects(self) -> list[str]:
-        levels = LEVELS if x86() else {"baseline": []}
-        return [self.compile(source, level, [*KERNEL, f"-DPEGASUS_LEVEL={level}", *flags])[0]
-                for level, flags in levels.items() for source in ("cpu.cpp", "step.cpp")]
 
     def cuda_objects(self, objects: list[str], compiler: str | None) -> list[str]:
         """Add the CUDA kernels to the objects; the architectures they are for, none where that can't be done."""

@@ -34,15 +34,6 @@ class Pictures:
     digest: str  # SHA-256 of all of the above tensors
 
 
-def drawn_folder() -> Path:
-    """The folder of the drawn pictures, which are made at the first call (about 15 seconds)."""
-    folder = DATA / "drawn"
-    if not folder.exists():
-        print(f"drawing 12,000 pictures into {folder}", file=sys.stderr, flush=True)
-        drawn.write(folder)
-    return folder
-
-
 def locate(data: str) -> Path:
     """The folder of batches behind `--data`: cifar10, drawn, or a folder. Raises Fault.
 
@@ -61,19 +52,26 @@ def locate(data: str) -> Path:
                 return folder
             print(BANNER.format(reason=reason), file=sys.stderr, flush=True)
             data = "drawn"
-    if data == "drawn":
-        return drawn_folder()
-    if not Path(data).is_dir():
+    folder = DATA / "drawn" if data == "drawn" else Path(data)
+    if data == "drawn" and not folder.exists():
+        print(f"drawing 12,000 pictures into {folder}", file=sys.stderr, flush=True)  # about 15 seconds
+        drawn.write(folder)
+    if not folder.is_dir():
         raise Fault(f"--data: no folder {data}; wanted auto, cifar10, drawn or a folder of CIFAR-10's binary batches")
-    return Path(data)
+    return folder
 
 
-def load(data: str, classes: str) -> Pictures:
-    """All pictures of some classes. Raises Fault for whatever is wrong with them."""
+def load(data: str, classes: str, known: dict[str, str] | None = None) -> Pictures:
+    """All pictures of some classes. Raises Fault for whatever is wrong with them.
+
+    known: folder and digest of a checkpoint's data, which are to be these, and which "auto" then is.
+    """
     names = tuple(cifar10.CLASSES[i] for i in cifar10.class_indices(classes))  # before anything is downloaded
-    folder = locate(data)
+    folder = locate(known["folder"] if known and data == "auto" else data)
     train, test = cifar10.load(folder, classes, cifar10.TRAIN), cifar10.load(folder, classes, cifar10.TEST)
     digest = hashlib.sha256()
     for tensor in (*train, *test):
         digest.update(tensor.numpy())
+    if known and digest.hexdigest() != known["digest"]:
+        raise Fault(f"--data: {folder} is not what the checkpoint was trained on ({known['folder']}); give that folder")
     return Pictures(*train, *test, names, str(folder.resolve()), folder.resolve().name, digest.hexdigest())

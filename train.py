@@ -116,30 +116,33 @@ class Training:
         return self.fitted
 
     def train_step(self, rows: Tensor, mirrored: Tensor | None) -> None:
-        """One step of Adam on some rows of the images, added to the epoch's totals."""
+        """One step of Adam on some rows of the images, added to the epoch's totals. Raises Fault when none is taken."""
         done, phase = self.epoch * self.steps + self.step, self.phase
         progress = (done - phase.first * self.steps) / (phase.epochs * self.steps)
         self.optimizer.lr = recipe.learning_rate(phase.schedule, phase.lr, progress)
         share = self.workers.share(len(rows))
-        self.optimizer.zero_grad()
+        self.optimizer.trained.zero_grad()
         sums = phase.backward(rows[share], None if mirrored is None else mirrored[share], len(rows), share.start, done)
         sums = self.workers.total(torch.cat([sums, sums.new_tensor([self.asked > 0])]))
         self.workers.total_gradients([trained for _, trained in self.optimizer.pairs])
         self.update(sums[:-1], len(rows))
-        phase.update(done - phase.first * self.steps)
+        if phase.name == "prior":
+            self.learned.follow(done - phase.first * self.steps)
         if self.workers.size == 1:  # without looking at the flag, for which a GPU would have to finish first
             self.stop = self.asked
         elif sums[-1] > 0:
             self.stop = self.asked or signal.SIGTERM
         self.step, self.ahead = self.step + 1, True
-        if self.step % PATIENCE == 0 or self.step == self.steps:
-            self.check_skipped()
+        if (self.step % PATIENCE == 0 or self.step == self.steps) and (in_a_row := int(self.skipped[2])) >= PATIENCE:
+            epoch, step = (i + 1 for i in divmod(self.epoch * self.steps + self.step - in_a_row, self.steps))
+            raise Fault(f"{self.folder}: gradient or loss not finite in {PATIENCE} steps in a row, from epoch {epoch}, "
+                        f"step {step} on; what was saved last is still there; take a lower {phase.flag}")
 
     def update(self, sums: Tensor, images: int) -> None:
         """Adam's step and the epoch's totals: neither where the gradient's norm or the loss is not finite.
 
         Decided on the device, so that nothing waits for it, and from what all processes share, so that all do the
-        same. After PATIENCE such steps in a row none is taken: it does not matter when `check_skipped` looks.
+        same. After PATIENCE such steps in a row none is taken: it does not matter when `train_step` looks.
         """
         norm = self.optimizer.norm()
         bad = ~(norm + sums.sum()).isfinite() | (self.skipped[2] >= PATIENCE)
@@ -150,14 +153,6 @@ class Training:
         self.totals += torch.where(bad, 0, sums)
         self.skipped[:2] += torch.stack([bad, bad * images])
         self.skipped[2].add_(1).mul_(bad)
-
-    def check_skipped(self) -> None:
-        """Raise Fault when no step is taken any more."""
-        in_a_row = int(self.skipped[2])
-        if in_a_row >= PATIENCE:
-            epoch, step = (i + 1 for i in divmod(self.epoch * self.steps + self.step - in_a_row, self.steps))
-            raise Fault(f"{self.folder}: gradient or loss not finite in {PATIENCE} steps in a row, from epoch {epoch}, "
-                        f"step {step} on; what was saved last is still there; take a lower {self.phase.flag}")
 
     def means(self, images: int) -> list[float]:
         """The sums of the epoch's first so many images for each of them, those of skipped steps left out."""
@@ -177,7 +172,7 @@ class Training:
             progress.show(self.epoch + 1, done, lambda done=done: self.phase.numbers(self.means(done)))
 
     def end_epoch(self, progress: log.Progress) -> None:
-        """Test, add a row to the history and to log.csv, begin the next epoch, perhaps the next phase."""
+        """Test, add a row to the history and to log.csv, begin the next epoch."""
         means = self.means(len(self.data.images))
         values = self.phase.end_epoch(means)
         if not math.isfinite(sum(values.values())):
@@ -208,20 +203,16 @@ class Training:
             self.cost = time.monotonic() - begun
         self.saved, self.ahead = time.monotonic(), False
 
-    def later(self) -> float:
-        """About how many seconds the phase after this one takes, by the time of a few of its steps."""
-        epochs = self.options.epochs - recipe.split(self.options)
-        if not self.learned or self.phase.name == "prior" or not self.workers.leads:
-            return 0.0
-        with phases.autocast(self.options):
-            return epochs * self.steps * prior.step_seconds(self.learned.velocity, min(self.options.batch_size,
-                                                                                      len(self.data.images)))
-
     def train_phase(self) -> None:
         """The epochs that are left of a phase; leaves early when a signal asks for it."""
         last, images, chosen = self.phase.first + self.phase.epochs, len(self.data.images), self.options
+        later = 0.0  # seconds that the phase after this one takes, by a few of its steps
+        if self.learned and self.phase.name == "autoencoder" and self.workers.leads:
+            with phases.autocast(chosen):
+                step = prior.step_seconds(self.learned.velocity, min(chosen.batch_size, images))
+            later = (chosen.epochs - last) * self.steps * step
         progress = log.Progress(last, chosen.epochs, images, self.epoch * images + self.step * chosen.batch_size,
-                                self.later(), self.folder / "speed.csv", quiet=not self.workers.leads)
+                                later, self.folder / "speed.csv", quiet=not self.workers.leads)
         while self.epoch < last and not self.stop:
             self.train_epoch(progress)
             if self.step == self.steps:
@@ -268,14 +259,12 @@ def begin(chosen: Options, given: set[str], workers: Group) -> Training:
     last = Path(chosen.run) / "last.pt" if state else None
     with checkpoint.fitting(last):
         chosen = recipe.settle(chosen, given, state)
+        known = {key: str(state["data"][key]) for key in ("folder", "digest")} if state else None
     torch.set_num_threads(chosen.threads)
     torch.set_flush_denormal(True)  # numbers below 1e-38 can cost 5 to 40 times as long
     torch.backends.cudnn.deterministic = True  # a resumed run is to have the same bits
-    stored = state["data"]["folder"] if state and chosen.data == "auto" else chosen.data
-    data = workers.first(lambda: source.load(stored, chosen.classes))
+    data = workers.first(lambda: source.load(chosen.data, chosen.classes, known))
     with checkpoint.fitting(last):
-        if state:
-            folder.check_resume(state, chosen, data)
         return Training(chosen, data, state, workers)
 
 

@@ -14,7 +14,7 @@ import flow
 import fused
 import reparam
 from options import Fault
-from conditional import Conditional, Given, expected_rate, temperature
+from conditional import Conditional, Given, expected_rate
 
 import torch
 from torch import Tensor, nn
@@ -78,11 +78,6 @@ def conv(shape: tuple[int, ...], fine: int = 64, coarse: int = 64) -> tuple[nn.M
     return tuple(fused.Sequence(*layers).to(memory_format=torch.channels_last) for layers in (encoder, decoder))
 
 
-def squared_error(sse: Tensor, variance: Tensor) -> Tensor:
-    """The paper's distortion: the squared error as it is, which fixes a pixel's variance at 1/2."""
-    return sse
-
-
 def gaussian(sse: Tensor, variance: Tensor) -> Tensor:
     """-log N(x; xhat, variance I) in nats an image, (B,), with one variance for all pixels.
 
@@ -97,7 +92,7 @@ def bits_per_dim(sse: Tensor, rate: Tensor, variance: Tensor) -> Tensor:
 
 
 NETWORKS = {"mlp": mlp, "conv": conv}
-LIKELIHOODS = {"mse": squared_error, "gaussian": gaussian}
+LIKELIHOODS = {"mse": lambda sse, variance: sse, "gaussian": gaussian}  # the paper's fixes the variance at 1/2
 
 
 class VAE(nn.Module):
@@ -134,9 +129,8 @@ class VAE(nn.Module):
         prior it is that of the likeliest code.
         """
         h = self.encoder[:-1](x)
-        if self.conditional:
-            return self.conditional.likeliest(h, self.encoder[-1](h).float())
-        mu, logvar = self.encoder[-1](h).float().flatten(1).chunk(2, 1)
+        joint = self.encoder[-1](h).float().flatten(1)
+        mu, logvar = self.conditional.likeliest(h, joint) if self.conditional else joint.chunk(2, 1)
         return mu, logvar, self.flow(h) if self.flow else mu.new_zeros(len(mu), 0, self.latent)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,7 +162,7 @@ class VAE(nn.Module):
         """`forward` with one relaxed code for each image instead of a sum over all codes."""
         h = self.encoder[:-1](x)
         joint, log_share = self.encoder[-1](h).float(), self.conditional.log_shares(h)
-        code = self.conditional.relax(log_share, seed, row_offset, temperature(progress))
+        code = self.conditional.relax(log_share, seed, row_offset, 1 - progress / 2)  # temperatures from 1 to 1/2
         z, _ = reparam.reparameterize_kl(*self.conditional.posterior(joint, code), seed, row_offset)
         return Terms(self.conditional.rate(log_share, joint), fused.squared_error(self.logits(z, code), x))
 
@@ -211,6 +205,6 @@ def from_bytes(images: Tensor) -> Tensor:
     return images.float().div_(255)
 
 
-def noise(n: int, latent: int, seed: int, first: int = 0) -> Tensor:
-    """Standard normals (n, latent); row i is a function of (seed, first + i) alone."""
-    return reparam.normals(n, latent, torch.tensor(seed), first)
+def noise(n: int, latent: int, seed: int) -> Tensor:
+    """Standard normals (n, latent); row i is a function of (seed, i) alone."""
+    return reparam.normals(n, latent, torch.tensor(seed))

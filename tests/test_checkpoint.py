@@ -33,13 +33,6 @@ def test_a_flipped_bit_is_refused(saved):
         checkpoint.load(saved)
 
 
-@pytest.mark.parametrize("keep", [0, 1, 100, 5000, -1])
-def test_a_truncated_file_is_refused(saved, keep):
-    saved.write_bytes(saved.read_bytes()[:keep])
-    with pytest.raises(Fault, match=r"a\.pt: not a checkpoint"):
-        checkpoint.load(saved)
-
-
 class Evil:
     def __reduce__(self):
         return os.mkdir, (os.environ["EVIL"],)
@@ -56,16 +49,13 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch):
 
 
 def test_files_that_are_no_checkpoints(tmp_path, complaint):
-    text, other, future = tmp_path / "t.pt", tmp_path / "z.pt", tmp_path / "f.pt"
+    text, other = tmp_path / "t.pt", tmp_path / "z.pt"
     text.write_text("hello")
     with zipfile.ZipFile(other, "w") as archive:
         archive.writestr("a", "b")
-    torch.save({"format": 99}, future)
-    for path, words in ((text, "not a checkpoint"), (other, "not a checkpoint"), (future, "format 99"),
-                        (tmp_path / "none.pt", "no such file"), (tmp_path, "can't be read")):
+    for path, words in ((text, "not a checkpoint"), (other, "not a checkpoint"), (tmp_path / "none.pt", "no such file"),
+                        (tmp_path, "can't be read")):
         assert words in complaint(sample.main, path, tmp_path / "out.png")
-    checkpoint.save(other, {"something": "else"})
-    assert "another version" in complaint(sample.main, other, tmp_path / "out.png")
     assert not (tmp_path / "out.png").exists()
 
 

@@ -47,19 +47,6 @@ def test_on_a_linear_gaussian_model_the_bound_is_the_exact_density():
     assert fewer == sorted(fewer)
 
 
-def test_samples_against_torch_distributions():
-    model, exact = linear()
-    x = exact.sample((5,))
-    known, _, weights = evaluate.samples(model, x, 3, seed=2, likelihood=normal)
-    (_, mu, logvar, decode), = model.given(x)
-    for i in range(3):
-        z = mu + (logvar / 2).exp() * evaluate.vae.noise(5, 2, evaluate.reparam.derive_seed(2, i, evaluate.BOUND))
-        like = normal(x, decode(z), model.variance)
-        log_w = like + Normal(0.0, 1.0).log_prob(z).sum(1) - Normal(mu, (logvar / 2).exp()).log_prob(z).sum(1)
-        torch.testing.assert_close(known[i], like.double())
-        torch.testing.assert_close(weights[i], log_w.double(), rtol=1e-4, atol=1e-4)
-
-
 def test_binned_is_a_probability_of_bytes():
     """All 256 bytes add up to one, also far from the mean; against differences of CDFs in float64."""
     values = torch.arange(256) / 255

@@ -111,14 +111,6 @@ def test_rows_computed_apart_equal_the_whole(start):
     assert torch.equal(kl, torch.cat([p[1] for p in parts]))
 
 
-def test_the_same_arguments_give_the_same_result_and_other_seeds_do_not():
-    mu, logvar, seed = inputs(4, 16)
-    first, again = (reparam.reparameterize_kl(mu, logvar, seed)[0] for _ in range(2))
-    assert torch.equal(first, again)
-    for other in (-4, -6, 2**62):
-        assert not torch.isclose(first, reparam.reparameterize_kl(mu, logvar, torch.tensor(other))[0]).any()
-
-
 def test_gradcheck():
     mu, logvar, seed = inputs(3, 7, torch.float64)
     assert torch.autograd.gradcheck(lambda m, v: reparam.reparameterize_kl(m, v, seed, 2),

@@ -77,15 +77,11 @@ def test_modes_draw_from_their_densities(last):
     assert latents(found, "prior", 500).std().item() == pytest.approx(1, abs=0.02)
 
 
-def test_morph_goes_from_one_class_to_the_other(last):
+def test_morph_goes_from_one_class_to_the_other_and_keeps_its_amount_of_noise(last):
     found = sample.load(last)
     path = latents(found, "morph", 12, temperature=0.0, columns=4)
     torch.testing.assert_close(path[[0, 4, 8]], found.densities["horse"].mean.expand(3, -1))
     torch.testing.assert_close(path[[3, 7, 11]], found.densities["bird"].mean.expand(3, -1))
-
-
-def test_morph_keeps_its_ends_and_its_amount_of_noise(last):
-    found = sample.load(last)
     path = latents(found, "morph", 4000).view(500, 8, -1)
     assert path[:7].equal(latents(found, "morph", 56).view(7, 8, -1))
     horse, bird = (found.densities[name] for name in ("horse", "bird"))
@@ -108,12 +104,13 @@ def test_without_a_judge_best_are_likely_under_both_classes(last):
     assert images.equal(found.model.decode(z).detach()[order[:5]])  # of as many rows: that decides how BLAS rounds
 
 
-def test_likeness_is_the_density_under_the_class_that_gives_less(last):
+def test_without_a_judge_ranking_is_the_density_under_the_class_that_gives_less(last):
     found = sample.load(last)
     sides = {name: density.Gaussian(torch.full((128,), mean), torch.eye(128)) for name, mean in
              (("horse", 1.0), ("bird", -1.0))}
     z = torch.tensor([[1.0], [0.1], [-0.5]]).expand(3, 128)  # a horse, in between, rather a bird
-    assert sample.likeness(replace(found, densities=sides), z, "any").argsort(descending=True).tolist() == [1, 2, 0]
+    score = sample.ranking(replace(found, densities=sides, judge=None), z, z, sample.Options())
+    assert score.argsort(descending=True).tolist() == [1, 2, 0]
 
 
 def test_best_have_the_judges_score_and_the_coat(last):

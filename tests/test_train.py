@@ -170,9 +170,8 @@ def test_a_diverging_run_stops_and_says_so(batches, tmp_path, complaint):
 
 def test_without_network_and_data_the_drawn_set_is_announced_everywhere(batches, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train.source, "drawn_folder", lambda: Path(os.path.join(batches.parent, "drawn")))
-    if not (batches.parent / "drawn").exists():
-        (batches.parent / "drawn").symlink_to(batches)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "drawn").symlink_to(batches)
     monkeypatch.setattr(train.source.Path, "resolve", lambda path: path)
     trained(tmp_path / "r", "--epochs", 1)
     assert "DRAWN DATA" in capsys.readouterr().err

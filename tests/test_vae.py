@@ -46,26 +46,6 @@ def test_the_papers_objective(model, x):
     torch.testing.assert_close(model.distortion(terms.sse, torch.tensor(0.1)), error)  # whatever the variance
 
 
-def test_rows_apart_equal_rows_together(model, x):
-    seed = torch.tensor(9)
-    whole, first, second = model(x, seed), model(x[:2], seed, 0), model(x[2:], seed, 2)
-    for a, b, c in zip(whole, first, second, strict=True):
-        torch.testing.assert_close(a, torch.cat([b, c]))
-    assert not torch.allclose(model(x, torch.tensor(10)).sse, whole.sse)
-
-
-def test_training_lowers_both_terms_of_the_loss(model, x):
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-    losses = []
-    for step in range(60):
-        terms = model(x, torch.tensor(step))
-        losses.append((terms.sse + terms.rate).mean())
-        optimizer.zero_grad()
-        losses[-1].backward()
-        optimizer.step()
-    assert losses[-1] < 0.6 * losses[0]
-
-
 def test_the_calibrated_likelihood_is_a_normal_density(x):
     xhat, variance = torch.rand_like(x), torch.tensor(0.03)
     sse = (x - xhat).square().sum((1, 2, 3))
@@ -108,18 +88,10 @@ def test_a_grids_latents_lie_where_they_are_in_the_picture(x):
     assert difference[:8, :8].mean() > 2 * difference[16:, 16:].mean()  # normalisation reaches everywhere
 
 
-@pytest.mark.parametrize("latent", ["", "0", "x", "8x8", "8x8x0", "4x4x8", "-3", "8x8x8x8", "many"])
+@pytest.mark.parametrize("latent", ["", "0", "x", "8x8", "8x8x0", "4x4x8", "-3", "8x8x8x8", "many", "99999999999",
+                                    "8x8x99999999"])
 def test_latents_that_make_no_sense(latent):
     with pytest.raises(Fault, match="--latent"):
         vae.VAE("conv", "gaussian", latent)
     with pytest.raises(Fault, match="--arch conv"):
         vae.VAE("mlp", "mse", "8x8x8")
-
-
-def test_noise_of_an_image_depends_on_its_number_alone():
-    whole = vae.noise(64, 128, seed=3)
-    assert whole[7:9].equal(vae.noise(2, 128, seed=3, first=7))
-    assert whole[:5].equal(vae.noise(5, 128, seed=3))
-    assert not whole.equal(vae.noise(64, 128, seed=4))
-    assert abs(whole.mean()) < 0.05
-    assert abs(whole.std() - 1) < 0.05
