@@ -117,6 +117,7 @@ def test_what_sample_and_resume_refuse(whole, tmp_path, fails, damage, monkeypat
 
 @pytest.mark.parametrize(("change", "words"), [
     (lambda s: s.pop("history"), "'history'"),
+    (lambda s: s.pop("data"), "'data'"),
     (lambda s: s.update(rng=torch.zeros(3, dtype=torch.uint8)), "RNG"),
     (lambda s: s["config"].update(novelty=1), "novelty"),
     (lambda s: s.update(epochs_done="many"), "'<'"),
