@@ -189,22 +189,17 @@ static __attribute__((noinline)) void backward_rows(const Arguments& a, int64_t 
   }
 }
 
-// The state is set outside the function that computes: nothing in the language orders the two within one.
-template <RangeKernel rows>
-static void in_default_state(const Arguments& a, int64_t first_row, int64_t last_row) {
-  FloatState state(FloatState::ieee);
-  rows(a, first_row, last_row);
-}
+constexpr auto ieee = FloatState::ieee;
 
 #define PEGASUS_NAME(level) #level
 #define PEGASUS_NAME_OF(level) PEGASUS_NAME(level)
 
 extern const CpuKernels kernels = {
     PEGASUS_NAME_OF(PEGASUS_LEVEL),
-    {in_default_state<forward_rows<Float32, float>>, in_default_state<forward_rows<Float64, double>>,
-     in_default_state<forward_rows<Bfloat16, float>>, in_default_state<forward_rows<Float16, float>>},
-    {in_default_state<backward_rows<Float32, float>>, in_default_state<backward_rows<Float64, double>>,
-     in_default_state<backward_rows<Bfloat16, float>>, in_default_state<backward_rows<Float16, float>>},
+    {in_state<ieee, forward_rows<Float32, float>>, in_state<ieee, forward_rows<Float64, double>>,
+     in_state<ieee, forward_rows<Bfloat16, float>>, in_state<ieee, forward_rows<Float16, float>>},
+    {in_state<ieee, backward_rows<Float32, float>>, in_state<ieee, backward_rows<Float64, double>>,
+     in_state<ieee, backward_rows<Bfloat16, float>>, in_state<ieee, backward_rows<Float16, float>>},
 };
 
 }  // namespace PEGASUS_LEVEL

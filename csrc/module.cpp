@@ -68,12 +68,6 @@ const Level& chosen_level() {
 
 const CpuKernels& cpu_kernels() { return *chosen_level().kernels; }
 
-}  // namespace
-
-const StepKernels& chosen_step_kernels() { return *chosen_level().step; }
-
-namespace {
-
 // ---- checks ----
 
 // `argument` is to be what `like`, mu, is: shape, dtype and device.
@@ -217,6 +211,9 @@ STABLE_TORCH_LIBRARY_IMPL(pegasus, CUDA, m) {
 #endif
 
 }  // namespace
+
+const StepKernels& chosen_step_kernels() { return *chosen_level().step; }
+
 }  // namespace pegasus
 
 PYBIND11_MODULE(pegasus_op, module) {

@@ -243,27 +243,15 @@ static __attribute__((noinline)) void error_images_backward(const SquaredError& 
     }
 }
 
-// The state is set outside the functions that compute, as in cpu.cpp.
-template <class Signature, Signature* kernel>
-struct Flushing;
-
-template <class Result, class... Parameters, Result (*kernel)(Parameters...)>
-struct Flushing<Result(Parameters...), kernel> {
-  static Result run(Parameters... parameters) {
-    FloatState state(FloatState::flushing);
-    return kernel(parameters...);
-  }
-};
-
-#define PEGASUS_FLUSHING(kernel) Flushing<decltype(kernel), &kernel>::run
+constexpr auto flushing = FloatState::flushing;
 
 extern const StepKernels step_kernels = {
-    {PEGASUS_FLUSHING(adam_range<Float32>), PEGASUS_FLUSHING(adam_range<Bfloat16>)},
-    {PEGASUS_FLUSHING(squares_range<Float32>), PEGASUS_FLUSHING(squares_range<Bfloat16>)},
-    {PEGASUS_FLUSHING(norm_images<Float32>), PEGASUS_FLUSHING(norm_images<Bfloat16>)},
-    {PEGASUS_FLUSHING(norm_images_backward<Float32>), PEGASUS_FLUSHING(norm_images_backward<Bfloat16>)},
-    {PEGASUS_FLUSHING(error_images<Float32>), PEGASUS_FLUSHING(error_images<Bfloat16>)},
-    {PEGASUS_FLUSHING(error_images_backward<Float32>), PEGASUS_FLUSHING(error_images_backward<Bfloat16>)},
+    {in_state<flushing, adam_range<Float32>>, in_state<flushing, adam_range<Bfloat16>>},
+    {in_state<flushing, squares_range<Float32>>, in_state<flushing, squares_range<Bfloat16>>},
+    {in_state<flushing, norm_images<Float32>>, in_state<flushing, norm_images<Bfloat16>>},
+    {in_state<flushing, norm_images_backward<Float32>>, in_state<flushing, norm_images_backward<Bfloat16>>},
+    {in_state<flushing, error_images<Float32>>, in_state<flushing, error_images<Bfloat16>>},
+    {in_state<flushing, error_images_backward<Float32>>, in_state<flushing, error_images_backward<Bfloat16>>},
 };
 
 }  // namespace PEGASUS_LEVEL

@@ -158,5 +158,13 @@ class FloatState {
 #endif
 };
 
+// A kernel in a floating-point state, which is set outside the function that computes: nothing in the language orders
+// the two within one.
+template <FloatState::State state, auto kernel, class... Parameters>
+static auto in_state(Parameters... parameters) {
+  FloatState set(state);
+  return kernel(parameters...);
+}
+
 }  // namespace PEGASUS_LEVEL
 }  // namespace pegasus
