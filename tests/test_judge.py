@@ -27,6 +27,19 @@ def test_it_learns_and_is_small_enough_to_travel(state, pictures, tmp_path):
     assert (tmp_path / "judge.pt").stat().st_size < 1.2e6
 
 
+def test_descent_is_torchs_sgd():
+    weights = [torch.randn(4, 3), torch.randn(5)]
+    twins = [weight.clone() for weight in weights]
+    optimizer, momentum = torch.optim.SGD(twins, 0.1, 0.9, weight_decay=5e-4, nesterov=True), [0 * w for w in weights]
+    for lr in (0.1, 0.2, 0.05):
+        for weight, twin in zip(weights, twins, strict=True):
+            weight.grad = twin.grad = torch.randn_like(weight)
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        judge.descend(weights, momentum, lr)
+        assert all(weight.equal(twin) for weight, twin in zip(weights, twins, strict=True))
+
+
 def test_a_picture_and_its_mirror_image_are_judged_alike(state, pictures):
     asked, some = judge.from_state(state), pictures[0][:20]
     straight, mirrored = judge.classify(asked, some, batch_size=7), judge.classify(asked, some.flip(3) / 255)

@@ -1,6 +1,7 @@
 """A run of both phases through its command lines: autoencoder, then learned prior."""
 import csv
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import phases
 import pictures
 import sample
 import train
+from options import Fault
 
 import pytest
 import torch
@@ -87,6 +89,25 @@ def test_pegasi_of_a_run_that_is_under_way_are_joined_and_say_so(batches, tmp_pa
     assert about == [sample.JOINED] * (len(about) - 1) + ["learned"] and len(about) > 2
     assert words.count(sample.JOINED) == len(about) - 1
     assert words.count(sample.BEFORE) < len(about) - 1  # samples, until the prior is trained
+
+
+def test_the_judge_trains_without_the_runs_photographs(batches, tmp_path, monkeypatch):
+    """Both together would not fit beside each other into the memory that is promised."""
+    images, load, left = [], train.source.load, []
+
+    def watched(*argv):
+        data = load(*argv)
+        images.append(weakref.ref(data.images))
+        return data
+
+    def get(*_):
+        left.append(images[0]())
+        raise Fault("seen enough")
+    monkeypatch.setattr(train.source, "load", watched)
+    monkeypatch.setattr(train.judge, "get", get)
+    with pytest.raises(Fault, match="seen enough"):
+        trained(tmp_path / "r", batches, 2, "--judge", "--save-seconds", "0")
+    assert left == [None]
 
 
 def test_sheets_before_the_prior_say_so(batches, tmp_path, monkeypatch):
