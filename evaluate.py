@@ -252,11 +252,11 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(place.threads)
     torch.set_flush_denormal(True)
     path = Path(chosen.checkpoint)
-    found, stored = sample.load(path), checkpoint.load(path)["data"]
+    found, known = sample.load(path), source.known(path, checkpoint.load(path))
     if chosen.export:
         print(export(found, chosen))
         return
-    data = source.load(chosen.data, ",".join(found.classes), stored)
+    data = source.load(chosen.data, ",".join(found.classes), known)
     state = judge.get(Path(data.folder), chosen.judge_seed, place.device, place.precision)
     figures = report(found, data, state, replace(chosen, threads=place.threads))
     print(json.dumps(figures, indent=2) if chosen.json else table(figures))

@@ -175,7 +175,8 @@ class Adam:
         torch._fused_adam_(weights, grads, *moments, [], steps, lr=self.lr, beta1=self.beta1, beta2=self.beta2,
                            weight_decay=0.0, eps=self.epsilon, amsgrad=False, maximize=False,
                            grad_scale=self.grad_scale, found_inf=self.found_inf)
-        torch._foreach_sub_(steps, [self.found_inf] * len(steps))
+        if self.found_inf is not None:
+            torch._foreach_sub_(steps, [self.found_inf] * len(steps))
 
     def one_pass(self) -> None:
         """The step by the extension."""

@@ -52,16 +52,17 @@ class Group:
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = self.total(torch.cat([grad.flatten().float() for grad in grads]))
         for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            p.grad = torch.empty_like(p).copy_(part.view_as(p))  # in p's layout, which torch's Adam takes for granted
+            p.grad = torch.empty_like(p).copy_(part.view_as(p))  # in p's layout, which Adam takes for granted
 
     def first(self, work: Callable[[], T]) -> T:
-        """Do something in process 0 before it is done in the others, who then find the files it made."""
+        """Do something in process 0 before it is done in the others, who then find the files it made, or fail alike."""
         if self.size > 1 and self.rank > 0:
             dist.barrier()
-        done = work()
-        if self.size > 1 and self.rank == 0:
-            dist.barrier()
-        return done
+        try:
+            return work()
+        finally:
+            if self.size > 1 and self.rank == 0:
+                dist.barrier()
 
     def leave(self) -> None:
         if self.size > 1:

@@ -80,8 +80,9 @@ def panel(page: Image.Image, box: tuple[int, int, int, int], rows: Sequence[dict
     epochs, series = [row["epoch"] for row in rows], [[row[column] for row in rows] for column in columns]
     left, top, right, bottom = box[0] + 76, box[1] + 34, box[2] - 20, box[3] - 50
     finite = [value for values in series for value in values if math.isfinite(value)] or [0.0]
-    room = (max(finite) - min(finite)) * 0.05 or max(abs(max(finite)) * 0.05, 1e-3)
-    (x0, x1), (y0, y1) = (min(epochs[0], 1), max(epochs[-1], epochs[0] + 1)), (min(finite) - room, max(finite) + room)
+    low, high = min(finite), max(finite)
+    room = (high - low) * 0.05 or max(abs(high) * 0.05, 1e-3)
+    (x0, x1), (y0, y1) = (min(epochs[0], 1), max(epochs[-1], epochs[0] + 1)), (low - room, high + room)
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(14)
 
     def point(x: float, y: float) -> tuple[float, float]:

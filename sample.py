@@ -152,9 +152,10 @@ def latents(found: Trained, chosen: Options) -> Tensor:
         return found.model.conditional.draw(chosen.temperature * eps, code).cpu()
     if chosen.mode == "prior":
         return (chosen.temperature * eps.double()).float()
-    both = chosen.mode == "pegasus"
-    gaussian = density.product(*two_sides(found, chosen.coat), chosen.blend) if both else (
-        found.densities[density.coated(chosen.mode, chosen.coat)])
+    if chosen.mode == "pegasus":
+        gaussian = density.product(*two_sides(found, chosen.coat), chosen.blend)
+    else:
+        gaussian = found.densities[density.coated(chosen.mode, chosen.coat)]
     return density.draw(gaussian, eps, chosen.temperature)
 
 

@@ -5,6 +5,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import checkpoint
 import cifar10
 import drawn
 from options import Fault
@@ -61,10 +62,16 @@ def locate(data: str) -> Path:
     return folder
 
 
+def known(path: Path, state: dict) -> dict[str, str]:
+    """Folder and digest of the data that a checkpoint's model was trained on. Raises Fault."""
+    with checkpoint.fitting(path):
+        return {key: str(state["data"][key]) for key in ("folder", "digest")}
+
+
 def load(data: str, classes: str, known: dict[str, str] | None = None) -> Pictures:
     """All pictures of some classes. Raises Fault for whatever is wrong with them.
 
-    known: folder and digest of a checkpoint's data, which are to be these, and which "auto" then is.
+    known: of a checkpoint's data, their folder, which "auto" then is, and the digest that these are to have.
     """
     names = tuple(cifar10.CLASSES[i] for i in cifar10.class_indices(classes))  # before anything is downloaded
     folder = locate(known["folder"] if known and data == "auto" else data)
@@ -73,5 +80,6 @@ def load(data: str, classes: str, known: dict[str, str] | None = None) -> Pictur
     for tensor in (*train, *test):
         digest.update(tensor.numpy())
     if known and digest.hexdigest() != known["digest"]:
-        raise Fault(f"--data: {folder} is not what the checkpoint was trained on ({known['folder']}); give that folder")
+        raise Fault(f"--data: {folder.resolve()} is not what the checkpoint was trained on ({known['folder']}); give "
+                    "that folder, or begin another run")
     return Pictures(*train, *test, names, str(folder.resolve()), folder.resolve().name, digest.hexdigest())

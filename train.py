@@ -116,7 +116,7 @@ class Training:
         return self.fitted
 
     def train_step(self, rows: Tensor, mirrored: Tensor | None) -> None:
-        """One step of Adam on some rows of the images, added to the epoch's totals. Raises Fault when none is taken."""
+        """One step of Adam on some rows of the images, added to the epoch's totals."""
         done, phase = self.epoch * self.steps + self.step, self.phase
         progress = (done - phase.first * self.steps) / (phase.epochs * self.steps)
         self.optimizer.lr = recipe.learning_rate(phase.schedule, phase.lr, progress)
@@ -133,16 +133,14 @@ class Training:
         elif sums[-1] > 0:
             self.stop = self.asked or signal.SIGTERM
         self.step, self.ahead = self.step + 1, True
-        if (self.step % PATIENCE == 0 or self.step == self.steps) and (in_a_row := int(self.skipped[2])) >= PATIENCE:
-            epoch, step = (i + 1 for i in divmod(self.epoch * self.steps + self.step - in_a_row, self.steps))
-            raise Fault(f"{self.folder}: gradient or loss not finite in {PATIENCE} steps in a row, from epoch {epoch}, "
-                        f"step {step} on; what was saved last is still there; take a lower {phase.flag}")
+        if self.step % PATIENCE == 0 or self.step == self.steps:
+            self.check_skipped()
 
     def update(self, sums: Tensor, images: int) -> None:
         """Adam's step and the epoch's totals: neither where the gradient's norm or the loss is not finite.
 
         Decided on the device, so that nothing waits for it, and from what all processes share, so that all do the
-        same. After PATIENCE such steps in a row none is taken: it does not matter when `train_step` looks.
+        same. After PATIENCE such steps in a row none is taken: it does not matter when `check_skipped` looks.
         """
         norm = self.optimizer.norm()
         bad = ~(norm + sums.sum()).isfinite() | (self.skipped[2] >= PATIENCE)
@@ -153,6 +151,14 @@ class Training:
         self.totals += torch.where(bad, 0, sums)
         self.skipped[:2] += torch.stack([bad, bad * images])
         self.skipped[2].add_(1).mul_(bad)
+
+    def check_skipped(self) -> None:
+        """Raise Fault when no step is taken any more."""
+        in_a_row = int(self.skipped[2])
+        if in_a_row >= PATIENCE:
+            epoch, step = (i + 1 for i in divmod(self.epoch * self.steps + self.step - in_a_row, self.steps))
+            raise Fault(f"{self.folder}: gradient or loss not finite in {PATIENCE} steps in a row, from epoch {epoch}, "
+                        f"step {step} on; what was saved last is still there; take a lower {self.phase.flag}")
 
     def means(self, images: int) -> list[float]:
         """The sums of the epoch's first so many images for each of them, those of skipped steps left out."""
@@ -257,9 +263,9 @@ def begin(chosen: Options, given: set[str], workers: Group) -> Training:
     """The run that is asked for, begun or about to go on. Raises Fault."""
     state = workers.first(lambda: folder.open_run(chosen))
     last = Path(chosen.run) / "last.pt" if state else None
+    known = source.known(last, state) if state else None
     with checkpoint.fitting(last):
         chosen = recipe.settle(chosen, given, state)
-        known = {key: str(state["data"][key]) for key in ("folder", "digest")} if state else None
     torch.set_num_threads(chosen.threads)
     torch.set_flush_denormal(True)  # numbers below 1e-38 can cost 5 to 40 times as long
     torch.backends.cudnn.deterministic = True  # a resumed run is to have the same bits

@@ -188,7 +188,7 @@ def test_codes_of_latents_and_draws_of_the_prior():
     assert found.conditional.infer(between).argmax(1).equal(log_z.argmax(1))
 
 
-def test_what_is_fitted_and_rebuilt_is_the_likeliest_codes():
+def test_the_posterior_is_the_likeliest_codes():
     found, images = model(), torch.randint(0, 256, (9, 3, 1, 1), dtype=torch.uint8).repeat(1, 1, 32, 32)
     log_share, posteriors, _ = by_hand(found, images / 255)
     best = log_share.argmax(1)

@@ -2,6 +2,7 @@ import json
 import math
 from types import SimpleNamespace
 
+import checkpoint
 import evaluate
 import sample
 import train
@@ -138,6 +139,10 @@ def test_export_and_what_it_refuses(last, tmp_path, own_batches, complaint):
     assert "file" in complaint(evaluate.main, last, "--export", 3, tmp_path / "file")
     train.source.drawn.write(tmp_path / "other", train=50, test=20, seed=5)
     assert "is not what" in complaint(evaluate.main, last, "--data", tmp_path / "other")
+    state = checkpoint.load(last)
+    del state["data"]["folder"]
+    checkpoint.save(tmp_path / "misfit.pt", state)
+    assert "another version ('folder')" in complaint(evaluate.main, tmp_path / "misfit.pt")
 
 
 def test_one_class_has_no_pegasus(batches, tmp_path, capsys):

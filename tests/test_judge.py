@@ -1,5 +1,6 @@
 import checkpoint
 import judge
+from options import Fault
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def test_a_picture_and_its_mirror_image_are_judged_alike(state, pictures):
         torch.testing.assert_close(a, b)
 
 
-def test_trained_once_and_kept_by_what_the_data_hold(state, own_batches, capsys):
+def test_trained_once_and_kept_by_what_the_data_hold(state, own_batches, capsys, monkeypatch):
     assert not list(own_batches.parent.glob("*judge*"))
     first = judge.get(own_batches, seed=3)
     assert "once for this data" in capsys.readouterr().err
@@ -63,6 +64,10 @@ def test_trained_once_and_kept_by_what_the_data_hold(state, own_batches, capsys)
     (own_batches / "test_batch.bin").write_bytes(data)
     judge.get(own_batches, seed=3)
     assert len(list(own_batches.parent.glob("*judge*-3.pt"))) == 2
+    monkeypatch.setattr(judge, "fit", None)
+    (own_batches / "test_batch.bin").write_bytes(data[:-1])
+    with pytest.raises(Fault, match="test_batch.bin"):  # before minutes of training
+        judge.get(own_batches, seed=3)
 
 
 def test_interrupted_it_keeps_nothing_and_the_runs_dice_stay(own_batches, monkeypatch):

@@ -239,6 +239,21 @@ def test_leaving_ends_the_threads_of_the_group():
     assert "gloo" not in threads
 
 
+def test_what_fails_in_the_first_process_fails_alike_in_the_others():
+    code = """if True:
+        import group
+        workers = group.Group("cpu")
+        try:
+            workers.first(lambda: 1 / 0)
+        except ZeroDivisionError:
+            print("alike")
+        workers.leave()"""
+    env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    both = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env | {"RANK": str(rank)}, text=True,
+                             stdout=subprocess.PIPE) for rank in range(2)]
+    assert [process.communicate(timeout=120)[0] for process in both] == ["alike\n"] * 2
+
+
 def test_a_lost_worker_is_replaced_and_the_curve_stays(batches, tmp_path):
     whole = workers(2, tmp_path / "whole", batches, "--epochs", 4, "--prior", "normal")
     broken = workers(2, tmp_path / "broken", batches, "--epochs", 4, "--prior", "normal", "--save-seconds", 1)
