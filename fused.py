@@ -138,8 +138,10 @@ class Adam:
         self.ours = BUILT and all(p.is_cpu for p in network.parameters())
         self.trained = halved(network) if self.ours and bfloat16 else network
         self.pairs = list(zip(network.parameters(), self.trained.parameters(), strict=True))
-        self.state = [{"step": torch.zeros((), device=weight.device), "exp_avg": torch.zeros_like(weight),
-                       "exp_avg_sq": torch.zeros_like(weight)} for weight in network.parameters()]
+        self.copies = [trained.detach() for _, trained in self.pairs]
+        self.steps = torch.zeros((), device=self.copies[0].device)
+        self.state = [{"step": self.steps, "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
+                      for weight in network.parameters()]
 
     def state_dict(self) -> dict:
         return {"state": dict(enumerate(self.state))}
@@ -152,14 +154,19 @@ class Adam:
                     raise ValueError("optimizer and model differ in shape")
                 moment.copy_(state["state"][i][name])
 
+    def zero_grad(self) -> None:
+        """As the network's own, which looks for its parameters each time and takes longer."""
+        for _, trained in self.pairs:
+            trained.grad = None
+
     def norm(self) -> Tensor:
         """The length of all gradients together, a tensor of one number."""
         grads = [trained.grad for _, trained in self.pairs]
         if not self.ours:
             return torch.nn.utils.get_total_norm(grads)
-        total = torch.zeros(())
+        total, add_squares = torch.zeros(()), torch.ops.pegasus.add_squares.default
         for grad in grads:
-            torch.ops.pegasus.add_squares(grad, total)
+            add_squares(grad, total)
         return total.sqrt()
 
     @torch.no_grad()
@@ -171,20 +178,20 @@ class Adam:
             return
         steps, *moments = ([moments[name] for moments in self.state] for name in ("step", "exp_avg", "exp_avg_sq"))
         weights, grads = zip(*((weight, trained.grad) for weight, trained in self.pairs), strict=True)
-        torch._foreach_add_(steps, 1)
+        self.steps += 1
         torch._fused_adam_(weights, grads, *moments, [], steps, lr=self.lr, beta1=self.beta1, beta2=self.beta2,
                            weight_decay=0.0, eps=self.epsilon, amsgrad=False, maximize=False,
                            grad_scale=self.grad_scale, found_inf=self.found_inf)
         if self.found_inf is not None:
-            torch._foreach_sub_(steps, [self.found_inf] * len(steps))
+            self.steps -= self.found_inf
 
     def one_pass(self) -> None:
         """The step by the extension."""
-        steps = self.state[0]["step"].item() + 1
+        self.steps += 1
+        steps = self.steps.item()
         scale = 1.0 if self.grad_scale is None else 1 / self.grad_scale.item()
         numbers = (self.lr / (1 - self.beta1**steps), (1 - self.beta2**steps)**-0.5, self.beta1, self.beta2,
                    self.epsilon, scale)
-        for (weight, trained), moments in zip(self.pairs, self.state, strict=True):
-            moments["step"] += 1
-            torch.ops.pegasus.adam.default(weight, trained.grad, moments["exp_avg"], moments["exp_avg_sq"],
-                                           trained.detach(), *numbers)
+        adam = torch.ops.pegasus.adam.default
+        for (weight, trained), copied, moments in zip(self.pairs, self.copies, self.state, strict=True):
+            adam(weight, trained.grad, moments["exp_avg"], moments["exp_avg_sq"], copied, *numbers)

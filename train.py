@@ -121,7 +121,7 @@ class Training:
         progress = (done - phase.first * self.steps) / (phase.epochs * self.steps)
         self.optimizer.lr = recipe.learning_rate(phase.schedule, phase.lr, progress)
         share = self.workers.share(len(rows))
-        self.optimizer.trained.zero_grad()
+        self.optimizer.zero_grad()
         sums = phase.backward(rows[share], None if mirrored is None else mirrored[share], len(rows), share.start, done)
         sums = self.workers.total(torch.cat([sums, sums.new_tensor([self.asked > 0])]))
         self.workers.total_gradients([trained for _, trained in self.optimizer.pairs])

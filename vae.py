@@ -108,6 +108,7 @@ class VAE(nn.Module):
         self.shape = latent_shape(latent)
         self.latent = math.prod(self.shape)
         self.encoder, self.decoder = NETWORKS[arch](self.shape)
+        self.split = self.encoder[:-1], self.encoder[-1]  # once, since slicing takes 30 us; a tuple has no new names
         self.distortion = LIKELIHOODS[likelihood]  # (sse, variance) to nats
         self.register_buffer("variance", torch.tensor(0.5))  # of a pixel, as last measured on the training set
         self.flow = flow.Householder(reflections, self.encoder[-1], self.latent) if reflections else None
@@ -122,14 +123,19 @@ class VAE(nn.Module):
         nn.init.zeros_(self.decoder[0].weight.data[:, self.latent:])  # as in `Conditional`
         return Conditional(components, self.encoder[-1].in_features, self.latent)
 
+    def hidden(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The encoder's last hidden layer h, and of it mu beside logvar, float32 (B, 2 latent)."""
+        body, head = self.split
+        h = body(x)
+        return h, head(h).float().flatten(1)
+
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Images (B, 3, 32, 32) in [0, 1] to mu and logvar, float32 (B, latent), and unit vectors (B, T, latent).
 
         A sample of N(mu, exp(logvar)), reflected at the unit vectors, is one of the posterior. Under a conditional
         prior it is that of the likeliest code.
         """
-        h = self.encoder[:-1](x)
-        joint = self.encoder[-1](h).float().flatten(1)
+        h, joint = self.hidden(x)
         mu, logvar = self.conditional.likeliest(h, joint) if self.conditional else joint.chunk(2, 1)
         return mu, logvar, self.flow(h) if self.flow else mu.new_zeros(len(mu), 0, self.latent)
 
@@ -153,15 +159,14 @@ class VAE(nn.Module):
     def given(self, x: Tensor) -> list[Given]:
         """What is left when the code is known, for each code; without a conditional prior there is one."""
         if self.conditional:
-            h = self.encoder[:-1](x)
-            return self.conditional.given(h, self.encoder[-1](h).float(), self.decode)
+            return self.conditional.given(*self.hidden(x), self.decode)
         mu, logvar, units = self.posterior(x)
         return [Given(mu.new_zeros(len(mu)), mu, logvar, lambda z: self.decode(flow.reflect(z, units)))]
 
     def relaxed(self, x: Tensor, seed: Tensor, row_offset: int, progress: float) -> Terms:
         """`forward` with one relaxed code for each image instead of a sum over all codes."""
-        h = self.encoder[:-1](x)
-        joint, log_share = self.encoder[-1](h).float(), self.conditional.log_shares(h)
+        h, joint = self.hidden(x)
+        log_share = self.conditional.log_shares(h)
         code = self.conditional.relax(log_share, seed, row_offset, 1 - progress / 2)  # temperatures from 1 to 1/2
         z, _ = reparam.reparameterize_kl(*self.conditional.posterior(joint, code), seed, row_offset)
         return Terms(self.conditional.rate(log_share, joint), fused.squared_error(self.logits(z, code), x))

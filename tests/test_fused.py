@@ -119,7 +119,7 @@ def test_adam_is_torchs(bfloat16):
     ours, theirs = fused.Adam(model, bfloat16), copy.deepcopy(model)
     other = torch.optim.Adam(theirs.parameters(), fused=True)
     for step in range(6):
-        ours.trained.zero_grad()
+        ours.zero_grad()
         backward(ours.trained, step)
         for p, trained in zip(theirs.parameters(), ours.trained.parameters(), strict=True):
             p.grad = trained.grad.float().clone()  # which torch's step scales in place
@@ -160,7 +160,7 @@ def test_adam_goes_on_from_moments_of_another_layout():
     resumed = fused.Adam(twin, False)
     resumed.load_state_dict(copy.deepcopy(state))
     for optimizer in (whole, resumed):
-        optimizer.trained.zero_grad()
+        optimizer.zero_grad()
         backward(optimizer.trained, 1)
         optimizer.found_inf = torch.zeros(())
         optimizer.step()

@@ -95,3 +95,13 @@ def test_latents_that_make_no_sense(latent):
         vae.VAE("conv", "gaussian", latent)
     with pytest.raises(Fault, match="--arch conv"):
         vae.VAE("mlp", "mse", "8x8x8")
+
+
+@pytest.mark.parametrize("arch", ["mlp", "conv"])
+def test_a_copy_with_bfloat16_weights_encodes_with_them(arch, x):
+    """Though the encoder is kept split in two beside itself."""
+    half = vae.fused.halved(vae.VAE(arch, latent="8"))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = half.encode(x)[0]
+        half.encoder[-1].bias += 1
+        torch.testing.assert_close(half.encode(x)[0], before + 1, rtol=0.02, atol=0.02)
