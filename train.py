@@ -246,10 +246,12 @@ class Training:
         self.phase = type(self.phase)  # only its name: what training alone needs is let go, since the judge needs much
         self.data = replace(self.data, images=self.data.images[:0].clone(), labels=self.data.labels[:0].clone())
         compose.photographed.cache_clear()
+        phases.trim()
         if self.options.judge and not self.judge:
             self.judge = judge.get(Path(self.data.folder), 0, self.options.device, self.options.precision)
             self.save()
         if self.options.judge and self.phase.name == "prior" and len(self.data.classes) > 1 and not self.bank:
+            phases.trim()
             print("parts for Pegasi are drawn; a minute or so", flush=True)
             self.bank = compose.prepare(self.model, self.learned, judge.from_state(self.judge), self.data.classes)
             self.save()
