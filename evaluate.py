@@ -252,7 +252,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(place.threads)
     torch.set_flush_denormal(True)
     path = Path(chosen.checkpoint)
-    found, known = sample.load(path), source.known(path, checkpoint.load(path))
+    found, known = sample.load(path), source.trained_on(path, checkpoint.load(path))
     if chosen.export:
         print(export(found, chosen))
         return

@@ -41,7 +41,7 @@ def nvcc() -> str | None:
     path = shutil.which("nvcc", path=f"{home}/bin" if home else None) or shutil.which("nvcc")
     if asked and path is None:
         raise SystemExit("PEGASUS_CUDA=1: no nvcc found on PATH or under CUDA_HOME")
-    said = subprocess.run([path, "--version"], capture_output=True, text=True).stdout if path else ""
+    said = subprocess.run([path, "--version"], capture_output=True, text=True).stdout if path and not asked else ""
     if asked or f"release {torch.version.cuda.split('.')[0]}." in said:
         return path
     go_without("CUDA kernels", f"no nvcc of CUDA {torch.version.cuda}, which is torch's, was found")

@@ -62,7 +62,7 @@ def locate(data: str) -> Path:
     return folder
 
 
-def known(path: Path, state: dict) -> dict[str, str]:
+def trained_on(path: Path, state: dict) -> dict[str, str]:
     """Folder and digest of the data that a checkpoint's model was trained on. Raises Fault."""
     with checkpoint.fitting(path):
         return {key: str(state["data"][key]) for key in ("folder", "digest")}

@@ -265,7 +265,7 @@ def begin(chosen: Options, given: set[str], workers: Group) -> Training:
     """The run that is asked for, begun or about to go on. Raises Fault."""
     state = workers.first(lambda: folder.open_run(chosen))
     last = Path(chosen.run) / "last.pt" if state else None
-    known = source.known(last, state) if state else None
+    known = source.trained_on(last, state) if state else None
     with checkpoint.fitting(last):
         chosen = recipe.settle(chosen, given, state)
     torch.set_num_threads(chosen.threads)
