@@ -38,6 +38,11 @@ def encode(model: vae.VAE, learned: prior.Learned, images: Tensor) -> Tensor:
         return torch.cat([learned.normalised(model.encode(part)[0]) for part in images.split(250)])
 
 
+def noise(model: vae.VAE, n: int, seed: int) -> Tensor:
+    """Standard normals (n, latent), where the model is."""
+    return vae.noise(n, model.latent, seed).to(model.variance.device)
+
+
 def belief(asked: judge.Judge | None, images: Tensor, names: tuple[str, ...]) -> Tensor:
     """Log of how probable the judge finds some classes, (n,); all alike where there is no judge."""
     if asked is None:
@@ -52,7 +57,7 @@ def best(score: Tensor, n: int) -> Tensor:
 
 def drawn(model: vae.VAE, learned: prior.Learned, kind: int, n: int) -> Tensor:
     """Draws (n, 3, 32, 32) of class number `kind`."""
-    eps = vae.noise(n, model.latent, reparam.derive_seed(0, kind, DRAW)).to(learned.mean.device)
+    eps = noise(model, n, reparam.derive_seed(0, kind, DRAW))
     return decode(model, learned, prior.follow(learned, {kind: 2.0}, eps, 0.0, 10))
 
 
@@ -120,7 +125,7 @@ def prepare(model: vae.VAE, learned: prior.Learned, asked: judge.Judge | None, c
         images = mounts(drawn(model, learned, kind, times * draws), asked, classes[:1], times * 2 * horses)
         z, score = encode(model, learned, images), 0.0
         for turn in range(2):
-            eps = vae.noise(len(z), model.latent, reparam.derive_seed(0, turn, TRIAL)).to(z.device)
+            eps = noise(model, len(z), reparam.derive_seed(0, turn, TRIAL))
             tried = decode(model, learned, crossed(model, learned, z, order(wings, len(z), turn, TRIAL), eps, kind))
             score += sum(weight * belief(asked, tried, names) for names, weight in liked)
         bank[name] = z[best(score, times * horses)].half().cpu()
@@ -155,7 +160,7 @@ def pegasus(model: vae.VAE, learned: prior.Learned, bank: dict[str, Tensor], n: 
     if photo is not None:
         horse = faced(collage.blue(collage.with_room(photo.to(horses.device))))
         horses = encode(model, learned, horse).expand_as(horses)
-    eps = vae.noise(n, model.latent, reparam.derive_seed(seed, 0, NOISE)).to(horses.device)
+    eps = noise(model, n, reparam.derive_seed(seed, 0, NOISE))
     parts = zip(*(rows.split(prior.CHUNK) for rows in (horses, birds, eps)), strict=True)
     return learned.latents(torch.cat([crossed(model, learned, *part, first, steps) for part in parts]))
 
@@ -175,7 +180,7 @@ def preview(model: vae.VAE, learned: prior.Learned | None, images: Tensor, label
     Joined, and seen through the autoencoder; with a prior drawn anew by it.
     """
     horses, birds = (part.to(model.variance.device) for part in photographed(images, labels, n))
-    eps = vae.noise(n, model.latent, reparam.derive_seed(0, 0, NOISE)).to(horses.device)
+    eps = noise(model, n, reparam.derive_seed(0, 0, NOISE))
     joint, cover = joined(horses, birds, eps[:, 0] > 0)
     if learned is None:
         return model.reconstruct(joint)
