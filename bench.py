@@ -63,7 +63,8 @@ class Usual(torch.utils.data.Dataset):
         return torch.from_numpy(picture).permute(2, 0, 1).contiguous().float().div(255)
 
 
-PLAIN = {fused.Sequence: nn.Sequential, fused.Shrink: nn.Conv2d, fused.Grow: nn.ConvTranspose2d}
+PLAIN = {fused.Sequence: nn.Sequential, fused.Shrink: nn.Conv2d, fused.Grow: nn.ConvTranspose2d,
+         fused.Convolution: nn.Conv2d}
 
 
 def usual_model(chosen: recipe.Options) -> vae.VAE:

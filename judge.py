@@ -15,6 +15,7 @@ from pathlib import Path
 import options
 import checkpoint
 import cifar10
+import fused
 import log
 import recipe
 from options import Fault, option
@@ -35,7 +36,7 @@ class Options:
 
 
 def layers(before: int, after: int) -> list[nn.Module]:
-    return [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
+    return [fused.Convolution(before, after, bias=False), nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
 
 
 class Residual(nn.Module):

@@ -29,9 +29,9 @@ class Block(nn.Module):
 
     def __init__(self, channels: int, condition: int):
         super().__init__()
-        self.first = fused.Sequence(nn.GroupNorm(8, channels), nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1))
+        self.first = fused.Sequence(nn.GroupNorm(8, channels), nn.SiLU(), fused.Convolution(channels, channels))
         self.condition = nn.Linear(condition, 2 * channels)
-        self.last = nn.Conv2d(channels, channels, 3, padding=1)
+        self.last = fused.Convolution(channels, channels)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 

@@ -85,7 +85,7 @@ class BuildOp(build_ext):
         # pybind11's own headers before those that come with torch, which refuse to be used beside the stable ABI
         self.includes = [pybind11.get_include(), *include_paths(), *self.compiler.include_dirs]
         objects = [self.compile(source, level, [*KERNEL, f"-DPEGASUS_LEVEL={level}", *flags])[0]
-                   for level, flags in LEVELS.items() for source in ("cpu.cpp", "step.cpp")]
+                   for level, flags in LEVELS.items() for source in ("cpu.cpp", "step.cpp", "tiles.cpp")]
         macros = [TARGET, *(["-DPEGASUS_X86"] if X86 else [])]
         libraries, library_directories = ["torch", "torch_cpu", "c10"], library_paths()
         if names := self.cuda_objects(objects, compiler := nvcc()):

@@ -55,7 +55,7 @@ class Residual(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.body = fused.Sequence(*(layer for _ in range(2) for layer in (
-            nn.GroupNorm(8, channels), nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1))))
+            nn.GroupNorm(8, channels), nn.SiLU(), fused.Convolution(channels, channels))))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.body(x)

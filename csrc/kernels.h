@@ -66,20 +66,41 @@ struct StepKernels {
   void (*error_backward[2])(const SquaredError&, int64_t first, int64_t last);
 };
 
+// Float images (rows, columns, channels) of whole tiles of 4 x 4 places, and what a 3 x 3 convolution multiplies of them
+// (tiles.cpp): 36 planes (tiles, channels), a stride apart. bias: one for each channel, or null.
+struct Tiles {
+  float *images, *planes;
+  const float* bias;
+  int64_t rows, columns, channels, stride;
+
+  float* place(int64_t image, int64_t row, int64_t column) const {
+    return images + ((image * rows + row) * columns + column) * channels;
+  }
+};
+
+struct TileKernels {
+  void (*take[2])(const Tiles&, int64_t first, int64_t last);  // images to planes: of inputs (0), of gradients (1)
+  void (*give)(const Tiles&, int64_t first, int64_t last);  // planes to images of outputs
+};
+
 namespace baseline {
 extern const CpuKernels kernels;
 extern const StepKernels step_kernels;
+extern const TileKernels tile_kernels;
 }  // namespace baseline
 namespace avx2 {
 extern const CpuKernels kernels;
 extern const StepKernels step_kernels;
+extern const TileKernels tile_kernels;
 }  // namespace avx2
 namespace avx512 {
 extern const CpuKernels kernels;
 extern const StepKernels step_kernels;
+extern const TileKernels tile_kernels;
 }  // namespace avx512
 
 const StepKernels& chosen_step_kernels();  // this processor's, or PEGASUS_SIMD's
+const TileKernels& chosen_tile_kernels();
 
 // Queue a kernel on `stream` (a cudaStream_t); the pointers are the device's. Returns a cudaError_t, 0 for success.
 int cuda_forward(const Arguments&, Dtype, void* stream);

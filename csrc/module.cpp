@@ -28,17 +28,18 @@ namespace {
 struct Level {
   const CpuKernels* kernels;
   const StepKernels* step;
+  const TileKernels* tiles;
   bool supported;
 };
 
 std::vector<Level> levels() {  // lowest first
 #if defined(PEGASUS_X86)
   __builtin_cpu_init();
-  return {{&baseline::kernels, &baseline::step_kernels, true},
-          {&avx2::kernels, &avx2::step_kernels, __builtin_cpu_supports("avx2") != 0},
-          {&avx512::kernels, &avx512::step_kernels, __builtin_cpu_supports("avx512f") != 0}};
+  return {{&baseline::kernels, &baseline::step_kernels, &baseline::tile_kernels, true},
+          {&avx2::kernels, &avx2::step_kernels, &avx2::tile_kernels, __builtin_cpu_supports("avx2") != 0},
+          {&avx512::kernels, &avx512::step_kernels, &avx512::tile_kernels, __builtin_cpu_supports("avx512f") != 0}};
 #else
-  return {{&baseline::kernels, &baseline::step_kernels, true}};
+  return {{&baseline::kernels, &baseline::step_kernels, &baseline::tile_kernels, true}};
 #endif
 }
 
@@ -213,6 +214,7 @@ STABLE_TORCH_LIBRARY_IMPL(pegasus, CUDA, m) {
 }  // namespace
 
 const StepKernels& chosen_step_kernels() { return *chosen_level().step; }
+const TileKernels& chosen_tile_kernels() { return *chosen_level().tiles; }
 
 }  // namespace pegasus
 

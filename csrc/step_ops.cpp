@@ -158,6 +158,37 @@ void squared_error_backward(const Tensor& dsse, const Tensor& logits, const Tens
   in_parallel(x.size(0), a.pixels, [&](int64_t first, int64_t last) { kernel(a, first, last); });
 }
 
+// images (B, C, H, W) and planes (36, tiles, C) to the record of both directions. There may be more rows than tiles.
+Tiles tiles_of(const Tensor& images, const Tensor& planes) {
+  if (images.dim() != 4 || !images.numel() || !channels_innermost(images) || images.size(1) % 16 ||
+      images.size(2) % 4 || images.size(3) % 4)
+    refuse("images", shape(images), "(B, C, H, W), not empty, in channels_last, C a multiple of 16, H and W of 4");
+  const int64_t tiles = images.numel() / images.size(1) / 16;
+  if (planes.dim() != 3 || planes.size(0) != 36 || planes.size(1) < tiles || planes.size(2) != images.size(1) ||
+      !planes.is_contiguous())
+    refuse("planes", shape(planes), "(36, " + std::to_string(tiles) + " or more, C), contiguous");
+  return {.images = typed<float>(images, "images"), .planes = typed<float>(planes, "planes"), .bias = nullptr,
+          .rows = images.size(2), .columns = images.size(3), .channels = images.size(1), .stride = planes.stride(0)};
+}
+
+void to_tiles(const Tensor& images, const Tensor& planes, bool gradients) {
+  const Tiles a = tiles_of(images, planes);
+  const int64_t filled = images.numel() / 16;
+  const auto kernel = chosen_tile_kernels().take[gradients];
+  in_parallel(images.size(0), images.numel() / images.size(0),
+              [&](int64_t first, int64_t last) { kernel(a, first, last); });
+  for (int64_t plane = 0; plane < 36; ++plane)
+    std::fill(a.planes + plane * a.stride + filled, a.planes + (plane + 1) * a.stride, 0.0f);
+}
+
+void from_tiles(const Tensor& planes, const Tensor& bias, const Tensor& images) {
+  Tiles a = tiles_of(images, planes);
+  if (bias.numel()) a.bias = memory<float>(bias, "bias", a.channels);
+  const auto kernel = chosen_tile_kernels().give;
+  in_parallel(images.size(0), images.numel() / images.size(0),
+              [&](int64_t first, int64_t last) { kernel(a, first, last); });
+}
+
 STABLE_TORCH_LIBRARY_FRAGMENT(pegasus, m) {
   m.def("adam(Tensor(a!) weight, Tensor grad, Tensor(b!) mean, Tensor(c!) square, Tensor(d!) half, float rate, "
         "float root_correction, float beta1, float beta2, float epsilon, float scale) -> ()");
@@ -168,6 +199,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pegasus, m) {
         "Tensor(b!) dweight, Tensor(c!) dbias, int groups) -> ()");
   m.def("squared_error(Tensor logits, Tensor x, Tensor(a!) sse) -> ()");
   m.def("squared_error_backward(Tensor dsse, Tensor logits, Tensor x, Tensor(a!) dlogits) -> ()");
+  m.def("to_tiles(Tensor images, Tensor(a!) planes, bool gradients) -> ()");
+  m.def("from_tiles(Tensor planes, Tensor bias, Tensor(a!) images) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pegasus, CPU, m) {
@@ -177,6 +210,8 @@ STABLE_TORCH_LIBRARY_IMPL(pegasus, CPU, m) {
   m.impl("silu_group_norm_backward", TORCH_BOX(&silu_group_norm_backward));
   m.impl("squared_error", TORCH_BOX(&squared_error));
   m.impl("squared_error_backward", TORCH_BOX(&squared_error_backward));
+  m.impl("to_tiles", TORCH_BOX(&to_tiles));
+  m.impl("from_tiles", TORCH_BOX(&from_tiles));
 }
 
 }  // namespace

@@ -100,6 +100,41 @@ def test_convolutions_that_are_matrix_products(ours, theirs, k):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("n,before,after,rows,columns", [(3, 16, 48, 4, 12), (1, 64, 64, 16, 16), (9, 96, 160, 4, 4),
+                                                         (2, 16, 16, 6, 4), (2, 12, 16, 4, 4)])
+def test_convolutions_in_tiles(n, before, after, rows, columns, bias, monkeypatch):
+    """Values and gradients, block by block of two pictures at most; the last two sizes are PyTorch's work."""
+    monkeypatch.setattr(fused, "BLOCK", 2 * 36 * rows * columns // 16 * max(before, after))
+    layer = fused.Convolution(before, after, bias).to(memory_format=torch.channels_last)
+    other = nn.Conv2d(before, after, 3, padding=1, bias=bias).double()
+    other.load_state_dict(layer.state_dict())
+    x, dy = torch.randn(n, before, rows, columns, requires_grad=True), torch.randn(n, after, rows, columns)
+    double, outputs = x.detach().double().requires_grad_(), []
+    for each, inputs in ((layer, x), (other, double)):
+        y = each(inputs)
+        outputs.append([y, *torch.autograd.grad(y, (inputs, *each.parameters()), dy.to(y.dtype))])
+    for got, wanted in zip(*outputs, strict=True):
+        assert (got - wanted).norm() < 1e-5 * wanted.norm()
+
+
+def test_convolutions_of_other_types_are_torchs():
+    layer, x = fused.Convolution(16, 16), torch.randn(2, 16, 4, 4)
+    other = nn.Conv2d(16, 16, 3, padding=1)
+    other.load_state_dict(layer.state_dict())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).equal(other(x)) and layer(x).dtype == torch.bfloat16
+    assert layer.double()(x.double()).equal(other.double()(x.double()))
+
+
+@built
+def test_a_convolution_of_an_image_does_not_depend_on_those_beside_it():
+    layer = fused.Convolution(64, 48)
+    for size in (4, 16):
+        x = torch.randn(40, 64, size, size)
+        assert layer(x)[7:8].equal(layer(x[7:8]))
+
+
 def network() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 16, 3), nn.GroupNorm(4, 16), nn.SiLU(), nn.Flatten(), nn.Linear(64, 5),
@@ -209,7 +244,12 @@ CHILD = """if True:
         sse, dlogits, pictures = torch.empty(70), torch.empty_like(x, memory_format=torch.contiguous_format), x.abs()
         ops.squared_error(x.contiguous(), pictures.float().contiguous(), sse)
         ops.squared_error_backward(sse, x.contiguous(), pictures.float().contiguous(), dlogits)
-        for t in (y, stats, dx, dweight, dbias, moments, half.clone(), length, sse, dlogits):
+        pictures, made = torch.randn(9, 48, 8, 4, generator=generator), [torch.empty(36, 20, 48) for _ in range(2)]
+        pictures = pictures.contiguous(memory_format=torch.channels_last)
+        for gradients, planes in enumerate(made):
+            ops.to_tiles(pictures, planes, bool(gradients))
+        ops.from_tiles(made[0], bias[0], pictures)
+        for t in (*made, pictures, y, stats, dx, dweight, dbias, moments, half.clone(), length, sse, dlogits):
             total.update(t.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     print(total.hexdigest(), reparam.extension.simd_level)
 """
@@ -244,6 +284,21 @@ def test_kernels_refuse_what_does_not_fit(change, complaint):
     torch.ops.pegasus.silu_group_norm(**arguments)
     with pytest.raises(RuntimeError, match=complaint):
         torch.ops.pegasus.silu_group_norm(**arguments | change)
+
+
+@built
+@pytest.mark.parametrize("change,complaint", [
+    ({"images": torch.zeros(2, 16, 4, 8)}, "channels_last"), ({"images": torch.zeros(2, 4, 6, 16)}, "H and W of 4"),
+    ({"images": torch.zeros(0, 4, 8, 16)}, "not empty"), ({"planes": torch.zeros(36, 3, 16)}, "4 or more"),
+    ({"planes": torch.zeros(36, 16, 4).transpose(1, 2)}, "contiguous"),
+    ({"planes": torch.zeros(36, 4, 16, dtype=torch.float64)}, "planes: got torch.float64"),
+    ({"bias": torch.zeros(8)}, "bias")])
+def test_tiles_refuse_what_does_not_fit(change, complaint):
+    given = {"images": torch.zeros(2, 4, 8, 16), "planes": torch.zeros(36, 4, 16), "bias": torch.zeros(16)} | change
+    if given["images"].shape[3] == 16:
+        given["images"] = given["images"].permute(0, 3, 1, 2)
+    with pytest.raises(RuntimeError, match=complaint):
+        torch.ops.pegasus.from_tiles(given["planes"], given["bias"], given["images"])
 
 
 @built

@@ -115,6 +115,22 @@ void error(const char* name, bool half) {
   std::printf("\n");
 }
 
+void tiles() {
+  const int64_t images = 2, rows = 8, columns = 4, channels = 48, count = images * rows * columns / 16 * channels;
+  auto x = numbers<float>(images * rows * columns * channels);
+  const auto bias = numbers<float>(channels);
+  std::vector<float> planes(36 * count);
+  const Tiles a{x.data(), planes.data(), bias.data(), rows, columns, channels, count};
+  std::printf("tiles");
+  for (const auto kernel : {baseline::tile_kernels.take[0], baseline::tile_kernels.take[1]}) {
+    kernel(a, 0, images);
+    show("planes", planes);
+  }
+  baseline::tile_kernels.give(a, 0, images);
+  show("images", x);
+  std::printf("\n");
+}
+
 template <class T>
 void step(const char* name, bool half) {
   adam<T>(name, half);
@@ -133,4 +149,5 @@ int main() {
   }
   step<float>("float32", false);
   step<Half<Bfloat16>>("bfloat16", true);
+  tiles();
 }

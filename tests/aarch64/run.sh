@@ -8,10 +8,10 @@ out=$(cd "$out" && pwd)
 cd "$(dirname "$0")"
 flags="-std=c++20 -static -O3 -ffp-contract=off -fno-math-errno -Wno-maybe-uninitialized"
 build() {  # build COMPILER PROGRAM
-  for source in cpu step; do
+  for source in cpu step tiles; do
     $1 $flags -DPEGASUS_LEVEL=baseline -c "../../csrc/$source.cpp" -o "$out/$source.o"
   done
-  $1 $flags -I../../csrc digest.cpp "$out/cpu.o" "$out/step.o" -o "$2"
+  $1 $flags -I../../csrc digest.cpp "$out/cpu.o" "$out/step.o" "$out/tiles.o" -o "$2"
 }
 build "${CXX:-c++}" "$out/here"
 build aarch64-linux-gnu-g++ "$out/arm"
