@@ -15,10 +15,9 @@ from torch.nn import functional
 
 PRODUCTS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 BLOCK = 2**18  # numbers of a convolution's tiles that are taken at a time, and then are still in the cache
-# G of Winograd's filtering in both directions, kernels (9, ...) to (36, ...); what goes with it is in csrc/tiles.cpp.
-G = torch.tensor([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]) / 24
-G = torch.kron(G, G)
-BUILT = reparam.extension is not None and hasattr(torch.ops.pegasus, "adam")  # an extension of before has none of it
+G = torch.tensor([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]) / 24  # Winograd's
+G2 = torch.kron(G, G)  # in both directions, kernels (9, ...) to (36, ...); csrc/tiles.cpp has the other two matrices
+BUILT = reparam.extension is not None and hasattr(torch.ops.pegasus, "to_tiles")  # an extension of before has none of it
 
 
 def usable(x: Tensor) -> bool:
@@ -134,8 +133,7 @@ def to_tiles(images: Tensor, gradients: bool = False) -> Tensor:
 
 def blocks(*images: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Parts of images (B, channels, H, W), of each the same ones."""
-    channels, height, width = (max(sizes) for sizes in list(zip(*(x.shape for x in images), strict=True))[1:])
-    size = max(1, BLOCK * 16 // (36 * channels * height * width))
+    size = max(1, BLOCK * 16 // (36 * max(x[0].numel() for x in images)))
     return zip(*(x.split(size) for x in images), strict=True)
 
 
@@ -148,7 +146,7 @@ class Winograd(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight, bias)
-        kernels = (G @ weight.permute(2, 3, 0, 1).reshape(9, -1)).view(36, *weight.shape[:2]).transpose(1, 2)
+        kernels = (G2 @ weight.permute(2, 3, 0, 1).reshape(9, -1)).view(36, *weight.shape[:2]).transpose(1, 2)
         y = torch.empty(len(x), len(weight), *x.shape[2:], memory_format=torch.channels_last)
         for part, out in blocks(x, y):
             torch.ops.pegasus.from_tiles(torch.bmm(to_tiles(part), kernels), bias, out)
@@ -159,7 +157,7 @@ class Winograd(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, bias = ctx.saved_tensors
         dy, dx = dy.contiguous(memory_format=torch.channels_last), torch.empty_like(x)
-        turned = (G.flip(1) @ weight.permute(2, 3, 0, 1).reshape(9, -1)).view(36, *weight.shape[:2])
+        turned = (G2.flip(1) @ weight.permute(2, 3, 0, 1).reshape(9, -1)).view(36, *weight.shape[:2])
         dkernels, dbias = torch.zeros_like(turned), torch.zeros_like(bias)
         for part, slope, out in blocks(x, dy, dx):
             slopes = to_tiles(slope, gradients=True)
@@ -167,15 +165,15 @@ class Winograd(torch.autograd.Function):
             if len(bias):
                 dbias += slopes[7].sum(0)  # whose numbers are a tile's sums
             torch.ops.pegasus.from_tiles(torch.bmm(to_tiles(slope), turned), bias[:0], out)
-        dweight = (G.T @ dkernels.flatten(1)).view(3, 3, *weight.shape[:2]).permute(2, 3, 0, 1)
+        dweight = (G2.T @ dkernels.flatten(1)).view(3, 3, *weight.shape[:2]).permute(2, 3, 0, 1)
         return dx, dweight, dbias
 
 
 class Convolution(nn.Conv2d):
     """A 3 x 3 convolution of images with channels innermost, (B, C, H, W) to (B, K, H, W).
 
-    In float32 on a CPU by Winograd's filtering, where channels are multiples of 16 and H and W of 4: a training step
-    takes two thirds of the time that it takes with oneDNN's.
+    In float32 on a CPU by Winograd's filtering, where channels are multiples of 16 and H and W of 4: then a training
+    step of these networks takes two thirds of the time (docs/notes.md).
     """
 
     def __init__(self, before: int, after: int, bias: bool = True):

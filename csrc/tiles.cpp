@@ -73,13 +73,12 @@ static __attribute__((noinline)) void take(const Tiles& of, int64_t first, int64
         for (int64_t c = 0; c < a.channels; c += width) {
           Vector in[taken * taken], out[36];
           PEGASUS_UNROLL
-          for (int i = 0; i < taken; ++i) {
-            const bool inside = row + i >= 0 && row + i < a.rows;
-            const float* from = a.place(image, row + i, column) + c;
+          for (int i = 0; i < taken; ++i)
             PEGASUS_UNROLL
-            for (int j = 0; j < taken; ++j, from += a.channels)
-              in[i * taken + j] = inside && column + j >= 0 && column + j < a.columns ? Float32::load(from) : Vector{};
-          }
+            for (int j = 0; j < taken; ++j) {
+              const bool inside = row + i >= 0 && row + i < a.rows && column + j >= 0 && column + j < a.columns;
+              in[i * taken + j] = inside ? Float32::load(a.place(image, row + i, column + j) + c) : Vector{};
+            }
           both_ways<Transform>(in, out);
           for (int plane = 0; plane < 36; ++plane) Float32::store(to + plane * a.stride + c, out[plane]);
         }
