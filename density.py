@@ -92,13 +92,14 @@ def fit_classes(model: vae.VAE, images: Tensor, labels: Tensor, classes: tuple[s
     """
     fitted = {}
     for name, rows in class_rows(images, labels, classes).items():
-        mu, within, members = [], 0.0, rows.nonzero()[:, 0].to(images.device)
-        for part in members.split(batch_size):
+        members = rows.nonzero()[:, 0].to(images.device)
+        mu, within = torch.empty(len(members), model.latent), 0.0  # in one piece, or the parts keep gaps between them
+        for part, own in zip(members.split(batch_size), mu.split(batch_size), strict=True):
             x = vae.from_bytes(images[part].to(model.variance.device))
             mean, logvar, units = (each.cpu() for each in model.posterior(x))
-            mu.append(flow.reflect(mean, units))
+            own.copy_(flow.reflect(mean, units))
             within = within + flow.mean_covariance(logvar.exp(), units) * (len(part) / len(members))
-        fitted[name] = [each.float() for each in aggregate(torch.cat(mu), within)]
+        fitted[name] = [each.float() for each in aggregate(mu, within)]
     return fitted
 
 

@@ -5,6 +5,8 @@ error; and Adam on float32 weights with the bfloat16 copies that matrix products
 takes as they are. Beside them, convolutions that are matrix products, or become some.
 """
 import copy
+import math
+import threading
 from collections.abc import Iterator
 
 import reparam
@@ -17,7 +19,8 @@ PRODUCTS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 BLOCK = 2**18  # numbers of a convolution's tiles that are taken at a time, and then are still in the cache
 G = torch.tensor([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]) / 24  # Winograd's
 G2 = torch.kron(G, G)  # in both directions, kernels (9, ...) to (36, ...); csrc/tiles.cpp has the other two matrices
-BUILT = reparam.extension is not None and hasattr(torch.ops.pegasus, "to_tiles")  # an extension of before has none of it
+ROOMS = threading.local()  # what `room` gave
+BUILT = reparam.extension is not None and hasattr(torch.ops.pegasus, "to_tiles")  # one built before has none
 
 
 def usable(x: Tensor) -> bool:
@@ -120,15 +123,33 @@ class Grow(nn.ConvTranspose2d):
         return patches.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 
+def room(name: str, *shape: int) -> Tensor:
+    """Memory that a thread uses for one thing, again and again: new pieces leave gaps, 30 MB of them in the end."""
+    if name not in vars(ROOMS) or vars(ROOMS)[name].numel() < math.prod(shape):
+        vars(ROOMS)[name] = torch.empty(math.prod(shape))
+    return vars(ROOMS)[name][:math.prod(shape)].view(shape)
+
+
 def to_tiles(images: Tensor, gradients: bool = False) -> Tensor:
     """The tiles of images (B, C, H, W), or of their gradients, as planes (36, rows, C), with rows of zeros behind.
 
     An odd number of rows, since planes a power of two apart would drive each other out of the cache, and at least
     five, from where on each row of a product is the same however many there are.
     """
-    planes = images.new_empty(36, max(images[:, 0].numel() // 16, 4) | 1, images.shape[1])
+    planes = room("slopes" if gradients else "planes", 36, max(images[:, 0].numel() // 16, 4) | 1, images.shape[1])
     torch.ops.pegasus.to_tiles(images, planes, gradients)
     return planes
+
+
+def multiply(planes: Tensor, kernels: Tensor) -> Tensor:
+    """Planes (36, rows, C) by kernels (36, C, K), (36, rows, K)."""
+    return torch.bmm(planes, kernels, out=room("products", *planes.shape[:2], kernels.shape[2]))
+
+
+def transformed(weight: Tensor, g: Tensor) -> Tensor:
+    """A weight (K, C, 3, 3) by g (36, 9), (36, K, C)."""
+    rows = room("rows", 3, 3, *weight.shape[:2]).copy_(weight.permute(2, 3, 0, 1)).view(9, -1)
+    return torch.mm(g, rows, out=room("kernels", 36, rows.shape[1])).view(36, *weight.shape[:2])
 
 
 def blocks(*images: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -146,10 +167,10 @@ class Winograd(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight, bias)
-        kernels = (G2 @ weight.permute(2, 3, 0, 1).reshape(9, -1)).view(36, *weight.shape[:2]).transpose(1, 2)
+        kernels = transformed(weight, G2).transpose(1, 2)
         y = torch.empty(len(x), len(weight), *x.shape[2:], memory_format=torch.channels_last)
         for part, out in blocks(x, y):
-            torch.ops.pegasus.from_tiles(torch.bmm(to_tiles(part), kernels), bias, out)
+            torch.ops.pegasus.from_tiles(multiply(to_tiles(part), kernels), bias, out)
         return y
 
     @staticmethod
@@ -157,16 +178,17 @@ class Winograd(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, bias = ctx.saved_tensors
         dy, dx = dy.contiguous(memory_format=torch.channels_last), torch.empty_like(x)
-        turned = (G2.flip(1) @ weight.permute(2, 3, 0, 1).reshape(9, -1)).view(36, *weight.shape[:2])
-        dkernels, dbias = torch.zeros_like(turned), torch.zeros_like(bias)
+        turned, dkernels = transformed(weight, G2.flip(1)), room("dkernels", 36, *weight.shape[:2]).zero_()
+        dbias = torch.zeros_like(bias)
         for part, slope, out in blocks(x, dy, dx):
             slopes = to_tiles(slope, gradients=True)
             dkernels.baddbmm_(slopes.transpose(1, 2), to_tiles(part))
             if len(bias):
                 dbias += slopes[7].sum(0)  # whose numbers are a tile's sums
-            torch.ops.pegasus.from_tiles(torch.bmm(to_tiles(slope), turned), bias[:0], out)
-        dweight = (G2.T @ dkernels.flatten(1)).view(3, 3, *weight.shape[:2]).permute(2, 3, 0, 1)
-        return dx, dweight, dbias
+            torch.ops.pegasus.from_tiles(multiply(to_tiles(slope), turned), bias[:0], out)
+        rows, dweight = room("rows", 3, 3, *weight.shape[:2]), torch.empty_like(weight)
+        torch.mm(G2.T, dkernels.flatten(1), out=rows.view(9, -1))
+        return dx, dweight.copy_(rows.permute(2, 3, 0, 1)), dbias
 
 
 class Convolution(nn.Conv2d):

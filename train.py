@@ -77,9 +77,11 @@ class Training:
         phases.trim()
         if self.learned and (begun or recipe.split(chosen) <= self.epoch < chosen.epochs):
             self.phase = phases.Prior(chosen, self.data, self.model, self.learned, self.workers)
+            self.data = replace(self.data, test_images=self.data.test_images[:32].clone())  # pictures need no more
         else:
             self.phase = phases.Autoencoder(chosen, self.data, self.model, self.workers)
         self.optimizer = self.phase.optimizer
+        phases.trim()
 
     def restore(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])
@@ -110,8 +112,7 @@ class Training:
         begun, place = time.monotonic(), min((self.epoch, self.step), (recipe.split(self.options), 0))
         if place != self.fitted_at and (self.stop or self.epoch == self.options.epochs or begun >= self.refit):
             with phases.autocast(self.options):
-                self.fitted = density.fit_classes(self.model, self.data.images, self.data.labels,
-                                                  self.data.classes)
+                self.fitted = density.fit_classes(self.model, self.data.images, self.data.labels, self.data.classes)
             self.fitted_at, self.refit = place, time.monotonic() + 200 * (time.monotonic() - begun)
         return self.fitted
 
@@ -207,6 +208,7 @@ class Training:
             checkpoint.save(self.folder / "last.pt", state)
             folder.draw(self.folder, state, self.model, self.learned, self.data)
             self.cost = time.monotonic() - begun
+            phases.trim()
         self.saved, self.ahead = time.monotonic(), False
 
     def train_phase(self) -> None:
