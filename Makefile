@@ -83,7 +83,7 @@ sanitize: build  ## the op, and its CUDA source on the CPU, under ASan and UBSan
 	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. \
 	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	  $$python -m pytest -q -c /dev/null --rootdir=. -p no:cacheprovider \
-	  tests/test_op.py tests/test_reparam.py tests/test_fused.py
+	  tests/test_op.py tests/test_reparam.py tests/test_fused.py tests/test_bits.py
 	tests/cuda_on_cpu/run.sh address,undefined build/cuda_on_cpu
 
 cuda-check: build  ## the CUDA source compiles for every architecture, and no kernel spills

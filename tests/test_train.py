@@ -107,10 +107,11 @@ def interrupted(folder: Path, batches: Path, signum: int) -> int:
 
 
 def test_interrupted_and_killed_runs_end_with_the_same_bits(batches, tmp_path):
-    whole = start(tmp_path / "whole", batches)
+    seldom = ("--save-seconds", 60)
+    whole = start(tmp_path / "whole", batches, *seldom)
     for signum, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)):
         assert interrupted(tmp_path / "broken", batches, signum) == status
-    process = start(tmp_path / "broken", batches)
+    process = start(tmp_path / "broken", batches, *seldom)
     for each in (whole, process):
         output = each.communicate(timeout=120)[0]
         assert each.returncode == 0, output
@@ -173,7 +174,7 @@ def test_without_network_and_data_the_drawn_set_is_announced_everywhere(batches,
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "drawn").symlink_to(batches)
     monkeypatch.setattr(train.source.Path, "resolve", lambda path: path)
-    trained(tmp_path / "r", "--epochs", 1)
+    trained(tmp_path / "r", "--epochs", 1, "--no-judge")
     assert "DRAWN DATA" in capsys.readouterr().err
     assert checkpoint.load(tmp_path / "r" / "last.pt")["data"]["name"] == "drawn"
     assert (tmp_path / "r" / "log.csv").read_text().splitlines()[1].endswith(",drawn")
@@ -214,8 +215,7 @@ def free_port() -> int:
 
 def test_any_number_of_processes_follows_the_same_curve(batches, tmp_path):
     """In both phases; also where the last step leaves the third process without a row."""
-    for n in (1, 2, 3):
-        process = workers(n, tmp_path / str(n), batches, "--epochs", 2)
+    for process in [workers(n, tmp_path / str(n), batches, "--epochs", 2) for n in (1, 2, 3)]:
         output = process.communicate(timeout=240)[0]
         assert process.returncode == 0, output
     for n in (2, 3):
