@@ -7,7 +7,6 @@ takes as they are. Beside them, convolutions that are matrix products, or become
 import copy
 import math
 import threading
-from collections.abc import Iterator
 
 import reparam
 
@@ -16,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 PRODUCTS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
-BLOCK = 2**18  # numbers of a convolution's tiles that are taken at a time, and then are still in the cache
+BLOCK = 2**17  # numbers of a convolution's tiles that a thread takes at a time, and then are still in its cache
 G = torch.tensor([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]) / 24  # Winograd's
 G2 = torch.kron(G, G)  # in both directions, kernels (9, ...) to (36, ...); csrc/tiles.cpp has the other two matrices
 ROOMS = threading.local()  # what `room` gave
-BUILT = reparam.extension is not None and hasattr(torch.ops.pegasus, "to_tiles")  # one built before has none
+BUILT = reparam.extension is not None and hasattr(torch.ops.pegasus, "winograd")  # one built before has none
 
 
 def usable(x: Tensor) -> bool:
@@ -130,32 +129,15 @@ def room(name: str, *shape: int) -> Tensor:
     return vars(ROOMS)[name][:math.prod(shape)].view(shape)
 
 
-def to_tiles(images: Tensor, gradients: bool = False) -> Tensor:
-    """The tiles of images (B, C, H, W), or of their gradients, as planes (36, rows, C), with rows of zeros behind.
-
-    An odd number of rows, since planes a power of two apart would drive each other out of the cache, and at least
-    five, from where on each row of a product is the same however many there are.
-    """
-    planes = room("slopes" if gradients else "planes", 36, max(images[:, 0].numel() // 16, 4) | 1, images.shape[1])
-    torch.ops.pegasus.to_tiles(images, planes, gradients)
-    return planes
-
-
-def multiply(planes: Tensor, kernels: Tensor) -> Tensor:
-    """Planes (36, rows, C) by kernels (36, C, K), (36, rows, K)."""
-    return torch.bmm(planes, kernels, out=room("products", *planes.shape[:2], kernels.shape[2]))
-
-
 def transformed(weight: Tensor, g: Tensor) -> Tensor:
     """A weight (K, C, 3, 3) by g (36, 9), (36, K, C)."""
     rows = room("rows", 3, 3, *weight.shape[:2]).copy_(weight.permute(2, 3, 0, 1)).view(9, -1)
     return torch.mm(g, rows, out=room("kernels", 36, rows.shape[1])).view(36, *weight.shape[:2])
 
 
-def blocks(*images: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Parts of images (B, channels, H, W), of each the same ones."""
-    size = max(1, BLOCK * 16 // (36 * max(x[0].numel() for x in images)))
-    return zip(*(x.split(size) for x in images), strict=True)
+def block(x: Tensor, weight: Tensor) -> int:
+    """How many images (B, C, H, W) to take at a time."""
+    return max(1, BLOCK * 16 // (36 * x[0, 0].numel() * max(weight.shape[:2])))
 
 
 class Winograd(torch.autograd.Function):
@@ -166,28 +148,22 @@ class Winograd(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight, bias)
-        kernels = transformed(weight, G2).transpose(1, 2)
+        ctx.save_for_backward(x, weight)
+        ctx.bias = len(bias) > 0
         y = torch.empty(len(x), len(weight), *x.shape[2:], memory_format=torch.channels_last)
-        for part, out in blocks(x, y):
-            torch.ops.pegasus.from_tiles(multiply(to_tiles(part), kernels), bias, out)
+        torch.ops.pegasus.winograd(x, transformed(weight, G2).transpose(1, 2), bias, y, block(x, weight))
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        x, weight, bias = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         dy, dx = dy.contiguous(memory_format=torch.channels_last), torch.empty_like(x)
-        turned, dkernels = transformed(weight, G2.flip(1)), room("dkernels", 36, *weight.shape[:2]).zero_()
-        dbias = torch.zeros_like(bias)
-        for part, slope, out in blocks(x, dy, dx):
-            slopes = to_tiles(slope, gradients=True)
-            dkernels.baddbmm_(slopes.transpose(1, 2), to_tiles(part))
-            if len(bias):
-                dbias += slopes[7].sum(0)  # whose numbers are a tile's sums
-            torch.ops.pegasus.from_tiles(multiply(to_tiles(slope), turned), bias[:0], out)
+        turned, dkernels = transformed(weight, G2.flip(1)), room("dkernels", 36, weight[:, :, 0, 0].numel())
+        torch.ops.pegasus.winograd_backward(dy, x, turned, dx, dkernels, block(x, weight))
         rows, dweight = room("rows", 3, 3, *weight.shape[:2]), torch.empty_like(weight)
-        torch.mm(G2.T, dkernels.flatten(1), out=rows.view(9, -1))
+        torch.mm(G2.T, dkernels, out=rows.view(9, -1))
+        dbias = dy.sum((0, 2, 3)) if ctx.bias else weight.new_empty(0)
         return dx, dweight.copy_(rows.permute(2, 3, 0, 1)), dbias
 
 

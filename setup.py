@@ -92,7 +92,7 @@ class BuildOp(build_ext):
             macros += ["-DPEGASUS_CUDA", "-DUSE_CUDA", f'-DPEGASUS_CUDA_ARCHITECTURES="{" ".join(names)}"']
             libraries += ["torch_cuda", "cudart"]
             library_directories += cuda_library_directories(compiler)
-        for source in ("module.cpp", "step_ops.cpp"):
+        for source in ("module.cpp", "step_ops.cpp", "winograd.cpp"):
             objects += self.compile(source, "module", ["-O2", "-fvisibility=hidden", *macros])
         target.parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object(

@@ -1,4 +1,4 @@
-// What both files of ops share: threads, and what complaints are made of.
+// What the files of ops share: threads, and what complaints are made of.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -45,6 +45,42 @@ inline std::string device(const Tensor& t) {
 
 [[noreturn]] inline void refuse(const std::string& argument, const std::string& got, const std::string& wanted) {
   throw std::runtime_error(argument + ": got " + got + ", wanted " + wanted);
+}
+
+// The memory of a tensor that is to be float32, or bfloat16 where `half` is given.
+template <class T>
+T* typed(const Tensor& t, const char* argument, bool* half = nullptr) {
+  const ScalarType type = t.scalar_type();
+  if (half) *half = type == ScalarType::BFloat16;
+  if (!t.is_cpu() || (type != ScalarType::Float && !(half && *half)))
+    refuse(argument, name(type) + " on " + device(t), half ? "torch.float32 or torch.bfloat16 on cpu"
+                                                           : "torch.float32 on cpu");
+  return static_cast<T*>(t.data_ptr());
+}
+
+// The same of one with so many elements and no gaps, in any order.
+template <class T>
+T* memory(const Tensor& t, const char* argument, int64_t elements, bool* half = nullptr) {
+  int64_t reach = 1;
+  for (int64_t i = 0; i < t.dim(); ++i) reach += (t.size(i) - 1) * t.stride(i);
+  if (t.numel() != elements || (elements && reach != elements))
+    refuse(argument, shape(t), std::to_string(elements) + " elements without gaps");
+  return typed<T>(t, argument, half);
+}
+
+inline void check_order(const Tensor& t, const Tensor& like, const char* argument, const char* name_of_like) {
+  bool same = t.sizes().equals(like.sizes());
+  for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == 1 || t.stride(i) == like.stride(i);
+  if (!same) refuse(argument, "shape " + shape(t) + " or its strides", name_of_like + (" " + shape(like)) + "'s");
+}
+
+inline bool channels_innermost(const Tensor& x) {
+  int64_t step = 1;
+  for (int64_t dim : {1, 3, 2, 0}) {
+    if (x.size(dim) != 1 && x.stride(dim) != step) return false;
+    step *= x.size(dim);
+  }
+  return true;
 }
 
 }  // namespace pegasus

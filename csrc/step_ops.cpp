@@ -12,33 +12,6 @@ namespace {
 
 constexpr int64_t chunk = 16384;  // elements that are summed up before chunks are
 
-// The memory of a tensor that is to be float32, or bfloat16 where `half` is given.
-template <class T>
-T* typed(const Tensor& t, const char* argument, bool* half = nullptr) {
-  const ScalarType type = t.scalar_type();
-  if (half) *half = type == ScalarType::BFloat16;
-  if (!t.is_cpu() || (type != ScalarType::Float && !(half && *half)))
-    refuse(argument, name(type) + " on " + device(t), half ? "torch.float32 or torch.bfloat16 on cpu"
-                                                           : "torch.float32 on cpu");
-  return static_cast<T*>(t.data_ptr());
-}
-
-// The same of one with so many elements and no gaps, in any order.
-template <class T>
-T* memory(const Tensor& t, const char* argument, int64_t elements, bool* half = nullptr) {
-  int64_t reach = 1;
-  for (int64_t i = 0; i < t.dim(); ++i) reach += (t.size(i) - 1) * t.stride(i);
-  if (t.numel() != elements || (elements && reach != elements))
-    refuse(argument, shape(t), std::to_string(elements) + " elements without gaps");
-  return typed<T>(t, argument, half);
-}
-
-void check_order(const Tensor& t, const Tensor& like, const char* argument, const char* name_of_like) {
-  bool same = t.sizes().equals(like.sizes());
-  for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == 1 || t.stride(i) == like.stride(i);
-  if (!same) refuse(argument, "shape " + shape(t) + " or its strides", name_of_like + (" " + shape(like)) + "'s");
-}
-
 void adam(const Tensor& weight, const Tensor& grad, const Tensor& mean, const Tensor& square, const Tensor& half,
           double rate, double root_correction, double beta1, double beta2, double epsilon, double scale) {
   const int64_t n = weight.numel();
@@ -69,15 +42,6 @@ void add_squares(const Tensor& values, const Tensor& total) {
   double all = 0;
   for (float sum : sums) all += sum;
   *memory<float>(total, "total", 1) += static_cast<float>(all);
-}
-
-bool channels_innermost(const Tensor& x) {
-  int64_t step = 1;
-  for (int64_t dim : {1, 3, 2, 0}) {
-    if (x.size(dim) != 1 && x.stride(dim) != step) return false;
-    step *= x.size(dim);
-  }
-  return true;
 }
 
 // x (B, C, H, W) to the record that both directions share.
@@ -158,37 +122,6 @@ void squared_error_backward(const Tensor& dsse, const Tensor& logits, const Tens
   in_parallel(x.size(0), a.pixels, [&](int64_t first, int64_t last) { kernel(a, first, last); });
 }
 
-// images (B, C, H, W) and planes (36, tiles, C) to the record of both directions. There may be more rows than tiles.
-Tiles tiles_of(const Tensor& images, const Tensor& planes) {
-  if (images.dim() != 4 || !images.numel() || !channels_innermost(images) || images.size(1) % 16 ||
-      images.size(2) % 4 || images.size(3) % 4)
-    refuse("images", shape(images), "(B, C, H, W), not empty, in channels_last, C a multiple of 16, H and W of 4");
-  const int64_t tiles = images.numel() / images.size(1) / 16;
-  if (planes.dim() != 3 || planes.size(0) != 36 || planes.size(1) < tiles || planes.size(2) != images.size(1) ||
-      !planes.is_contiguous())
-    refuse("planes", shape(planes), "(36, " + std::to_string(tiles) + " or more, C), contiguous");
-  return {.images = typed<float>(images, "images"), .planes = typed<float>(planes, "planes"), .bias = nullptr,
-          .rows = images.size(2), .columns = images.size(3), .channels = images.size(1), .stride = planes.stride(0)};
-}
-
-void to_tiles(const Tensor& images, const Tensor& planes, bool gradients) {
-  const Tiles a = tiles_of(images, planes);
-  const int64_t filled = images.numel() / 16;
-  const auto kernel = chosen_tile_kernels().take[gradients];
-  in_parallel(images.size(0), images.numel() / images.size(0),
-              [&](int64_t first, int64_t last) { kernel(a, first, last); });
-  for (int64_t plane = 0; plane < 36; ++plane)
-    std::fill(a.planes + plane * a.stride + filled, a.planes + (plane + 1) * a.stride, 0.0f);
-}
-
-void from_tiles(const Tensor& planes, const Tensor& bias, const Tensor& images) {
-  Tiles a = tiles_of(images, planes);
-  if (bias.numel()) a.bias = memory<float>(bias, "bias", a.channels);
-  const auto kernel = chosen_tile_kernels().give;
-  in_parallel(images.size(0), images.numel() / images.size(0),
-              [&](int64_t first, int64_t last) { kernel(a, first, last); });
-}
-
 STABLE_TORCH_LIBRARY_FRAGMENT(pegasus, m) {
   m.def("adam(Tensor(a!) weight, Tensor grad, Tensor(b!) mean, Tensor(c!) square, Tensor(d!) half, float rate, "
         "float root_correction, float beta1, float beta2, float epsilon, float scale) -> ()");
@@ -199,8 +132,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pegasus, m) {
         "Tensor(b!) dweight, Tensor(c!) dbias, int groups) -> ()");
   m.def("squared_error(Tensor logits, Tensor x, Tensor(a!) sse) -> ()");
   m.def("squared_error_backward(Tensor dsse, Tensor logits, Tensor x, Tensor(a!) dlogits) -> ()");
-  m.def("to_tiles(Tensor images, Tensor(a!) planes, bool gradients) -> ()");
-  m.def("from_tiles(Tensor planes, Tensor bias, Tensor(a!) images) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pegasus, CPU, m) {
@@ -210,8 +141,6 @@ STABLE_TORCH_LIBRARY_IMPL(pegasus, CPU, m) {
   m.impl("silu_group_norm_backward", TORCH_BOX(&silu_group_norm_backward));
   m.impl("squared_error", TORCH_BOX(&squared_error));
   m.impl("squared_error_backward", TORCH_BOX(&squared_error_backward));
-  m.impl("to_tiles", TORCH_BOX(&to_tiles));
-  m.impl("from_tiles", TORCH_BOX(&from_tiles));
 }
 
 }  // namespace

@@ -4,6 +4,8 @@
 // 4 x 4 outputs of a channel see 6 x 6 inputs d, and are A' [G w G' * B' d B] A with the kernel w: 36 products, which
 // over channels are 36 matrix products, instead of 144. Here are B' d B, A' m A, and of an output's gradient A y A',
 // with which the kernel's gradient is G' [A y A' * B' d B] G. Points 0, 1, -1, 2, -2 and infinity; G is in fused.py.
+#include <vector>
+
 #include "kernels.h"
 #include "vectors.h"
 
@@ -66,26 +68,34 @@ template <class Transform>
 static __attribute__((noinline)) void take(const Tiles& of, int64_t first, int64_t last) {
   constexpr int taken = Transform::taken;
   const Tiles a = of;  // which no store can reach
+  const std::vector<float> outside(a.channels);
+  const float* places[taken * taken];
   float* to = a.planes + first * (a.rows / 4) * (a.columns / 4) * a.channels;
   for (int64_t image = first; image < last; ++image)
     for (int64_t row = -Transform::before; row + 4 <= a.rows; row += 4)
-      for (int64_t column = -Transform::before; column + 4 <= a.columns; column += 4, to += a.channels)
+      for (int64_t column = -Transform::before; column + 4 <= a.columns; column += 4, to += a.channels) {
+        for (int i = 0; i < taken * taken; ++i) {
+          const int64_t y = row + i / taken, x = column + i % taken;
+          places[i] = y >= 0 && y < a.rows && x >= 0 && x < a.columns ? a.place(image, y, x) : outside.data();
+        }
         for (int64_t c = 0; c < a.channels; c += width) {
           Vector in[taken * taken], out[36];
           PEGASUS_UNROLL
           for (int i = 0; i < taken; ++i)
             PEGASUS_UNROLL
-            for (int j = 0; j < taken; ++j) {
-              const bool inside = row + i >= 0 && row + i < a.rows && column + j >= 0 && column + j < a.columns;
-              in[i * taken + j] = inside ? Float32::load(a.place(image, row + i, column + j) + c) : Vector{};
-            }
+            for (int j = 0; j < taken; ++j) in[i * taken + j] = Float32::load(places[i * taken + j] + c);
           both_ways<Transform>(in, out);
-          for (int plane = 0; plane < 36; ++plane) Float32::store(to + plane * a.stride + c, out[plane]);
+          PEGASUS_UNROLL
+          for (int i = 0; i < 6; ++i)
+            PEGASUS_UNROLL
+            for (int j = 0; j < 6; ++j) Float32::store(to + (i * 6 + j) * a.stride + c, out[i * 6 + j]);
         }
+      }
 }
 
 // Planes to images, to which the bias is added.
-static __attribute__((noinline)) void give(const Tiles& a, int64_t first, int64_t last) {
+static __attribute__((noinline)) void give(const Tiles& of, int64_t first, int64_t last) {
+  const Tiles a = of;
   const float* from = a.planes + first * (a.rows / 4) * (a.columns / 4) * a.channels;
   for (int64_t image = first; image < last; ++image)
     for (int64_t row = 0; row < a.rows; row += 4)
@@ -93,8 +103,10 @@ static __attribute__((noinline)) void give(const Tiles& a, int64_t first, int64_
         for (int64_t c = 0; c < a.channels; c += width) {
           Vector in[36], out[16], bias = {};
           if (a.bias) bias = Float32::load(a.bias + c);
+          PEGASUS_UNROLL
           for (int plane = 0; plane < 36; ++plane) in[plane] = Float32::load(from + plane * a.stride + c);
           both_ways<Output>(in, out);
+          PEGASUS_UNROLL
           for (int i = 0; i < 16; ++i) Float32::store(a.place(image, row + i / 4, column + i % 4) + c, out[i] + bias);
         }
 }

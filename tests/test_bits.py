@@ -46,16 +46,20 @@ CHILD = """if True:
         ops.add_squares(1e18 * grad, length)
         return [moments, length, torch.stack([copy, copy])]
 
-    def tiles(generator, _):
-        pictures = torch.randn(9, 48, 8, 4, generator=generator).contiguous(memory_format=torch.channels_last)
-        made = [torch.empty(36, 20, 48) for _ in range(2)]
-        for gradients, planes in enumerate(made):
-            ops.to_tiles(pictures, planes, bool(gradients))
-        ops.from_tiles(made[0], torch.randn(48, generator=generator), pictures)
-        return [*made, pictures]
+    def winograd(generator, _):
+        x, dy = (torch.randn(64, 16, 8, 4, generator=generator).contiguous(memory_format=torch.channels_last)
+                 for _ in range(2))
+        kernels, bias, sums = torch.randn(36, 16, 16, generator=generator), x[0, :, 0, 0].clone(), torch.empty(36, 256)
+        y, dx = torch.empty_like(x), torch.empty_like(x)
+        ops.winograd(x, kernels, bias, y, 7)
+        ops.winograd_backward(dy, x, kernels, dx, sums, 7)
+        torch.set_num_threads(1)  # the threads' sums are added up, which rounds
+        ops.winograd_backward(dy, x, kernels, torch.empty_like(x), sums, 7)
+        return [y, dx, sums]
 
     steps = (torch.float32, torch.bfloat16)
-    for work, dtypes in ((op, (*steps, torch.float16, torch.float64)), (layers, steps), (adam, steps), (tiles, [None])):
+    all_of_them = {op: (*steps, torch.float16, torch.float64), layers: steps, adam: steps, winograd: [None]}
+    for work, dtypes in all_of_them.items():
         for dtype in dtypes:
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)

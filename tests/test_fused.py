@@ -233,19 +233,37 @@ def test_kernels_refuse_what_does_not_fit(change, complaint):
         torch.ops.pegasus.silu_group_norm(**arguments | change)
 
 
+def pictures(n: int, channels: int, *size: int) -> torch.Tensor:
+    return torch.zeros(n, channels, *size).contiguous(memory_format=torch.channels_last)
+
+
 @built
 @pytest.mark.parametrize("change,complaint", [
-    ({"images": torch.zeros(2, 16, 4, 8)}, "channels_last"), ({"images": torch.zeros(2, 4, 6, 16)}, "H and W of 4"),
-    ({"images": torch.zeros(0, 4, 8, 16)}, "not empty"), ({"planes": torch.zeros(36, 3, 16)}, "4 or more"),
-    ({"planes": torch.zeros(36, 16, 4).transpose(1, 2)}, "contiguous"),
-    ({"planes": torch.zeros(36, 4, 16, dtype=torch.float64)}, "planes: got torch.float64"),
-    ({"bias": torch.zeros(8)}, "bias")])
-def test_tiles_refuse_what_does_not_fit(change, complaint):
-    given = {"images": torch.zeros(2, 4, 8, 16), "planes": torch.zeros(36, 4, 16), "bias": torch.zeros(16)} | change
-    if given["images"].shape[3] == 16:
-        given["images"] = given["images"].permute(0, 3, 1, 2)
+    ({"x": torch.zeros(2, 16, 4, 8)}, "channels_last"), ({"x": pictures(2, 16, 6, 4)}, "H and W of 4"),
+    ({"x": pictures(0, 16, 4, 8)}, "not empty"), ({"x": pictures(2, 24, 4, 8)}, "multiple of 16"),
+    ({"x": pictures(3, 16, 4, 8)}, "as many"), ({"x": pictures(2, 16, 8, 4)}, "as large"),
+    ({"x": pictures(2, 16, 4, 8).double()}, "images: got torch.float64"),
+    ({"kernels": torch.zeros(36, 32, 16)}, r"kernels: got .* wanted \(36, 16, 32\)"), ({"block": 0}, "1 or more")])
+def test_convolutions_refuse_what_does_not_fit(change, complaint):
+    given = {"x": pictures(2, 16, 4, 8), "kernels": torch.zeros(36, 16, 32), "block": 3} | change
+    y, dx = pictures(2, 32, 4, 8), torch.empty_like(given["x"])
     with pytest.raises(RuntimeError, match=complaint):
-        torch.ops.pegasus.from_tiles(given["planes"], given["bias"], given["images"])
+        torch.ops.pegasus.winograd(given["x"], given["kernels"], torch.zeros(0), y, given["block"])
+    with pytest.raises(RuntimeError):
+        torch.ops.pegasus.winograd_backward(y, given["x"], given["kernels"].mT, dx, torch.zeros(36, 512),
+                                            given["block"])
+
+
+@built
+def test_convolutions_refuse_what_they_cannot_fill():
+    x, y, kernels = pictures(2, 16, 4, 8), pictures(2, 32, 4, 8), torch.zeros(36, 16, 32)
+    with pytest.raises(RuntimeError, match="bias: got"):
+        torch.ops.pegasus.winograd(x, kernels, torch.zeros(8), y, 1)
+    kept = torch.zeros(36, 512)
+    for dx, sums, complaint in ((torch.zeros(2, 16, 4, 8), kept, "strides"), (x.double(), kept, "dx: got"),
+                                (x, kept[0], "dkernels")):
+        with pytest.raises(RuntimeError, match=complaint):
+            torch.ops.pegasus.winograd_backward(y, x, kernels.mT, dx, sums, 1)
 
 
 @built
