@@ -113,6 +113,7 @@ class Training:
         if place != self.fitted_at and (self.stop or self.epoch == self.options.epochs or begun >= self.refit):
             with phases.autocast(self.options):
                 self.fitted = density.fit_classes(self.model, self.data.images, self.data.labels, self.data.classes)
+            phases.trim()
             self.fitted_at, self.refit = place, time.monotonic() + 200 * (time.monotonic() - begun)
         return self.fitted
 
@@ -253,7 +254,6 @@ class Training:
             self.judge = judge.get(Path(self.data.folder), 0, self.options.device, self.options.precision)
             self.save()
         if self.options.judge and self.phase.name == "prior" and len(self.data.classes) > 1 and not self.bank:
-            phases.trim()
             print("parts for Pegasi are drawn; a minute or so", flush=True)
             self.bank = compose.prepare(self.model, self.learned, judge.from_state(self.judge), self.data.classes)
             self.save()
