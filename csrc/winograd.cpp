@@ -65,7 +65,7 @@ Tensor to_tiles(const Tensor& images, bool gradients) {
 // Tiles (36, rows, C) by kernels (36, C, K) as images (B, K, H, W), to which a bias is added where there is one.
 void from_tiles(const Tensor& planes, const Tensor& kernels, const float* bias, const Tensor& images) {
   const Tensor products = room_of_products.tensor(36, planes.size(1), kernels.size(2));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_bmm_out(products.get(), planes.get(), kernels.get()));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_bmm_out(products.get(), planes.get(), kernels.get()));
   const Tiles a = tiles_of(images, products, bias);
   const auto kernel = chosen_tile_kernels().give;
   in_parallel(images.size(0), images.numel() / images.size(0),
@@ -118,8 +118,7 @@ void winograd_backward(const Tensor& dy, const Tensor& x, const Tensor& kernels,
       const int64_t n = std::min(block, last - i);
       const Tensor some_dy = some(dy, i, n), inputs = to_tiles(some(x, i, n), false);
       const Tensor turned = torch::stable::transpose(to_tiles(some_dy, true), 1, 2);
-      STABLE_TORCH_ERROR_CODE_CHECK(
-          aoti_torch_cpu_baddbmm_out(part.get(), part.get(), turned.get(), inputs.get(), 1, 1));
+      TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_baddbmm_out(part.get(), part.get(), turned.get(), inputs.get(), 1, 1));
       from_tiles(to_tiles(some_dy, false), kernels, nullptr, some(dx, i, n));
     }
     std::lock_guard lock(adding);
