@@ -1,4 +1,4 @@
-// What the files of ops share: threads, and what complaints are made of.
+// What the files of ops share: threads, what complaints are made of, and what a tensor has to be.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
