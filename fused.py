@@ -198,8 +198,8 @@ class Adam:
     """Adam (Kingma and Ba 2015) for a network's weights, by gradients of `trained`, which is that network or `halved`.
 
     As torch's fused one, whose checkpoints it reads, without the second and the 70 MB that importing torch's compiler
-    takes, as any of torch.optim does. `found_inf` and `grad_scale` are tensors of one number: where the first is 1
-    nothing changes, and gradients are divided by the second.
+    takes, as any of torch.optim does. `lr` may be, `found_inf` and `grad_scale` are tensors of one number: where
+    `found_inf` is 1 nothing changes, and gradients are divided by `grad_scale`.
     """
     lr, beta1, beta2, epsilon = 1e-3, 0.9, 0.999, 1e-8
     found_inf = grad_scale = None
@@ -260,7 +260,7 @@ class Adam:
         self.steps += 1
         steps = self.steps.item()
         scale = 1.0 if self.grad_scale is None else 1 / self.grad_scale.item()
-        numbers = (self.lr / (1 - self.beta1**steps), (1 - self.beta2**steps)**-0.5, self.beta1, self.beta2,
+        numbers = (float(self.lr) / (1 - self.beta1**steps), (1 - self.beta2**steps)**-0.5, self.beta1, self.beta2,
                    self.epsilon, scale)
         adam = torch.ops.pegasus.adam.default
         for (weight, trained), copied, moments in zip(self.pairs, self.copies, self.state, strict=True):

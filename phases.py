@@ -5,7 +5,6 @@ some rows of a batch and their sums), `numbers` (for the terminal) and `end_epoc
 """
 import contextlib
 import ctypes
-import math
 
 import density
 import fused
@@ -24,6 +23,16 @@ ORDER, FLIP, NOISE, TEST, START, TIME, NAME = range(7)  # purposes of the seeds 
 SUMS = 3  # how many sums a phase keeps of an epoch
 
 
+def epoch_order(seed: int, epoch: int, n: int) -> Tensor:
+    """The permutation of n pictures, a function of (seed, epoch) alone."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(reparam.derive_seed(seed, epoch, ORDER)))
+
+
+def coins(seed: int, epoch: int, n: int) -> Tensor:
+    """n fair coins, bool (n,): whether the epoch's k-th picture is mirrored."""
+    return reparam.words(n, 1, torch.tensor(reparam.derive_seed(seed, epoch, FLIP)))[:, 0, 0] % 2 == 1
+
+
 def gather(images: Tensor, rows: Tensor, mirrored: Tensor | None) -> Tensor:
     """Some images (n, 3, 32, 32) of bytes as a batch in [0, 1], some of them mirrored."""
     x = images.flatten(1).index_select(0, rows).view(-1, *vae.IMAGE)
@@ -37,9 +46,19 @@ def autocast(chosen: Options) -> torch.autocast:
     return torch.autocast(chosen.device, torch.bfloat16, enabled=chosen.precision == "bfloat16")
 
 
-def purpose_seed(chosen: Options, step: int, purpose: int) -> Tensor:
-    """The seed of one purpose at one step of a run, where the run computes."""
-    return torch.tensor(reparam.derive_seed(chosen.seed, step, purpose), device=chosen.device)
+def there(numbers: list, device: str) -> Tensor:
+    """A tensor on a device, for which a GPU need not finish first what it is at."""
+    return torch.tensor(numbers, pin_memory=device == "cuda").to(device, non_blocking=True)
+
+
+def purpose_seeds(chosen: Options, step: int, *purposes: int) -> Tensor:
+    """The seeds of some purposes at one step of a run, int64, where the run computes."""
+    return there([reparam.derive_seed(chosen.seed, step, purpose) for purpose in purposes], chosen.device)
+
+
+def at_once(chosen: Options, pictures: int) -> int:
+    """How many pictures to look at together: so many on a CPU, many on a GPU, which takes as long for a few."""
+    return 1000 if chosen.device == "cuda" else pictures
 
 
 def trim() -> None:
@@ -57,21 +76,25 @@ class Autoencoder:
         self.schedule, self.lr = chosen.schedule, chosen.lr
         self.images, self.test_images = data.images.to(chosen.device), data.test_images.to(chosen.device)
         self.first, self.epochs = 0, recipe.split(chosen)
-        self.steps = math.ceil(len(self.images) / chosen.batch_size)  # an epoch
         self.optimizer = fused.Adam(model, chosen.precision == "bfloat16")
         self.longest = None  # gradients are clipped to this length
 
-    def backward(self, rows: Tensor, mirrored: Tensor | None, batch: int, first: int, step: int) -> Tensor:
+    def seeds(self, step: int) -> Tensor:
+        """Of a step of the run, for `backward`."""
+        return purpose_seeds(self.options, step, NOISE)
+
+    def backward(self, rows: Tensor, mirrored: Tensor | None, batch: int, first: int, seeds: Tensor,
+                 progress: Tensor) -> Tensor:
         """Gradients from this process's rows of the photographs, rows `first` on of a batch of so many.
 
-        Returns their sums of distortion, rate and squared error. The squared error of all processes sets the
-        variance, else they would train another objective.
+        progress: of the phase, 0 to 1. Returns their sums of distortion, rate and squared error. The squared error of
+        all processes sets the variance, else they would train another objective.
         """
         x = gather(self.images, rows, mirrored)
         with autocast(self.options):
             # convolutions take no empty batch: a process without rows computes one and counts none
-            here, seed = x if len(x) else x.new_zeros(1, *vae.IMAGE), purpose_seed(self.options, step, NOISE)
-            terms = self.optimizer.trained(here, seed, first, step / (self.epochs * self.steps))
+            here = x if len(x) else x.new_zeros(1, *vae.IMAGE)
+            terms = self.optimizer.trained(here, seeds, first, progress)
         if not len(x):
             terms = vae.Terms(*(term[:0] for term in terms))
         sse = self.workers.total(terms.sse.detach().sum())
@@ -89,8 +112,8 @@ class Autoencoder:
         """Measure the variance, test with the same noise every time; the log's columns."""
         variance = self.model.variance.fill_(means[2] / vae.PIXELS).double()
         share, totals = self.workers.share(len(self.test_images)), self.test_images.new_zeros(2, dtype=torch.float64)
-        seed = purpose_seed(Options(device=self.options.device), 0, TEST)
-        size = 500 if self.options.arch == "mlp" else 128  # convolutions take 64 KB a picture and layer
+        seed = purpose_seeds(Options(device=self.options.device), 0, TEST)
+        size = at_once(self.options, 500 if self.options.arch == "mlp" else 128)  # of 64 KB for each convolution
         for first in range(share.start, share.stop, size):
             part = self.test_images[first:min(first + size, share.stop)]
             with autocast(self.options):
@@ -121,21 +144,22 @@ class Prior:
             learned.normalise(self.mu, self.logvar)
 
     @torch.no_grad()
-    def posteriors(self, images: Tensor, flip: bool = False, batch_size: int = 100) -> tuple[Tensor, Tensor]:
+    def posteriors(self, images: Tensor, flip: bool = False) -> tuple[Tensor, Tensor]:
         """Mean and logvar (n, latent) of images of bytes; with `flip` (2n, latent), those of mirror images behind.
 
         Half precision, and in place at once, or 60,000 of them would take a gigabyte.
         """
         both = torch.empty(2, 1 + flip, len(images), self.model.latent, dtype=torch.half, device=self.options.device)
-        for first in range(0, len(images), batch_size):
-            part = images[first:first + batch_size].to(self.options.device)
+        size = at_once(self.options, 100)
+        for first in range(0, len(images), size):
+            part = images[first:first + size].to(self.options.device)
             for view in range(1 + flip):
                 with autocast(self.options):
                     found = self.model.encode(vae.from_bytes(part.flip(3) if view else part))
-                both[:, view, first:first + batch_size] = torch.stack(found)
+                both[:, view, first:first + size] = torch.stack(found)
         return both.flatten(1, 2).unbind()
 
-    def loss(self, velocity: prior.Velocity, mu: Tensor, logvar: Tensor, names: Tensor, seeds: list[Tensor],
+    def loss(self, velocity: prior.Velocity, mu: Tensor, logvar: Tensor, names: Tensor, seeds: Tensor,
              first: int) -> Tensor:
         """Flow matching's squared error of each latent, mean over its dimensions, (B,)."""
         start, end, clock = seeds
@@ -146,13 +170,17 @@ class Prior:
             v = velocity(torch.lerp(z0, z1, t), t[:, 0], names)
         return (v - (z1 - z0)).square().mean(1)
 
-    def backward(self, rows: Tensor, mirrored: Tensor | None, batch: int, first: int, step: int) -> Tensor:
+    def seeds(self, step: int) -> Tensor:
+        return purpose_seeds(self.options, step, START, NOISE, TIME, NAME)
+
+    def backward(self, rows: Tensor, mirrored: Tensor | None, batch: int, first: int, seeds: Tensor,
+                 _progress: Tensor) -> Tensor:
         """As `Autoencoder.backward`; returns the sum of squared errors."""
         here = rows if len(rows) else rows.new_zeros(1)
         at = here if mirrored is None or not len(rows) else here + mirrored * (len(self.mu) // 2)
-        seeds = [purpose_seed(self.options, step, purpose) for purpose in (START, NOISE, TIME, NAME)]
-        names = prior.hide(self.names[here], self.learned.none, seeds.pop(), first)
-        loss = self.loss(self.optimizer.trained, self.mu[at], self.logvar[at], names, seeds, first)[:len(rows)].sum()
+        names = prior.hide(self.names[here], self.learned.none, seeds[3], first)
+        loss = self.loss(self.optimizer.trained, self.mu[at], self.logvar[at], names, seeds[:3], first)
+        loss = loss[:len(rows)].sum()
         (loss / batch).backward()
         return torch.stack([loss.detach(), *loss.new_zeros(SUMS - 1)])
 
@@ -163,9 +191,10 @@ class Prior:
     def end_epoch(self, means: list[float]) -> dict[str, float]:
         """Test the averaged weights; the log's columns."""
         share, total = self.workers.share(len(self.test_mu)), self.test_mu.new_zeros(1, dtype=torch.float64)
-        seeds = [purpose_seed(Options(device=self.options.device), 0, purpose) for purpose in (START, NOISE, TIME)]
-        for first in range(share.start, share.stop, 100):  # takes less room than a step of training
-            part = slice(first, min(first + 100, share.stop))
+        seeds = purpose_seeds(Options(device=self.options.device), 0, START, NOISE, TIME)
+        size = at_once(self.options, 100)  # takes less room than a step of training
+        for first in range(share.start, share.stop, size):
+            part = slice(first, min(first + size, share.stop))
             total += self.loss(self.learned.average, self.test_mu[part], self.test_logvar[part], self.test_names[part],
                                seeds, first).sum()
         return {"train_loss": means[0], "test_loss": (self.workers.total(total) / len(self.test_mu)).item()}

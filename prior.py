@@ -16,6 +16,7 @@ import density
 import fused
 import recipe
 import reparam
+import replay
 
 import torch
 from torch import Tensor, nn
@@ -136,10 +137,11 @@ class Learned(nn.Module):
         return z * self.std + self.mean
 
     @torch.no_grad()
-    def follow(self, step: int, decay: float = 0.995) -> None:
-        """Take the averaged weights, which draw better pictures, nearer to the trained ones, at first faster."""
-        nearer = 1 - min(decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.average.parameters()), list(self.velocity.parameters()), nearer)
+    def follow(self, steps: Tensor, decay: float = 0.995) -> None:
+        """After so many steps take the averaged weights, which draw better pictures, nearer to the trained ones."""
+        nearer = 1 - (steps / (9 + steps)).clamp(max=decay)  # at first faster
+        for average, weight in zip(self.average.parameters(), self.velocity.parameters(), strict=True):
+            average.lerp_(weight, nearer)
 
 
 def hide(names: Tensor, none: int, seed: Tensor, first: int) -> Tensor:
@@ -148,16 +150,23 @@ def hide(names: Tensor, none: int, seed: Tensor, first: int) -> Tensor:
     return torch.where(chance < 0.15, none, torch.where(chance < 0.575, names[:, 0], names[:, 1]))
 
 
-def step_seconds(velocity: Velocity, batch_size: int) -> float:
-    """What a training step takes, the median of five after one."""
+def step_seconds(velocity: Velocity, batch_size: int, autocast: Callable[[], torch.autocast]) -> float:
+    """What a training step takes, the median of five after one; on a GPU after it is captured."""
     z, times = velocity.enter.weight.new_zeros(batch_size, math.prod(velocity.shape)), []
-    for _ in range(6):
+
+    def step(z: Tensor) -> Tensor:
+        with autocast():  # here, since it keeps weights until it ends, and a capture takes none from outside
+            v = velocity(z, z[:, 0], z[:, 0].long())
+        v.sum().backward()
+        return velocity.enter.bias.grad.sum()
+
+    run, warm_up = (replay.Replay(step), replay.WARM_UP + 1) if z.is_cuda else (step, 1)
+    for _ in range(warm_up + 5):
         begun = time.monotonic()
-        velocity(z, z[:, 0], z[:, 0].long()).sum().backward()
-        velocity.enter.bias.grad.sum().item()  # waits for a GPU
+        run(z).item()  # waits for a GPU
         times.append(time.monotonic() - begun)
     velocity.zero_grad()
-    return statistics.median(times[1:])
+    return statistics.median(times[warm_up:])
 
 
 Field = Callable[[Tensor, float], Tensor]  # velocities (B, latent) of latents (B, latent) at a time

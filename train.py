@@ -23,7 +23,7 @@ import log
 import phases
 import prior
 import recipe
-import reparam
+import replay
 import source
 import vae
 from options import Fault
@@ -35,16 +35,6 @@ import torch
 from torch import Tensor
 
 PATIENCE = 10  # steps skipped in a row before a run stops
-
-
-def epoch_order(seed: int, epoch: int, n: int) -> Tensor:
-    """The permutation of n pictures, a function of (seed, epoch) alone."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(reparam.derive_seed(seed, epoch, phases.ORDER)))
-
-
-def coins(seed: int, epoch: int, n: int) -> Tensor:
-    """n fair coins, bool (n,): whether the epoch's k-th picture is mirrored."""
-    return reparam.words(n, 1, torch.tensor(reparam.derive_seed(seed, epoch, phases.FLIP)))[:, 0, 0] % 2 == 1
 
 
 class Training:
@@ -81,6 +71,8 @@ class Training:
         else:
             self.phase = phases.Autoencoder(chosen, self.data, self.model, self.workers)
         self.optimizer = self.phase.optimizer
+        alone = chosen.device != "cpu" and self.workers.size == 1
+        self.whole_step = replay.Replay(self.compute) if alone else self.compute
         phases.trim()
 
     def restore(self, state: dict) -> None:
@@ -121,15 +113,9 @@ class Training:
         """One step of Adam on some rows of the images, added to the epoch's totals."""
         done, phase = self.epoch * self.steps + self.step, self.phase
         progress = (done - phase.first * self.steps) / (phase.epochs * self.steps)
-        self.optimizer.lr = recipe.learning_rate(phase.schedule, phase.lr, progress)
-        share = self.workers.share(len(rows))
-        self.optimizer.zero_grad()
-        sums = phase.backward(rows[share], None if mirrored is None else mirrored[share], len(rows), share.start, done)
-        sums = self.workers.total(torch.cat([sums, sums.new_tensor([self.asked > 0])]))
-        self.workers.total_gradients([trained for _, trained in self.optimizer.pairs])
-        self.update(sums[:-1], len(rows))
-        if phase.name == "prior":
-            self.learned.follow(done - phase.first * self.steps)
+        numbers = [recipe.learning_rate(phase.schedule, phase.lr, progress), progress]
+        compute = self.whole_step if len(rows) == self.options.batch_size else self.compute
+        sums = compute(rows, mirrored, phase.seeds(done), phases.there(numbers, self.options.device))
         if self.workers.size == 1:  # without looking at the flag, for which a GPU would have to finish first
             self.stop = self.asked
         elif sums[-1] > 0:
@@ -137,6 +123,20 @@ class Training:
         self.step, self.ahead = self.step + 1, True
         if self.step % PATIENCE == 0 or self.step == self.steps:
             self.check_skipped()
+
+    def compute(self, rows: Tensor, mirrored: Tensor | None, seeds: Tensor, numbers: Tensor) -> Tensor:
+        """What the device does in a step; numbers: learning rate, progress. Returns the sums and who asked to stop."""
+        phase, share = self.phase, self.workers.share(len(rows))
+        self.optimizer.lr, progress = numbers
+        self.optimizer.zero_grad()
+        mirrored = None if mirrored is None else mirrored[share]
+        sums = phase.backward(rows[share], mirrored, len(rows), share.start, seeds, progress)
+        sums = self.workers.total(torch.cat([sums, sums.new_full((1,), self.asked > 0)]))
+        self.workers.total_gradients([trained for _, trained in self.optimizer.pairs])
+        self.update(sums[:-1], len(rows))
+        if phase.name == "prior":
+            self.learned.follow(self.optimizer.steps)
+        return sums
 
     def update(self, sums: Tensor, images: int) -> None:
         """Adam's step and the epoch's totals: neither where the gradient's norm or the loss is not finite.
@@ -169,8 +169,8 @@ class Training:
     def train_epoch(self, progress: log.Progress) -> None:
         """The rest of the epoch that is under way; leaves early when a signal asks for it."""
         chosen, n = self.options, len(self.data.images)
-        order = epoch_order(chosen.seed, self.epoch, n).to(chosen.device)
-        mirrored = coins(chosen.seed, self.epoch, n).to(chosen.device) if chosen.flip else None
+        order = phases.epoch_order(chosen.seed, self.epoch, n).to(chosen.device)
+        mirrored = phases.coins(chosen.seed, self.epoch, n).to(chosen.device) if chosen.flip else None
         while self.step < self.steps and not self.stop:
             if self.ahead and time.monotonic() - self.saved >= self.pause():
                 self.save()
@@ -217,8 +217,8 @@ class Training:
         last, images, chosen = self.phase.first + self.phase.epochs, len(self.data.images), self.options
         later = 0.0  # seconds that the phase after this one takes, by a few of its steps
         if self.learned and self.phase.name == "autoencoder" and self.workers.leads:
-            with phases.autocast(chosen):
-                step = prior.step_seconds(self.learned.velocity, min(chosen.batch_size, images))
+            step = prior.step_seconds(self.learned.velocity, min(chosen.batch_size, images),
+                                      lambda: phases.autocast(chosen))
             later = (chosen.epochs - last) * self.steps * step
         progress = log.Progress(last, chosen.epochs, images, self.epoch * images + self.step * chosen.batch_size,
                                 later, self.folder / "speed.csv", quiet=not self.workers.leads)

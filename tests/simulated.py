@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import checkpoint
 import recipe
+import replay
 
 import pytest
 import torch
@@ -83,6 +84,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(checkpoint, "save",  # as torch.save and load(map_location="cpu") do
                         lambda path, state: save(path, tree_map_only(Tensor, Tensor.cpu, state)))
     monkeypatch.setattr(torch, "autocast", Autocast)
+    monkeypatch.setattr(replay, "capture", lambda function: function)
     monkeypatch.setattr(recipe, "device", lambda chosen: "cpu" if chosen.device == "cpu" else "meta")
     monkeypatch.setattr(recipe, "computes_bfloat16", lambda place: False)
     with Device():

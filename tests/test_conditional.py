@@ -95,7 +95,7 @@ def test_the_prior_is_trained(batches, tmp_path):
     before = {name: p.detach().clone() for name, p in training.model.named_parameters()}
     x = phases.gather(training.phase.images, torch.arange(100), None)
     with phases.autocast(training.options), torch.no_grad():
-        seed = phases.purpose_seed(training.options, 0, phases.NOISE)
+        seed = training.phase.seeds(0)
         relaxed, exact = (training.model(x, seed, 0, progress).sse.sum().double()
                           for progress in (0, None))
     training.train_step(torch.arange(100), None)
@@ -212,7 +212,7 @@ def test_a_run(batches, tmp_path, complaint):
                            epochs=2, judge=False)
     training = train.begin(train.recipe.resolve(chosen), set(), train.Group("cpu"))
     (tmp_path / "b").mkdir()
-    training.train_step(train.epoch_order(0, 0, len(training.data.images))[:128], None)
+    training.train_step(phases.epoch_order(0, 0, len(training.data.images))[:128], None)
     training.save()
     run("b", "--resume")
     one, two = (sample.load(tmp_path / name / "last.pt") for name in "ab")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import checkpoint
 import phases
+import reparam
 import sample
 import train
 from options import Fault
@@ -177,11 +178,11 @@ def test_an_older_format_goes_on(whole, batches, tmp_path):  # noqa: F811
 def spoil(monkeypatch):
     """Make one number of the gradient NaN in some steps, counted from the start of a run; losses stay finite."""
     def at(steps: set[int]) -> None:
-        backward = phases.Autoencoder.backward
+        backward, marked = phases.Autoencoder.backward, {reparam.derive_seed(0, step, phases.NOISE) for step in steps}
 
-        def spoilt(self, rows, mirrored, batch, first, step):
-            sums = backward(self, rows, mirrored, batch, first, step)
-            if step in steps:
+        def spoilt(self, rows, mirrored, batch, first, seeds, progress):
+            sums = backward(self, rows, mirrored, batch, first, seeds, progress)
+            if seeds.item() in marked:
                 list(self.optimizer.trained.parameters())[2].grad.view(-1)[7] = torch.nan
             return sums
         monkeypatch.setattr(phases.Autoencoder, "backward", spoilt)
@@ -213,12 +214,12 @@ def test_an_epochs_loss_is_that_of_the_steps_taken(batches, tmp_path, spoil):
     """One step an epoch, then the same step in two halves with the second skipped: the first half's mean."""
     spoil({1})
     train.main([*command(tmp_path / "half", batches, 1), "--batch-size", "96"])
-    order, data = train.epoch_order(0, 0, 192), train.source.load(str(batches), "horse,bird")
+    order, data = phases.epoch_order(0, 0, 192), train.source.load(str(batches), "horse,bird")
     torch.manual_seed(0)
-    mirrored = train.coins(0, 0, 192)[:96]
+    mirrored = phases.coins(0, 0, 192)[:96]
     x = phases.gather(data.images, order[:96], mirrored)
     with torch.no_grad():
-        terms = train.vae.VAE("mlp")(x, torch.tensor(train.reparam.derive_seed(0, 0, phases.NOISE)))
+        terms = train.vae.VAE("mlp")(x, torch.tensor(reparam.derive_seed(0, 0, phases.NOISE)))
     loss = (terms.sse + terms.rate).mean().item()
     assert float(rows(tmp_path / "half" / "log.csv")[0]["train_loss"]) == pytest.approx(loss, rel=1e-2)
 
@@ -256,9 +257,10 @@ def test_saving_takes_a_small_part_of_the_time(batches, tmp_path, monkeypatch):
 WORKER = """
 import os, options, phases, torch, train
 backward = phases.Autoencoder.backward
-def spoilt(self, rows, mirrored, batch, first, step):
-    sums = backward(self, rows, mirrored, batch, first, step)
-    if step in (1, 6) and os.environ["RANK"] == "1":
+marked = [phases.reparam.derive_seed(0, step, phases.NOISE) for step in (1, 6)]
+def spoilt(self, rows, mirrored, batch, first, seeds, progress):
+    sums = backward(self, rows, mirrored, batch, first, seeds, progress)
+    if seeds.item() in marked and os.environ["RANK"] == "1":
         list(self.optimizer.trained.parameters())[2].grad.view(-1)[7] = torch.nan
     return sums
 phases.Autoencoder.backward = spoilt

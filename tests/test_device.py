@@ -1,9 +1,12 @@
-"""Where tensors lie when there is a GPU: whole runs on a simulated one, which refuses to mix places."""
+"""Where tensors lie when there is a GPU: whole runs on a simulated one, which refuses to mix places; and on a real one.
+"""
 import functools
 from pathlib import Path
 
+import checkpoint
 import compose
 import reparam
+import replay
 import sample
 import train
 
@@ -24,7 +27,7 @@ def few(small_network: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def arguments(batches: Path, tmp_path: Path) -> list[str]:
-    return ["--data", str(batches), "--run", str(tmp_path / "run"), "--batch-size", "64", "--threads", "1"]
+    return ["--data", str(batches), "--run", str(tmp_path / "run"), "--batch-size", "32", "--threads", "1"]
 
 
 def test_simulated_gpu_refuses_a_tensor_that_lies_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,12 +60,50 @@ def test_gpu_and_cpu_follow_one_curve(few: None, arguments: list[str], tmp_path:
         assert losses(arguments, "auto", tmp_path) == pytest.approx(wanted, rel=1e-4)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_step_runs_again_with_what_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its captured kernels read one place each, where every call puts its own values first; None stays None."""
+    captured, total = [], torch.zeros(2)
+    monkeypatch.setattr(replay, "capture", lambda function: captured.append(function) or function)
+    step = replay.Replay(lambda x, nothing, y: total.add_(x * y if nothing is None else nothing))
+    inputs = torch.arange(16.0).view(8, 2)
+    for number, x in enumerate(inputs):
+        assert step(x, None, torch.tensor(2.0)) is total
+        assert len(captured) == (number >= replay.WARM_UP)
+    assert total.equal(2 * inputs.sum(0))
+    assert inputs.equal(torch.arange(16.0).view(8, 2))
+
+
+needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@needs_a_gpu
 def test_a_real_gpu_follows_the_same_curve(few: None, arguments: list[str], tmp_path: Path,
                                            monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = losses(arguments, "cpu", tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert losses(arguments, "cuda", tmp_path) == pytest.approx(wanted, rel=1e-2)  # its float32 products are TF32's
+
+
+@needs_a_gpu
+@pytest.mark.parametrize("step", [5, 9])  # of the autoencoder's 6 and of the prior's
+def test_a_run_on_a_real_gpu_goes_on_to_the_same_bits(few: None, arguments: list[str], tmp_path: Path, step: int,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    ours, command = train.Training.train_step, [*arguments, "--epochs", "3", "--no-judge"]
+
+    def stopping(self: train.Training, *args: object) -> None:
+        ours(self, *args)
+        if self.epoch * self.steps + self.step == step:
+            self.stop = 15
+    assert train.main([*command, "--run", str(tmp_path / "whole")]) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(train.Training, "train_step", stopping)
+        assert train.main(command) == 128 + 15
+    assert train.main([*command, "--resume"]) == 0
+    one, two = (checkpoint.load(tmp_path / name / "last.pt") for name in ("whole", "run"))
+    for part in ("model", "prior", "velocity"):
+        assert all(tensor.equal(two[part][name]) for name, tensor in one[part].items()), part
+    assert (tmp_path / "whole" / "log.csv").read_bytes() == (tmp_path / "run" / "log.csv").read_bytes()
 
 
 @pytest.mark.skipif(reparam.extension is None, reason="without the extension there is only the reference")

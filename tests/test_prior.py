@@ -108,9 +108,9 @@ def test_averaged_weights_follow():
     before = learned.average.enter.weight.clone()
     with torch.no_grad():
         learned.velocity.enter.weight.add_(1)
-    learned.follow(10**6)
+    learned.follow(torch.tensor(10**6))
     assert (learned.average.enter.weight - before).allclose(torch.tensor(0.005), atol=1e-6)
-    learned.follow(0)
+    learned.follow(torch.tensor(1))
     assert (learned.average.enter.weight - before).mean().item() == pytest.approx(0.9, abs=0.01)
 
 

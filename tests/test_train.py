@@ -12,6 +12,7 @@ from pathlib import Path
 import checkpoint
 import phases
 import recipe
+import reparam
 import sample
 import train
 
@@ -70,7 +71,7 @@ def test_the_logged_test_loss_is_that_of_the_checkpoint(run, batches):
     """Computed again from the file, one image at a time."""
     found = sample.load(run / "last.pt")
     images, _ = train.source.cifar10.load(batches, "horse,bird", train.source.cifar10.TEST)
-    seed = torch.tensor(train.reparam.derive_seed(0, 0, phases.TEST))
+    seed = torch.tensor(reparam.derive_seed(0, 0, phases.TEST))
     with torch.no_grad():
         sse = [found.model(image[None] / 255, seed, i).sse for i, image in enumerate(images)]
     logged = rows(run / "log.csv")[-1]["test_sse"]
@@ -222,6 +223,15 @@ def test_any_number_of_processes_follows_the_same_curve(batches, tmp_path):
         torch.testing.assert_close(curves(tmp_path / str(n)), curves(tmp_path / "1"), rtol=1e-4, atol=0)
 
 
+def test_more_processes_than_gpus_are_refused(complaint, monkeypatch, tmp_path):
+    for name, value in (("RANK", "2"), ("LOCAL_RANK", "2"), ("WORLD_SIZE", "3")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(recipe, "device", lambda chosen: "cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    said = complaint(train.main, "--run", tmp_path / "r")
+    assert "process 3 of this machine has no GPU to itself" in said and "--nproc-per-node 2" in said
+
+
 def test_leaving_ends_the_threads_of_the_group():
     """One that still lets go of a tensor while Python closes aborts the process."""
     code = """if True:
@@ -283,15 +293,15 @@ def test_learning_rates():
 
 
 def test_orders_and_coins_are_functions_of_seed_and_epoch():
-    order = train.epoch_order(3, 7, 1000)
-    assert order.equal(train.epoch_order(3, 7, 1000))
+    order = phases.epoch_order(3, 7, 1000)
+    assert order.equal(phases.epoch_order(3, 7, 1000))
     assert order.sort().values.equal(torch.arange(1000))
-    assert not order.equal(train.epoch_order(3, 8, 1000))
-    assert not order.equal(train.epoch_order(4, 7, 1000))
-    coins = train.coins(3, 7, 10_000)
+    assert not order.equal(phases.epoch_order(3, 8, 1000))
+    assert not order.equal(phases.epoch_order(4, 7, 1000))
+    coins = phases.coins(3, 7, 10_000)
     assert 4800 < coins.sum() < 5200
-    assert coins[:500].equal(train.coins(3, 7, 500))
-    assert not coins.equal(train.coins(3, 8, 10_000))
+    assert coins[:500].equal(phases.coins(3, 7, 500))
+    assert not coins.equal(phases.coins(3, 8, 10_000))
 
 
 def test_gather_mirrors_and_scales():
