@@ -9,6 +9,8 @@ import os
 from collections.abc import Callable
 from typing import TypeVar
 
+from options import Fault
+
 import torch
 import torch.distributed as dist
 import torch.distributed.nn  # before there is a group: its functions would keep it, and its threads, past its end
@@ -28,12 +30,20 @@ class Group:
             self.join("nccl" if device == "cuda" else "gloo")
 
     def join(self, backend: str) -> None:
-        """Meet the others; apart from the addresses that a lost group left in a store that torchrun keeps."""
+        """Meet the others; apart from the addresses that a lost group left in a store that torchrun keeps.
+
+        Raises Fault where processes outnumber the machine's GPUs.
+        """
+        gpu = None
         if backend == "nccl":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            place, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if place >= gpus:
+                raise Fault(f"torchrun: process {place + 1} of this machine has no GPU to itself; wanted at most "
+                            f"--nproc-per-node {gpus} here, or --device cpu")
+            torch.cuda.set_device(gpu := torch.device("cuda", place))
         store, rank, size = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(f"start {self.restarts}", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=gpu)
 
     def share(self, n: int) -> slice:
         """The contiguous part of n rows that is this process's."""
