@@ -3,7 +3,7 @@
     python bench.py op                                        # all sizes, float32 and bfloat16, one thread and two
     python bench.py op --shapes 128x128 --dtypes float32      # a quick look
     python bench.py op --json op.json                         # every figure, for a machine
-    python bench.py op --device cuda                          # the same on a GPU
+    python bench.py op --device cuda                          # the same on a GPU; so for train
     python bench.py train --data auto                         # epochs of both networks and the prior
     python bench.py train --arch mlp --sizes                  # and against batch, data and latent size, and processes
 
@@ -36,6 +36,7 @@ import bench_op
 import fused
 import log
 import recipe
+import replay
 import source
 import train
 import vae
@@ -85,7 +86,7 @@ def usual_loss(model: vae.VAE, x: Tensor) -> Tensor:
 
 def usual_epoch(model: vae.VAE, optimizer: torch.optim.Adam, loader: torch.utils.data.DataLoader) -> None:
     for x in loader:
-        loss = usual_loss(model, x)
+        loss = usual_loss(model, x.to(model.variance.device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -99,8 +100,11 @@ def our_epoch(training: train.Training) -> None:
     training.train_epoch(quiet)
 
 
-def floor_step(training: train.Training, batch: int) -> Callable[[], None]:
-    """A function that does the matrix products or convolutions of one step, and Adam's pass over memory, alone."""
+def floor_step(training: train.Training, batch: int) -> Callable[[], Tensor]:
+    """A function that does the matrix products or convolutions of one step, and Adam's pass over memory, alone.
+
+    On a GPU captured, as the step itself is.
+    """
     dtype = torch.bfloat16 if training.options.precision == "bfloat16" else torch.float32
     network = training.optimizer.trained
     products = [m for m in network.modules() if isinstance(m, fused.PRODUCTS)]
@@ -112,32 +116,34 @@ def floor_step(training: train.Training, batch: int) -> Callable[[], None]:
         layers.append((copies[layer], kind.forward, x, torch.randn_like(output, dtype=dtype)))
 
     hooks = [m.register_forward_hook(keep) for m in products]
-    training.phase.backward(torch.arange(batch), None, batch, 0, 0)
+    rows = torch.arange(batch, device=training.options.device)
+    training.phase.backward(rows, None, batch, 0, training.phase.seeds(0), torch.tensor(0.0, device=rows.device))
     for hook in hooks:
         hook.remove()
     weights = [p.detach().float().requires_grad_() for p in network.parameters()]
     for weight in weights:
         weight.grad = torch.zeros_like(weight)
-    optimizer = torch.optim.Adam(weights, 1e-9, fused=True)
+    optimizer = torch.optim.Adam(weights, 1e-9, fused=True, capturable=rows.is_cuda)
 
-    def step() -> None:
+    def step() -> Tensor:
         for layer, forward, inputs, gradient in layers:
             wanted = [layer.weight] + ([inputs] if inputs.requires_grad else [])
             torch.autograd.grad(forward(layer, inputs), wanted, gradient)
         optimizer.step()
-    return step
+        return weights[0]
+    return replay.Replay(step) if rows.is_cuda else step
 
 
 def time_training(chosen: recipe.Options, data: source.Pictures, rounds: int, against: bool = True) -> dict:
     """Images a second of our epochs and, with `against`, of the usual loop and of the floor."""
-    training = train.Training(chosen, data, None, Group("cpu"))
+    training = train.Training(chosen, data, None, Group(chosen.device))
     training.epoch = chosen.epochs - 1  # of the learned prior where there is one
     training.enter()
     n, batch = len(data.images), min(chosen.batch_size, len(data.images))
     candidates = {"ours": lambda: our_epoch(training)}
     if against and chosen.prior == "normal":
         for workers in (0, 2):
-            model = usual_model(chosen)
+            model = usual_model(chosen).to(chosen.device)
             loader = torch.utils.data.DataLoader(Usual(data.images), batch, shuffle=True, num_workers=workers)
             optimizer = torch.optim.Adam(model.parameters(), chosen.lr)
             candidates[f"usual, {workers} workers"] = lambda a=(model, optimizer, loader): usual_epoch(*a)
@@ -149,6 +155,8 @@ def time_training(chosen: recipe.Options, data: source.Pictures, rounds: int, ag
         for name, run in candidates.items():
             start = time.perf_counter()
             run()
+            if chosen.device == "cuda":
+                torch.cuda.synchronize()
             times[name].append(time.perf_counter() - start)
     return {name: n / statistics.median(t[1:]) for name, t in times.items()}  # the first round warms up
 
@@ -176,18 +184,18 @@ def time_network(name: str, chosen: argparse.Namespace, data: source.Pictures, p
     """Rows of figures of one network, which are printed as they come. place: a folder to train in."""
     network = {"mlp": {"arch": "mlp"}, "conv": {"latent": chosen.latent, "prior": "normal"},
                "prior": {"latent": "8x8x8", "epochs": 2}}[name]
-    base = recipe.resolve(recipe.Options(**network, run=place, threads=chosen.threads, device="cpu",
+    base = recipe.resolve(recipe.Options(**network, run=place, threads=chosen.threads, device=chosen.device,
                                          save_seconds=math.inf))
     torch.set_num_threads(base.threads)
     print(f"{name}, latent {base.latent}, {base.threads} threads, {base.precision}, {chosen.rounds} rounds; "
-          f"{machine('cpu')}", flush=True)
+          f"{machine(base.device)}", flush=True)
     for changes, n in variants(base, chosen.images, chosen.sizes):
         against = not changes and n == chosen.images
         rows = torch.arange(n) % len(data.images)  # again from the start where there are fewer
         some = dataclasses.replace(data, images=data.images[rows], labels=data.labels[rows])
         speeds = time_training(dataclasses.replace(base, **changes), some, chosen.rounds, against)
         yield {"arch": name, **changes, "images": n, **speeds}
-    for count in (1, 2) if chosen.sizes else ():
+    for count in (1, 2) if chosen.sizes and base.device == "cpu" else ():
         yield {"arch": name, "processes": count, "ours": processes_speed(base, chosen.data, count)}
 
 
@@ -201,7 +209,7 @@ def train_command(chosen: argparse.Namespace) -> None:
                 show_training(row)
                 rows.append(row)
     if chosen.json:
-        Path(chosen.json).write_text(json.dumps({"machine": machine("cpu"), "rows": rows}, indent=1))
+        Path(chosen.json).write_text(json.dumps({"machine": machine(chosen.device), "rows": rows}, indent=1))
 
 
 def show_training(row: dict) -> None:
@@ -234,6 +242,7 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("--latent", default="8x8x8", help="of conv (default: 8x8x8)")
     command.add_argument("--images", type=whole, default=10_000, help="an epoch's (default: 10000)")
     command.add_argument("--rounds", type=whole, default=3, help="epochs of each that are timed (default: 3)")
+    command.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     command.add_argument("--threads", type=options.number(int, least=0, most=1024), default=0,
                          help="0 is torch's default, one a core")
     command.add_argument("--sizes", action="store_true", help="also other batch, data and latent sizes, and processes")
