@@ -18,6 +18,7 @@ from PIL import Image
 
 if torch.cuda.is_available():
     torch.cuda.init()  # before `on_the_cpu` hides it
+    torch.cuda.device_count()  # which torch then keeps
 judge.EPOCHS = 1  # any judge will do, but for the test that it learns
 ROOT = Path(__file__).parent.parent
 SMALL = (16, 16), (16, 16, 8)  # channels of the convolutional network and of the prior's, numbers of its condition
@@ -60,11 +61,14 @@ def no_data_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PEGASUS_CIFAR10_URL", "http://127.0.0.1:9/nothing-listens-here")
 
 
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs are made where a run's bits are always the same, unless a test asks for a GPU."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+@pytest.fixture(autouse=True, scope="session")
+def on_the_cpu() -> Iterator[None]:
+    """Runs are made where a run's bits are always the same, those that tests share too, unless a test asks for a GPU.
+    """
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch.cuda, "is_available", lambda: False)
+        patched.setenv("CUDA_VISIBLE_DEVICES", "")
+        yield
 
 
 @pytest.fixture(autouse=True)
