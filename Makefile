@@ -53,8 +53,8 @@ evaluate: build  ## bits/dim, Frechet distance and how a judge classifies draws 
 study: build  ## the paper's model and each piece, up to three runs each, in docs/study.md: hours; resumes
 	$(PYTHON) study.py --data $(DATA) $(ARGS)
 
-test: build  ## all tests
-	$(PYTHON) -m pytest
+test: build  ## all tests, on up to four cores
+	$(PYTHON) tests/run.py
 
 faults: build  ## 30 kills, 200 flipped bytes, full disks, bad servers: the long form of what `make test` does in short
 	KILLS=$(KILLS) FLIPS=$(FLIPS) $(PYTHON) -m pytest -rP tests/test_faults.py tests/test_damage.py tests/test_servers.py

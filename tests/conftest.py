@@ -1,4 +1,6 @@
 """What the tests share: small batches on disk, and scripts called as from the command line."""
+import contextlib
+import functools
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small work, and a busy neighbour makes two threads slower than one
@@ -22,6 +24,28 @@ if torch.cuda.is_available():
 judge.EPOCHS = 1  # any judge will do, but for the test that it learns
 ROOT = Path(__file__).parent.parent
 SMALL = (16, 16), (16, 16, 8)  # channels of the convolutional network and of the prior's, numbers of its condition
+CLAIMS = os.environ.get("PEGASUS_CLAIMS", "")  # a folder, where processes share the tests as tests/run.py starts them
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Shared tests begin at the end of the alphabet, where the longest files are, so that all end together."""
+    if CLAIMS:
+        items.sort(key=lambda item: item.path.name, reverse=True)
+
+
+@functools.cache
+def ours(name: str) -> bool:
+    """Whether this process is the first to claim a file of tests."""
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(Path(CLAIMS) / name)
+        return True
+    return False
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+    """Leave to others what they claimed: True tells pytest that there is nothing left to do."""
+    return True if CLAIMS and not ours(item.path.name) else None
 
 
 def png(path: Path) -> tuple[tuple[int, int], dict[str, str]]:
