@@ -12,7 +12,7 @@ import tempfile
 
 
 def main(argv: list[str]) -> int:
-    """The worst exit status."""
+    """The exit status: 0 where all of them succeed."""
     command = [sys.executable, "-m", "pytest", *argv]
     outputs = [tempfile.TemporaryFile("w+") for _ in range(min(len(os.sched_getaffinity(0)), 4) - 1)]
     with tempfile.TemporaryDirectory() as claims:
@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
     for out in outputs:
         out.seek(0)
         print(out.read(), end="")
-    return max(statuses)
+    return int(any(statuses))  # one killed by a signal has a negative one
 
 
 if __name__ == "__main__":
