@@ -97,7 +97,8 @@ def our_epoch(training: train.Training) -> None:
     quiet = log.Progress(1, 1, len(training.data.images), 0, 0.0, training.folder / "speed.csv", quiet=True)
     training.step = 0
     training.totals.zero_()
-    training.train_epoch(quiet)
+    with torch.backends.cudnn.flags(deterministic=True):  # as train.py has it
+        training.train_epoch(quiet)
 
 
 def floor_step(training: train.Training, batch: int) -> Callable[[], Tensor]:
@@ -131,7 +132,8 @@ def floor_step(training: train.Training, batch: int) -> Callable[[], Tensor]:
             torch.autograd.grad(forward(layer, inputs), wanted, gradient)
         optimizer.step()
         return weights[0]
-    return replay.Replay(step) if rows.is_cuda else step
+    again = replay.Replay()
+    return lambda: again(step) if rows.is_cuda else step()
 
 
 def time_training(chosen: recipe.Options, data: source.Pictures, rounds: int, against: bool = True) -> dict:

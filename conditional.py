@@ -59,7 +59,7 @@ class Conditional(nn.Module):
         """log q(c|x), float32 (B, K), from h (B, hidden)."""
         return self.logits(h).float().log_softmax(1)
 
-    def relax(self, log_share: Tensor, seed: Tensor, row_offset: int, temperature: Tensor) -> Tensor:
+    def relax(self, log_share: Tensor, seed: Tensor, row_offset: int, temperature: Tensor | float) -> Tensor:
         """Codes (B, K) drawn from q(c|x), relaxed: softmax((log q + Gumbel) / temperature) (Jang et al. 2017)."""
         return ((log_share + gumbel(*log_share.shape, seed, row_offset)) / temperature).softmax(1)
 

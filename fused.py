@@ -198,8 +198,8 @@ class Adam:
     """Adam (Kingma and Ba 2015) for a network's weights, by gradients of `trained`, which is that network or `halved`.
 
     As torch's fused one, whose checkpoints it reads, without the second and the 70 MB that importing torch's compiler
-    takes, as any of torch.optim does. `lr` may be, `found_inf` and `grad_scale` are tensors of one number: where
-    `found_inf` is 1 nothing changes, and gradients are divided by `grad_scale`.
+    takes, as any of torch.optim does. `found_inf` and `grad_scale` are tensors of one number, `lr` a number or one:
+    where `found_inf` is 1 nothing changes, and gradients are divided by `grad_scale`.
     """
     lr, beta1, beta2, epsilon = 1e-3, 0.9, 0.999, 1e-8
     found_inf = grad_scale = None

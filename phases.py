@@ -1,7 +1,7 @@
 """The two parts of a run, and what a step of each minimises: the autoencoder's ELBO, then its learned prior's.
 
-Each phase has `optimizer`, `schedule` and `lr`, `first` and `epochs` (its part of the run's), `backward` (gradients of
-some rows of a batch and their sums), `numbers` (for the terminal) and `end_epoch` (the log's columns).
+Each phase has `optimizer`, `schedule` and `lr`, `first` and `epochs` (its part of the run's), `seeds` and `backward`
+(gradients of some rows of a batch and their sums), `numbers` (for the terminal) and `end_epoch` (the log's columns).
 """
 import contextlib
 import ctypes
@@ -46,18 +46,24 @@ def autocast(chosen: Options) -> torch.autocast:
     return torch.autocast(chosen.device, torch.bfloat16, enabled=chosen.precision == "bfloat16")
 
 
-def there(numbers: list, device: str) -> Tensor:
+def to_device(numbers: list, device: str) -> Tensor:
     """A tensor on a device, for which a GPU need not finish first what it is at."""
     return torch.tensor(numbers, pin_memory=device == "cuda").to(device, non_blocking=True)
 
 
 def purpose_seeds(chosen: Options, step: int, *purposes: int) -> Tensor:
     """The seeds of some purposes at one step of a run, int64, where the run computes."""
-    return there([reparam.derive_seed(chosen.seed, step, purpose) for purpose in purposes], chosen.device)
+    return to_device([reparam.derive_seed(chosen.seed, step, purpose) for purpose in purposes], chosen.device)
 
 
-def at_once(chosen: Options, pictures: int) -> int:
-    """How many pictures to look at together: so many on a CPU, many on a GPU, which takes as long for a few."""
+def pace(phase: "Autoencoder | Prior", done: int, steps: int) -> Tensor:
+    """Learning rate and progress, 0 to 1, of a phase when a run has done so many steps, `steps` an epoch."""
+    progress = (done - phase.first * steps) / (phase.epochs * steps)
+    return to_device([recipe.learning_rate(phase.schedule, phase.lr, progress), progress], phase.options.device)
+
+
+def forward_batch(chosen: Options, pictures: int) -> int:
+    """How many pictures go through a network together where nothing is learned: more on a GPU, as fast for many."""
     return 1000 if chosen.device == "cuda" else pictures
 
 
@@ -113,7 +119,7 @@ class Autoencoder:
         variance = self.model.variance.fill_(means[2] / vae.PIXELS).double()
         share, totals = self.workers.share(len(self.test_images)), self.test_images.new_zeros(2, dtype=torch.float64)
         seed = purpose_seeds(Options(device=self.options.device), 0, TEST)
-        size = at_once(self.options, 500 if self.options.arch == "mlp" else 128)  # of 64 KB for each convolution
+        size = forward_batch(self.options, 500 if self.options.arch == "mlp" else 128)  # 64 KB a convolution and picture
         for first in range(share.start, share.stop, size):
             part = self.test_images[first:min(first + size, share.stop)]
             with autocast(self.options):
@@ -150,7 +156,7 @@ class Prior:
         Half precision, and in place at once, or 60,000 of them would take a gigabyte.
         """
         both = torch.empty(2, 1 + flip, len(images), self.model.latent, dtype=torch.half, device=self.options.device)
-        size = at_once(self.options, 100)
+        size = forward_batch(self.options, 100)
         for first in range(0, len(images), size):
             part = images[first:first + size].to(self.options.device)
             for view in range(1 + flip):
@@ -192,7 +198,7 @@ class Prior:
         """Test the averaged weights; the log's columns."""
         share, total = self.workers.share(len(self.test_mu)), self.test_mu.new_zeros(1, dtype=torch.float64)
         seeds = purpose_seeds(Options(device=self.options.device), 0, START, NOISE, TIME)
-        size = at_once(self.options, 100)  # takes less room than a step of training
+        size = forward_batch(self.options, 100)  # on a CPU less room than a step of training takes
         for first in range(share.start, share.stop, size):
             part = slice(first, min(first + size, share.stop))
             total += self.loss(self.learned.average, self.test_mu[part], self.test_logvar[part], self.test_names[part],

@@ -150,20 +150,20 @@ def hide(names: Tensor, none: int, seed: Tensor, first: int) -> Tensor:
     return torch.where(chance < 0.15, none, torch.where(chance < 0.575, names[:, 0], names[:, 1]))
 
 
-def step_seconds(velocity: Velocity, batch_size: int, autocast: Callable[[], torch.autocast]) -> float:
-    """What a training step takes, the median of five after one; on a GPU after it is captured."""
+def step_seconds(velocity: Velocity, batch_size: int, precision: torch.autocast, captured: bool) -> float:
+    """What a training step takes, the median of five after one, or after it is captured."""
     z, times = velocity.enter.weight.new_zeros(batch_size, math.prod(velocity.shape)), []
 
     def step(z: Tensor) -> Tensor:
-        with autocast():  # here, since it keeps weights until it ends, and a capture takes none from outside
+        with precision:  # here, since it keeps weights until it ends, and a capture takes none from outside
             v = velocity(z, z[:, 0], z[:, 0].long())
         v.sum().backward()
         return velocity.enter.bias.grad.sum()
 
-    run, warm_up = (replay.Replay(step), replay.WARM_UP + 1) if z.is_cuda else (step, 1)
+    again, warm_up = (replay.Replay(), replay.WARM_UP + 1) if captured else (lambda step, z: step(z), 1)
     for _ in range(warm_up + 5):
         begun = time.monotonic()
-        run(z).item()  # waits for a GPU
+        again(step, z).item()  # waits for a GPU
         times.append(time.monotonic() - begun)
     velocity.zero_grad()
     return statistics.median(times[warm_up:])

@@ -1,17 +1,17 @@
-"""A training step that a GPU does again without being asked for each of its kernels: a CUDA graph.
+"""A training step captured as a CUDA graph and replayed.
 
-The networks here are small: a GPU is done with a kernel sooner than Python asks for the next.
+The networks here are small: a GPU is done with a kernel sooner than Python launches the next.
 """
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-WARM_UP = 3  # calls that run as they are, while libraries choose their kernels
+WARM_UP = 3  # calls that are launched kernel by kernel, while libraries choose these
 
 
 def capture(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """The kernels that a function asks for, to run when what is returned is called; now they do not run."""
+    """The kernels that a function launches, to run when what is returned is called; now they do not run."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = function()
@@ -23,21 +23,21 @@ def capture(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 
 class Replay:
-    """A function of tensors on a GPU, shapes and all else the same each time: it may look at no number there.
+    """Calls of one function of tensors on a GPU, of the same shapes each time; it may look at no number there.
 
     What it changes it changes in place. Its result is one tensor, which the next call writes again.
     """
 
-    def __init__(self, function: Callable[..., Tensor]):
-        self.function, self.calls = function, 0
+    def __init__(self):
+        self.calls = 0
 
-    def __call__(self, *inputs: Tensor | None) -> Tensor:
+    def __call__(self, function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
         self.calls += 1
         if self.calls <= WARM_UP:
-            return self.function(*inputs)
+            return function(*inputs)
         if self.calls == WARM_UP + 1:
             self.inputs = [x if x is None else x.clone() for x in inputs]
-            self.again = capture(lambda: self.function(*self.inputs))
+            self.again = capture(lambda: function(*self.inputs))
         for own, x in zip(self.inputs, inputs, strict=True):
             if x is not None:
                 own.copy_(x)

@@ -63,7 +63,7 @@ class Training:
 
     def enter(self, begun: bool = False) -> None:
         """Begin the phase that the epoch is of; begun: the prior's is under way."""
-        chosen = self.options
+        chosen, self.replay = self.options, None  # a GPU keeps memory for the step of the phase before
         phases.trim()
         if self.learned and (begun or recipe.split(chosen) <= self.epoch < chosen.epochs):
             self.phase = phases.Prior(chosen, self.data, self.model, self.learned, self.workers)
@@ -71,8 +71,8 @@ class Training:
         else:
             self.phase = phases.Autoencoder(chosen, self.data, self.model, self.workers)
         self.optimizer = self.phase.optimizer
-        alone = chosen.device != "cpu" and self.workers.size == 1
-        self.whole_step = replay.Replay(self.compute) if alone else self.compute
+        if chosen.device != "cpu" and self.workers.size == 1 and len(self.data.images) >= chosen.batch_size:
+            self.replay = replay.Replay()
         phases.trim()
 
     def restore(self, state: dict) -> None:
@@ -112,10 +112,9 @@ class Training:
     def train_step(self, rows: Tensor, mirrored: Tensor | None) -> None:
         """One step of Adam on some rows of the images, added to the epoch's totals."""
         done, phase = self.epoch * self.steps + self.step, self.phase
-        progress = (done - phase.first * self.steps) / (phase.epochs * self.steps)
-        numbers = [recipe.learning_rate(phase.schedule, phase.lr, progress), progress]
-        compute = self.whole_step if len(rows) == self.options.batch_size else self.compute
-        sums = compute(rows, mirrored, phase.seeds(done), phases.there(numbers, self.options.device))
+        inputs = rows, mirrored, phase.seeds(done), phases.pace(phase, done, self.steps)
+        whole = len(rows) == self.options.batch_size
+        sums = self.replay(self.compute, *inputs) if self.replay and whole else self.compute(*inputs)
         if self.workers.size == 1:  # without looking at the flag, for which a GPU would have to finish first
             self.stop = self.asked
         elif sums[-1] > 0:
@@ -124,10 +123,10 @@ class Training:
         if self.step % PATIENCE == 0 or self.step == self.steps:
             self.check_skipped()
 
-    def compute(self, rows: Tensor, mirrored: Tensor | None, seeds: Tensor, numbers: Tensor) -> Tensor:
-        """What the device does in a step; numbers: learning rate, progress. Returns the sums and who asked to stop."""
+    def compute(self, rows: Tensor, mirrored: Tensor | None, seeds: Tensor, scalars: Tensor) -> Tensor:
+        """What the device does in a step; scalars: as `phases.pace`. Returns the sums and who asked to stop."""
         phase, share = self.phase, self.workers.share(len(rows))
-        self.optimizer.lr, progress = numbers
+        self.optimizer.lr, progress = scalars
         self.optimizer.zero_grad()
         mirrored = None if mirrored is None else mirrored[share]
         sums = phase.backward(rows[share], mirrored, len(rows), share.start, seeds, progress)
@@ -217,8 +216,8 @@ class Training:
         last, images, chosen = self.phase.first + self.phase.epochs, len(self.data.images), self.options
         later = 0.0  # seconds that the phase after this one takes, by a few of its steps
         if self.learned and self.phase.name == "autoencoder" and self.workers.leads:
-            step = prior.step_seconds(self.learned.velocity, min(chosen.batch_size, images),
-                                      lambda: phases.autocast(chosen))
+            step = prior.step_seconds(self.learned.velocity, min(chosen.batch_size, images), phases.autocast(chosen),
+                                      captured=self.replay is not None)
             later = (chosen.epochs - last) * self.steps * step
         progress = log.Progress(last, chosen.epochs, images, self.epoch * images + self.step * chosen.batch_size,
                                 later, self.folder / "speed.csv", quiet=not self.workers.leads)
@@ -246,7 +245,7 @@ class Training:
         """Put judge and parts for Pegasi into the checkpoint of a finished run, which draws without them already."""
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        self.phase = type(self.phase)  # only its name: what training alone needs is let go, since the judge needs much
+        self.phase, self.replay = type(self.phase), None  # what training alone needs is let go: the judge needs much
         self.data = replace(self.data, images=self.data.images[:0].clone(), labels=self.data.labels[:0].clone())
         compose.photographed.cache_clear()
         phases.trim()

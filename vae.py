@@ -163,7 +163,7 @@ class VAE(nn.Module):
         mu, logvar, units = self.posterior(x)
         return [Given(mu.new_zeros(len(mu)), mu, logvar, lambda z: self.decode(flow.reflect(z, units)))]
 
-    def relaxed(self, x: Tensor, seed: Tensor, row_offset: int, progress: Tensor) -> Terms:
+    def relaxed(self, x: Tensor, seed: Tensor, row_offset: int, progress: Tensor | float) -> Terms:
         """`forward` with one relaxed code for each image instead of a sum over all codes."""
         h, joint = self.hidden(x)
         log_share = self.conditional.log_shares(h)
@@ -181,7 +181,8 @@ class VAE(nn.Module):
         log_share, (rates, sse) = torch.stack(log_share, 1), (torch.stack(t, 1) for t in zip(*terms, strict=True))
         return Terms(expected_rate(log_share, rates), (log_share.exp() * sse).sum(1))
 
-    def forward(self, x: Tensor, seed: Tensor, row_offset: int = 0, progress: Tensor | None = None) -> Terms:
+    def forward(self, x: Tensor, seed: Tensor, row_offset: int = 0,
+                progress: Tensor | float | None = None) -> Terms:
         """Rate and squared error with one posterior sample for each image (B, 3, 32, 32).
 
         seed, row_offset: the sample's noise, as in `reparam.reparameterize_kl`. progress: of the training, 0 to 1,

@@ -34,8 +34,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @functools.cache
-def ours(name: str) -> bool:
-    """Whether this process is the first to claim a file of tests."""
+def claimed(name: str) -> bool:
+    """Whether a file of tests is this process's, which claims it where nobody has."""
     with contextlib.suppress(FileExistsError):
         os.mkdir(Path(CLAIMS) / name)
         return True
@@ -45,7 +45,7 @@ def ours(name: str) -> bool:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
     """Leave to others what they claimed: True tells pytest that there is nothing left to do."""
-    return True if CLAIMS and not ours(item.path.name) else None
+    return True if CLAIMS and not claimed(item.path.name) else None
 
 
 def png(path: Path) -> tuple[tuple[int, int], dict[str, str]]:

@@ -18,7 +18,12 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory() as claims:
         env = os.environ | {"PEGASUS_CLAIMS": claims}
         others = [subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT) for out in outputs]
-        statuses = [subprocess.call(command, env=env), *(process.wait() for process in others)]
+        try:
+            statuses = [subprocess.call(command, env=env), *(process.wait() for process in others)]
+        finally:
+            for process in others:  # which are still there when somebody interrupts
+                process.terminate()
+                process.wait()
     for out in outputs:
         out.seek(0)
         print(out.read(), end="")
