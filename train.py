@@ -246,6 +246,7 @@ class Training:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self.phase, self.replay = type(self.phase), None  # what training alone needs is let go: the judge needs much
+        self.optimizer.zero_grad()
         self.data = replace(self.data, images=self.data.images[:0].clone(), labels=self.data.labels[:0].clone())
         compose.photographed.cache_clear()
         phases.trim()
