@@ -119,7 +119,7 @@ class Autoencoder:
         variance = self.model.variance.fill_(means[2] / vae.PIXELS).double()
         share, totals = self.workers.share(len(self.test_images)), self.test_images.new_zeros(2, dtype=torch.float64)
         seed = purpose_seeds(Options(device=self.options.device), 0, TEST)
-        size = forward_batch(self.options, 500 if self.options.arch == "mlp" else 128)  # 64 KB a convolution and picture
+        size = forward_batch(self.options, 500 if self.options.arch == "mlp" else 128)  # 64 KB a picture and layer
         for first in range(share.start, share.stop, size):
             part = self.test_images[first:min(first + size, share.stop)]
             with autocast(self.options):
