@@ -94,7 +94,7 @@ def usual_epoch(model: vae.VAE, optimizer: torch.optim.Adam, loader: torch.utils
 
 def our_epoch(training: train.Training) -> None:
     """The training part of an epoch as `train.py` runs it: no test, no log, no checkpoint."""
-    quiet = log.Progress(1, 1, len(training.data.images), 0, 0.0, training.folder / "speed.csv", quiet=True)
+    quiet = log.Progress(1, 1, training.images, 0, 0.0, training.folder / "speed.csv", quiet=True)
     training.step = 0
     training.totals.zero_()
     with torch.backends.cudnn.flags(deterministic=True):  # as train.py has it

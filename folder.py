@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import options
@@ -105,9 +105,18 @@ def describe(chosen: Options, data: source.Pictures, history: list[dict]) -> Non
           f"{chosen.precision}, {chosen.threads} threads, {chosen.device}; to {chosen.run}")
 
 
+def shown(data: source.Pictures) -> source.Pictures:
+    """The few of the data that `draw` looks at."""
+    few = torch.cat([(data.labels == i).nonzero()[:compose.CANDIDATES, 0] for i in (0, 1)])
+    return replace(data, images=data.images[few], labels=data.labels[few], test_images=data.test_images[:32].clone())
+
+
 @torch.no_grad()
 def draw(folder: Path, state: dict, model: vae.VAE, learned: prior.Learned | None, data: source.Pictures) -> None:
-    """A run's pictures: curves, reconstructions (each under its test photograph), samples and Pegasi. Raises Fault."""
+    """A run's pictures: curves, reconstructions (each under its test photograph), samples and Pegasi. Raises Fault.
+
+    data: as `shown` gives them.
+    """
     found = sample.trained(state, model, learned)
     about = found.about | {"seed": 0}
     if state["history"]:

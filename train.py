@@ -42,6 +42,7 @@ class Training:
 
     def __init__(self, chosen: Options, data: source.Pictures, state: dict | None, workers: Group):
         self.options, self.folder, self.data, self.workers = chosen, Path(chosen.run), data, workers
+        self.images, self.shown = len(data.images), folder.shown(data)
         torch.manual_seed(chosen.seed)
         self.model = vae.build(asdict(chosen)).to(chosen.device)
         learned = chosen.prior == "learned"
@@ -53,7 +54,7 @@ class Training:
         self.skipped = torch.zeros(3, dtype=torch.int64, device=chosen.device)  # steps, their images; steps in a row
         self.begun, self.saved, self.cost = time.monotonic(), time.monotonic(), 0.0  # cost: seconds that saving took
         self.refit, self.fitted, self.fitted_at = 0.0, {}, None  # densities: when due, as last fitted, and where
-        self.steps = math.ceil(len(data.images) / chosen.batch_size)  # an epoch
+        self.steps = math.ceil(self.images / chosen.batch_size)  # an epoch
         self.judge = state.get("judge") if state else None  # its state: trained at the end, and only carried along
         self.bank = None  # what Pegasi are composed of: of one prior, and so not carried along when it learns more
         if state:
@@ -66,12 +67,13 @@ class Training:
         chosen, self.replay = self.options, None  # a GPU keeps memory for the step of the phase before
         phases.trim()
         if self.learned and (begun or recipe.split(chosen) <= self.epoch < chosen.epochs):
+            self.densities(now=True)
             self.phase = phases.Prior(chosen, self.data, self.model, self.learned, self.workers)
-            self.data = replace(self.data, test_images=self.data.test_images[:32].clone())  # pictures need no more
+            self.data = self.shown  # of the other photographs nothing is asked any more
         else:
             self.phase = phases.Autoencoder(chosen, self.data, self.model, self.workers)
         self.optimizer = self.phase.optimizer
-        if chosen.device != "cpu" and self.workers.size == 1 and len(self.data.images) >= chosen.batch_size:
+        if chosen.device != "cpu" and self.workers.size == 1 and self.images >= chosen.batch_size:
             self.replay = replay.Replay()
         phases.trim()
 
@@ -99,10 +101,10 @@ class Training:
                 "totals": self.totals, "skipped": self.skipped, "history": self.history,
                 "rng": torch.get_rng_state(), "densities": self.densities(), "judge": self.judge, "bank": self.bank}
 
-    def densities(self) -> dict[str, list[Tensor]]:
-        """The classes' latents: at the end of the model as it is, before that anew when it costs 0.5 % of the time."""
+    def densities(self, now: bool = False) -> dict[str, list[Tensor]]:
+        """The classes' latents: at the end, or now, of the model as it is, else anew at a cost of 0.5 % of the time."""
         begun, place = time.monotonic(), min((self.epoch, self.step), (recipe.split(self.options), 0))
-        if place != self.fitted_at and (self.stop or self.epoch == self.options.epochs or begun >= self.refit):
+        if place != self.fitted_at and (now or self.stop or self.epoch == self.options.epochs or begun >= self.refit):
             with phases.autocast(self.options):
                 self.fitted = density.fit_classes(self.model, self.data.images, self.data.labels, self.data.classes)
             phases.trim()
@@ -167,7 +169,7 @@ class Training:
 
     def train_epoch(self, progress: log.Progress) -> None:
         """The rest of the epoch that is under way; leaves early when a signal asks for it."""
-        chosen, n = self.options, len(self.data.images)
+        chosen, n = self.options, self.images
         order = phases.epoch_order(chosen.seed, self.epoch, n).to(chosen.device)
         mirrored = phases.coins(chosen.seed, self.epoch, n).to(chosen.device) if chosen.flip else None
         while self.step < self.steps and not self.stop:
@@ -180,7 +182,7 @@ class Training:
 
     def end_epoch(self, progress: log.Progress) -> None:
         """Test, add a row to the history and to log.csv, begin the next epoch."""
-        means = self.means(len(self.data.images))
+        means = self.means(self.images)
         values = self.phase.end_epoch(means)
         if not math.isfinite(sum(values.values())):
             raise Fault(f"{self.folder}: the loss is no longer finite in epoch {self.epoch + 1}; what was saved last "
@@ -206,14 +208,14 @@ class Training:
         if self.workers.leads:
             state, begun = self.state(), time.monotonic()
             checkpoint.save(self.folder / "last.pt", state)
-            folder.draw(self.folder, state, self.model, self.learned, self.data)
+            folder.draw(self.folder, state, self.model, self.learned, self.shown)
             self.cost = time.monotonic() - begun
             phases.trim()
         self.saved, self.ahead = time.monotonic(), False
 
     def train_phase(self) -> None:
         """The epochs that are left of a phase; leaves early when a signal asks for it."""
-        last, images, chosen = self.phase.first + self.phase.epochs, len(self.data.images), self.options
+        last, images, chosen = self.phase.first + self.phase.epochs, self.images, self.options
         later = 0.0  # seconds that the phase after this one takes, by a few of its steps
         if self.learned and self.phase.name == "autoencoder" and self.workers.leads:
             step = prior.step_seconds(self.learned.velocity, min(chosen.batch_size, images), phases.autocast(chosen),
@@ -245,10 +247,8 @@ class Training:
         """Put judge and parts for Pegasi into the checkpoint of a finished run, which draws without them already."""
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        self.phase, self.replay = type(self.phase), None  # what training alone needs is let go: the judge needs much
+        self.phase, self.replay, self.data = type(self.phase), None, self.shown  # the judge needs much memory
         self.optimizer.zero_grad()
-        self.data = replace(self.data, images=self.data.images[:0].clone(), labels=self.data.labels[:0].clone())
-        compose.photographed.cache_clear()
         phases.trim()
         if self.options.judge and not self.judge:
             self.judge = judge.get(Path(self.data.folder), 0, self.options.device, self.options.precision)
