@@ -97,7 +97,7 @@ def our_epoch(training: train.Training) -> None:
     quiet = log.Progress(1, 1, training.images, 0, 0.0, training.folder / "speed.csv", quiet=True)
     training.step = 0
     training.totals.zero_()
-    with torch.backends.cudnn.flags(deterministic=True):  # as train.py has it
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True):  # as train.py has it
         training.train_epoch(quiet)
 
 

@@ -92,7 +92,7 @@ def fitting(path: Path | None) -> Iterator[None]:
     try:
         yield
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        if path is None or isinstance(error, torch.OutOfMemoryError):
+        if path is None or options.full(error) or isinstance(error, torch.AcceleratorError):
             raise
         reason = options.brief(error)
         raise Fault(f"{path}: a checkpoint of another version ({reason}); train again, or use that version") from None

@@ -160,9 +160,10 @@ def unpack(archive: Path, folder: Path) -> None:
     except (tarfile.TarError, KeyError, EOFError, zlib.error) as error:
         raise Fault(f"{archive}: not CIFAR-10's archive ({error}); {BY_HAND}") from None
     folder.mkdir(parents=True, exist_ok=True)
-    for name, data in members.items():
-        with options.replacing(folder / name) as beside:
-            beside.write_bytes(data)
+    with options.writing(folder, "choose another place"), tempfile.TemporaryDirectory(dir=folder) as beside:
+        for name, data in members.items():
+            Path(beside, name).write_bytes(data)  # a place of its own: another process may be at the same files
+            os.replace(Path(beside, name), folder / name)
 
 
 def download(parent: Path, timeout: float = 8.0) -> Path:

@@ -38,7 +38,7 @@ class Options:
     data: str = option("auto", "the data it was trained on, as for train.py; auto is the folder used then")
     mode: str = option("balanced", "what the Frechet distance and --export are of: balanced, as many draws of each "
                        "class's density, or prior, draws of the prior", choices=("balanced", "prior"))
-    n: int = option(2000, "pictures to draw in each mode", least=200)
+    n: int = option(2000, "pictures to draw in each mode", least=200, most=65_536)
     guidance: float = option(2.0, "of the classes' and the Pegasi's own sets, with a learned prior; balanced has none; "
                              "other than 2.0 Pegasi are not composed",
                              least=0.0)
@@ -232,7 +232,7 @@ def table(figures: dict) -> str:
 
 def export(found: sample.Trained, chosen: Options) -> str:
     """Write N PNGs of 32 x 32, balanced in turn one of each class. Returns what was done. Raises Fault."""
-    number, folder = options.number(int, least=1), Path(chosen.export[1])
+    number, folder = options.number(int, least=1, most=65_536), Path(chosen.export[1])
     try:
         n = number(chosen.export[0])
     except options.argparse.ArgumentTypeError as error:

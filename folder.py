@@ -87,12 +87,27 @@ def open_run(chosen: Options) -> dict | None:
     return None
 
 
-def describe(chosen: Options, data: source.Pictures, history: list[dict]) -> None:
-    """Print what is trained; write config.json, and log.csv anew from the history so that no row stands there twice."""
+def job() -> str | None:
+    """The name of the torchrun that started this process, the same at all its restarts."""
+    return os.environ.get("TORCHELASTIC_RUN_ID")
+
+
+def ours(folder: Path) -> bool:
+    """Whether this torchrun was at work on a run before it lost a process."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        return json.loads((folder / "config.json").read_text())["torchrun"] == job()
+    return False
+
+
+def describe(chosen: Options, data: source.Pictures, images: int, history: list[dict]) -> None:
+    """Print what is trained; write config.json, and log.csv anew from the history so that no row stands there twice.
+
+    images: how many there are to train on, of which `data` may be those that are shown.
+    """
     folder = Path(chosen.run)
     if chosen.overwrite:  # only now, when nothing speaks against the new run any more
         (folder / "last.pt").unlink(missing_ok=True)
-    about = {"torch": torch.__version__, "data": data.name, "digest": data.digest}
+    about = {"torch": torch.__version__, "data": data.name, "digest": data.digest, "torchrun": job()}
     with options.replacing(folder / "config.json") as beside:
         beside.write_text(json.dumps(asdict(chosen) | about, indent=2) + "\n")
     log.write(folder / "log.csv", log.COLUMNS, history)
@@ -101,14 +116,15 @@ def describe(chosen: Options, data: source.Pictures, history: list[dict]) -> Non
     if chosen.prior == "learned":
         part = recipe.split(chosen)
         print(f"{part} epochs for the autoencoder, {chosen.epochs - part} for the prior of its latents")
-    print(f"{len(data.images):,} pictures ({', '.join(data.classes)}) from {data.name}, {chosen.arch}, "
+    print(f"{images:,} pictures ({', '.join(data.classes)}) from {data.name}, {chosen.arch}, "
           f"{chosen.precision}, {chosen.threads} threads, {chosen.device}; to {chosen.run}")
 
 
 def shown(data: source.Pictures) -> source.Pictures:
     """The few of the data that `draw` looks at."""
     few = torch.cat([(data.labels == i).nonzero()[:compose.CANDIDATES, 0] for i in (0, 1)])
-    return replace(data, images=data.images[few], labels=data.labels[few], test_images=data.test_images[:32].clone())
+    some = torch.arange(32) % len(data.test_images)  # again from the start where there are fewer
+    return replace(data, images=data.images[few], labels=data.labels[few], test_images=data.test_images[some])
 
 
 @torch.no_grad()
@@ -122,7 +138,7 @@ def draw(folder: Path, state: dict, model: vae.VAE, learned: prior.Learned | Non
     if state["history"]:
         words = f"{pictures.DRAWN if data.name == 'drawn' else data.name}: {', '.join(data.classes)}"
         pictures.save(pictures.curves(state["history"], words), folder / "curves.png", about)
-    x = vae.from_bytes(data.test_images[:32].to(model.variance.device)).view(-1, 8, *vae.IMAGE)
+    x = vae.from_bytes(data.test_images.to(model.variance.device)).view(-1, 8, *vae.IMAGE)
     pairs = torch.stack([x, model.reconstruct(x.flatten(0, 1)).view(x.shape)], 1).flatten(0, 2)
     sheets = {"reconstructions": (pairs, {key: value for key, value in about.items() if key != "prior"}),
               "samples": (sample.draw(found, sample.Options(mode="prior")), about)}

@@ -8,7 +8,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 try:
     import numpy  # noqa: F401
@@ -91,16 +91,33 @@ def add(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
     parser.add_argument(flag, dest=field.name, default=argparse.SUPPRESS, help=text, **settings)
 
 
-def parse(kind: type[T], argv: list[str] | None, description: str) -> tuple[T, set[str]]:
+def parse(kind: type[T], argv: list[str] | None, description: str,
+          refuse: Callable[[str], NoReturn] | None = None) -> tuple[T, set[str]]:
     """An options dataclass from a command line, and the names of the options given there.
 
-    Misspelt options and values out of range exit with status 2 and one sentence.
+    Misspelt options and values out of range exit with status 2 and one sentence, or call `refuse`.
     """
     parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = refuse or parser.error
     for field in dataclasses.fields(kind):
         add(parser, field)
     given = vars(parser.parse_args(argv))
     return kind(**given), set(given)
+
+
+def stored(kind: type[T], values: dict[str, object]) -> T:
+    """An options dataclass of values out of a file, held to what a command line may give. Raises ValueError."""
+    def refuse(message: str) -> NoReturn:
+        raise ValueError(message)
+    flags = {f"--{name.replace('_', '-')}": value for name, value in values.items() if value is not None}
+    switches = [flag if value else f"--no-{flag[2:]}" for flag, value in flags.items() if isinstance(value, bool)]
+    others = [f"{flag}={value}" for flag, value in flags.items() if not isinstance(value, bool)]
+    return parse(kind, switches + others, "", refuse)[0]
+
+
+def full(error: Exception) -> bool:
+    """Whether it says that there is no memory left."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 @contextlib.contextmanager
@@ -148,7 +165,7 @@ def run(main: Callable[[], int | None]) -> None:
     except torch.OutOfMemoryError as error:
         sentence = f"the GPU's memory is full ({brief(error)}); make room, or set CUDA_VISIBLE_DEVICES= for the CPU"
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
+        if not full(error):
             raise
         sentence = f"memory is full ({brief(error)}); ask for less"
     except KeyboardInterrupt:

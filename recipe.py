@@ -2,6 +2,7 @@
 import math
 from dataclasses import asdict, dataclass, replace
 
+import options
 import vae
 from options import Fault, option
 
@@ -99,7 +100,8 @@ def settle(chosen: Options, given: set[str], state: dict | None) -> Options:
     """The options of this start: on resume the run's own, except those that may change. Raises Fault for others."""
     if state is None:
         return resolve(chosen)
-    stored = asdict(Options(**{"prior": "normal"} | state["config"]))  # what an older run had no word for, it had not
+    # what an older run had no word for, it had not
+    stored = asdict(options.stored(Options, {"prior": "normal"} | state["config"]))
     for name in sorted(given - FREE - {"data"}):
         got = getattr(chosen, name)
         if got not in (stored[name], "auto"):

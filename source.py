@@ -82,4 +82,5 @@ def load(data: str, classes: str, known: dict[str, str] | None = None) -> Pictur
     if known and digest.hexdigest() != known["digest"]:
         raise Fault(f"--data: {folder.resolve()} is not what the checkpoint was trained on ({known['folder']}); give "
                     "that folder, or begin another run")
-    return Pictures(*train, *test, names, str(folder.resolve()), folder.resolve().name, digest.hexdigest())
+    name = folder.resolve().name.encode(errors="replace").decode()  # a name may be no UTF-8, which files have to be
+    return Pictures(*train, *test, names, str(folder.resolve()), name, digest.hexdigest())

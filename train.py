@@ -24,6 +24,7 @@ import phases
 import prior
 import recipe
 import replay
+import sample
 import source
 import vae
 from options import Fault
@@ -78,17 +79,22 @@ class Training:
         phases.trim()
 
     def restore(self, state: dict) -> None:
+        """Go on from there; what does not fit raises one of the errors that `checkpoint.fitting` knows."""
         self.model.load_state_dict(state["model"])
         self.epoch, self.step, self.history = state["epochs_done"], state["step"], state["history"]
+        known = all(set(row) <= set(COLUMNS) for row in self.history)
+        if not known or len(self.history) != self.epoch or self.step not in range(self.steps):
+            raise ValueError(f"{self.epoch} epochs and {self.step} steps, of which the history knows others")
         if self.learned:
             self.learned.load(state["prior"], state["velocity"])
         self.bank = state.get("bank") if self.epoch == self.options.epochs else None
         self.enter(state.get("phase") == "prior")
         if state.get("phase", self.phase.name) == self.phase.name:
             self.optimizer.load_state_dict(state["optimizer"])
-        self.totals = state["totals"].to(self.options.device)
-        self.skipped = state.get("skipped", self.skipped).to(self.options.device)  # format 1 has none
+        self.totals.copy_(state["totals"])
+        self.skipped.copy_(state.get("skipped", self.skipped))  # format 1 has none
         torch.set_rng_state(state["rng"])
+        sample.trained(state, self.model, self.learned)  # what the next save draws from
 
     def state(self) -> dict:
         """All that a resume and `sample.py` need, as plain types."""
@@ -281,13 +287,13 @@ def begin(chosen: Options, given: set[str], workers: Group) -> Training:
 def main(argv: list[str] | None = None) -> int:
     chosen, given = options.parse(Options, argv, __doc__)
     workers = Group(recipe.device(chosen))
-    if workers.restarts:
+    if workers.restarts and folder.ours(Path(chosen.run)):
         chosen = replace(chosen, resume=True, overwrite=False)
     with folder.lock(Path(chosen.run)) if workers.leads else contextlib.nullcontext():
         try:  # who goes without leaving may abort, and say nothing of why
             training = begin(chosen, given, workers)
             if workers.leads:
-                folder.describe(training.options, training.data, training.history)
+                folder.describe(training.options, training.data, training.images, training.history)
             status = training.train()
         finally:
             workers.leave()

@@ -19,7 +19,8 @@ import torch
 from conftest import ROOT
 from test_checkpoint import Evil
 from test_faults import FLIPS, KILLS, command, fails, whole  # noqa: F401
-from test_train import free_port, rows, same
+from test_group import free_port
+from test_train import rows, same
 
 
 def equal(a: object, b: object) -> bool:
@@ -123,11 +124,27 @@ def test_what_sample_and_resume_refuse(whole, tmp_path, fails, damage, monkeypat
     (lambda s: s["config"].update(novelty=1), "novelty"),
     (lambda s: s.update(epochs_done="many"), "'<'"),
     (lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.zeros(2)), "differ in shape"),
+    (lambda s: s["config"].update(threads=-5), "--threads: got -5, wanted 0 or more"),
+    (lambda s: s["config"].update(batch_size=0), "--batch-size: got 0"),
+    (lambda s: s["config"].update(lr="x"), "--lr: got 'x', wanted a number"),
+    (lambda s: s.update(step=10**6), "1000000 steps"),
+    (lambda s: s["history"].pop(), "4 epochs"),
+    (lambda s: s["history"][0].update(novelty=1), "history"),
+    (lambda s: s.update(totals=torch.zeros(5)), "size"),
+    (lambda s: s.update(judge=5), "subscriptable"),
+    (lambda s: s["densities"].pop("bird"), "densities of horse, white horse, dark horse"),
 ])
 def test_what_resume_refuses(whole, batches, tmp_path, fails, change, words):  # noqa: F811
     run = Path(shutil.copytree(whole, tmp_path / "run"))
     broken(change)(run / "last.pt")
     fails(train.main, command(run, batches, 5), f"{run}/last.pt: a checkpoint of another version", words)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError(),
+                                   torch.OutOfMemoryError("CUDA out of memory"), torch.AcceleratorError("CUDA error")])
+def test_what_the_machine_lacks_is_not_the_checkpoints_fault(error, tmp_path):
+    with pytest.raises(type(error)), checkpoint.fitting(tmp_path / "a.pt"):
+        raise error
 
 
 @pytest.mark.parametrize(("change", "words"), [

@@ -134,6 +134,7 @@ def test_export_and_what_it_refuses(last, tmp_path, own_batches, complaint):
     size, about = png(tmp_path / "out" / "00003.png")
     assert size == (32, 32)
     assert about["mode"] == "balanced"
+    assert "N: got 4611686018427387904, wanted" in complaint(evaluate.main, last, "--export", 2**62, tmp_path / "out")
     assert "N: got many" in complaint(evaluate.main, last, "--export", "many", tmp_path / "out").replace("'", "")
     (tmp_path / "file").write_text("")
     assert "file" in complaint(evaluate.main, last, "--export", 3, tmp_path / "file")

@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import subprocess
 import sys
@@ -99,6 +100,11 @@ def test_an_unknown_instruction_set_is_told_in_one_sentence():
     assert done.returncode == 2
     assert "PEGASUS_SIMD: got 'abacus', wanted one of baseline" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_stored_options_are_those_that_were_given():
+    chosen = recipe.resolve(recipe.Options(flip=False, lr=1 / 3, seed=-7, threads=2, save_seconds=0.1, run="-x=1 y"))
+    assert options.stored(recipe.Options, dataclasses.asdict(chosen)) == chosen
 
 
 @pytest.mark.parametrize("argv", [("op", "--shapes", "12"), ("op", "--shapes", "axb"), ("op", "--threads", 0),

@@ -43,7 +43,7 @@ def test_the_log_says_which_phase(run):
 
 
 @pytest.mark.parametrize("step", [3, 4, 5, 10])
-def test_stopped_anywhere_a_run_goes_on_to_the_same_bits(run, batches, tmp_path, monkeypatch, step):
+def test_stopped_anywhere_a_run_goes_on_to_the_same_bits(run, batches, tmp_path, monkeypatch, capsys, step):
     """Also at the last step of the autoencoder's epoch (4) and after the first of the prior's."""
     ours = train.Training.train_step
 
@@ -55,6 +55,7 @@ def test_stopped_anywhere_a_run_goes_on_to_the_same_bits(run, batches, tmp_path,
     assert trained(tmp_path / "b", batches, 3) == 128 + 15
     monkeypatch.setattr(train.Training, "train_step", ours)
     assert trained(tmp_path / "b", batches, 3, "--resume") == 0
+    assert capsys.readouterr().out.count("192 pictures (horse, bird)") == 2
     one, two = checkpoint.load(run / "last.pt"), checkpoint.load(tmp_path / "b" / "last.pt")
     for part in ("model", "prior", "velocity"):
         assert all(tensor.equal(two[part][name]) for name, tensor in one[part].items()), part
