@@ -23,11 +23,9 @@ import csv
 import dataclasses
 import json
 import math
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -64,15 +62,12 @@ class Usual(torch.utils.data.Dataset):
         return torch.from_numpy(picture).permute(2, 0, 1).contiguous().float().div(255)
 
 
-PLAIN = {fused.Sequence: nn.Sequential, fused.Shrink: nn.Conv2d, fused.Grow: nn.ConvTranspose2d,
-         fused.Convolution: nn.Conv2d}
-
-
 def usual_model(chosen: recipe.Options) -> vae.VAE:
     """The network of torch's own layers, in torch's default layout."""
     model = vae.VAE(chosen.arch, chosen.likelihood, chosen.latent)
     for layer in model.modules():
-        layer.__class__ = PLAIN.get(type(layer), type(layer))
+        if type(layer).__module__ == "fused":
+            layer.__class__ = type(layer).__base__
     return model.to(memory_format=torch.contiguous_format)
 
 
@@ -118,7 +113,8 @@ def floor_step(training: train.Training, batch: int) -> Callable[[], Tensor]:
 
     hooks = [m.register_forward_hook(keep) for m in products]
     rows = torch.arange(batch, device=training.options.device)
-    training.phase.backward(rows, None, batch, 0, training.phase.seeds(0), torch.tensor(0.0, device=rows.device))
+    seeds = train.phases.purpose_seeds(training.options, 0, *training.phase.purposes)
+    training.phase.backward(rows, None, batch, 0, seeds, torch.tensor(0.0, device=rows.device))
     for hook in hooks:
         hook.remove()
     weights = [p.detach().float().requires_grad_() for p in network.parameters()]
@@ -152,15 +148,8 @@ def time_training(chosen: recipe.Options, data: source.Pictures, rounds: int, ag
     if against:
         step = floor_step(training, batch)
         candidates["floor"] = lambda: [step() for _ in range(training.steps)]
-    times = {name: [] for name in candidates}
-    for _ in range(rounds + 1):
-        for name, run in candidates.items():
-            start = time.perf_counter()
-            run()
-            if chosen.device == "cuda":
-                torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - start)
-    return {name: n / statistics.median(t[1:]) for name, t in times.items()}  # the first round warms up
+    turns = [bench_op.turn(candidates, chosen.device) for _ in range(rounds + 1)][1:]  # the first warms up
+    return {name: n / median for name, median in bench_op.medians(candidates, turns).items()}
 
 
 def variants(base: recipe.Options, images: int, sizes: bool) -> list[tuple[dict, int]]:
@@ -201,8 +190,8 @@ def time_network(name: str, chosen: argparse.Namespace, data: source.Pictures, p
         yield {"arch": name, "processes": count, "ours": processes_speed(base, chosen.data, count)}
 
 
-def train_command(chosen: argparse.Namespace) -> None:
-    """The subcommand `train`."""
+def train_command(chosen: argparse.Namespace) -> list[dict]:
+    """The subcommand `train`; returns its rows of figures."""
     torch.set_flush_denormal(True)
     data, rows = source.load(chosen.data, "horse,bird"), []
     with tempfile.TemporaryDirectory() as place:
@@ -210,8 +199,7 @@ def train_command(chosen: argparse.Namespace) -> None:
             for row in time_network(name, chosen, data, place):
                 show_training(row)
                 rows.append(row)
-    if chosen.json:
-        Path(chosen.json).write_text(json.dumps({"machine": machine(chosen.device), "rows": rows}, indent=1))
+    return rows
 
 
 def show_training(row: dict) -> None:
@@ -251,7 +239,9 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("--json", metavar="FILE", help="write every figure to this file")
     command.set_defaults(run=train_command)
     chosen = parser.parse_args(argv)
-    chosen.run(chosen)
+    rows = chosen.run(chosen)
+    if chosen.json:
+        Path(chosen.json).write_text(json.dumps({"machine": machine(chosen.device), "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """The fused op against eager, compiled eager and memory's own speed: `python bench.py op`."""
 import argparse
-import json
 import os
 import platform
 import re
@@ -66,23 +65,21 @@ def saved_bytes(function: Callable, mu: Tensor, logvar: Tensor, seed: Tensor) ->
     return sum({(tensor.data_ptr(), tensor.shape): tensor.nbytes for tensor in kept}.values())
 
 
-def medians(candidates: dict[str, Callable], seconds: float, device: str) -> tuple[dict[str, float], int]:
-    """Median microseconds of each candidate, run in turns for about `seconds`, and the number of runs."""
-    times = {name: [] for name in candidates}
-    for _ in range(3):
-        for run in candidates.values():
-            run()
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times["clone"]) < 7:
-        for name, run in candidates.items():
-            if device != "cpu":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            run()
-            if device != "cpu":
-                torch.cuda.synchronize()
-            times[name].append((time.perf_counter() - start) * 1e6)
-    return {name: statistics.median(t) for name, t in times.items()}, len(times["clone"])
+def turn(candidates: dict[str, Callable], device: str) -> list[float]:
+    """Seconds that each candidate takes, run once."""
+    times = []
+    for run in candidates.values():
+        start = time.perf_counter()
+        run()
+        if device != "cpu":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def medians(candidates: dict[str, Callable], turns: list[list[float]]) -> dict[str, float]:
+    """Median seconds of each candidate, of what `turn` gave."""
+    return {name: statistics.median(t) for name, t in zip(candidates, zip(*turns, strict=True), strict=True)}
 
 
 def time_op(shape: tuple[int, int], dtype: torch.dtype, threads: int, seconds: float, device: str) -> dict:
@@ -96,9 +93,14 @@ def time_op(shape: tuple[int, int], dtype: torch.dtype, threads: int, seconds: f
     for name, function in functions.items():
         candidates[f"{name} forward"] = lambda f=function: f(mu, logvar, seed)
         candidates[f"{name} both"] = lambda f=function: gradients(f, with_mu, with_logvar, seed, dz, dkl)
-    result, runs = medians(candidates, seconds, device)
+    for _ in range(3):
+        turn(candidates, device)
+    end, turns = time.perf_counter() + seconds, []
+    while time.perf_counter() < end or len(turns) < 7:
+        turns.append(turn(candidates, device))
+    result = {name: 1e6 * median for name, median in medians(candidates, turns).items()}
     saved = {f"{name} saved": saved_bytes(functions[name], with_mu, with_logvar, seed) for name in ("op", "eager")}
-    return {"shape": shape, "dtype": str(dtype)[6:], "threads": threads, "runs": runs, **result, **saved}
+    return {"shape": shape, "dtype": str(dtype)[6:], "threads": threads, "runs": len(turns), **result, **saved}
 
 
 def machine(device: str) -> str:
@@ -122,8 +124,8 @@ def show(row: dict) -> None:
           f"{row['op saved']:>11,} {row['eager saved']:>11,} | {row['runs']:>5}", flush=True)
 
 
-def op(chosen: argparse.Namespace) -> None:
-    """The subcommand `op`."""
+def op(chosen: argparse.Namespace) -> list[dict]:
+    """The subcommand `op`; returns the rows of its table."""
     print(machine(chosen.device) + ("; freed memory kept" if "GLIBC_TUNABLES" in os.environ else ""))
     print("                          |   forward   eager compiled  /clone |      both   eager compiled | "
           "saved, bytes       eager |  runs")
@@ -135,11 +137,9 @@ def op(chosen: argparse.Namespace) -> None:
             for threads in chosen.threads:
                 rows.append(time_op(size, getattr(torch, dtype), threads, chosen.seconds, chosen.device))
                 show(rows[-1])
-    if chosen.json:
-        with open(chosen.json, "w") as file:
-            json.dump({"machine": machine(chosen.device), "rows": rows}, file, indent=1)
     if chosen.shapes[-1] == SHAPES[-1] and chosen.device == "cpu" and "GLIBC_TUNABLES" not in os.environ:
         print(f"\nAgain with freed memory kept by the process (GLIBC_TUNABLES={LARGE_MMAP}):", flush=True)
         subprocess.run([sys.executable, sys.argv[0], "op", "--shapes", SHAPES[-1], "--seconds", str(chosen.seconds),
                         "--threads", *map(str, chosen.threads), "--dtypes", *chosen.dtypes],
                        env={**os.environ, "GLIBC_TUNABLES": LARGE_MMAP}, check=True)
+    return rows

@@ -52,9 +52,8 @@ def load(path: Path) -> dict:
         with zipfile.ZipFile(path) as archive:
             if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
                 raise zipfile.BadZipFile("its parts are larger than the file")
-            damaged = archive.testzip()
-        if damaged:
-            raise Fault(f"{path}: damaged at {damaged}; use another copy, or train again")
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"damaged at {damaged}")
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # torch warns of nothing in a file of ours
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -64,9 +63,7 @@ def load(path: Path) -> dict:
     except OSError as error:
         raise Fault(f"{path}: can't be read ({error.strerror or error})") from None
     except (zipfile.BadZipFile, NotImplementedError) as error:
-        raise Fault(f"{path}: not a checkpoint, or one cut short ({options.brief(error)})") from None
-    except Fault:
-        raise
+        raise Fault(f"{path}: not a checkpoint, or no whole one ({options.brief(error)}); use another copy") from None
     except Exception:  # a file can hold anything, and make the readers of archives and pickles raise as much
         raise Fault(f"{path}: not a checkpoint of this project, or one that would run code; not loaded") from None
     if not isinstance(state, dict) or type(state.get("format")) is not int:

@@ -129,22 +129,17 @@ def chunks(url: str, timeout: float) -> Iterator[bytes]:
 
 def fetch(url: str, file, timeout: float) -> None:
     """Stream the archive into an open file and hold it to its size and SHA-256."""
-    digest, received, head = hashlib.sha256(), 0, b""
+    received = 0
     with contextlib.closing(chunks(url, timeout)) as arriving:
-        for chunk in arriving:
-            head = head or chunk[:12]
-            received += len(chunk)
-            if received > SIZE:
-                break
-            digest.update(chunk)
-            file.write(chunk)
+        while received <= SIZE and (chunk := next(arriving, b"")):
+            received += file.write(chunk)
             options.show(f"{received / 1e6:6.1f} of {SIZE / 1e6:.1f} MB", received == SIZE)
-    file.flush()
+    file.seek(0)  # which writes what is left
     if received != SIZE:
         got = f"more than {SIZE:,}" if received > SIZE else f"{received:,}"
-        raise Fault(f"{url}: got {got} bytes beginning {head!r}, wanted {SIZE:,}; nothing was kept; {BY_HAND}")
-    if digest.hexdigest() != SHA256:
-        raise Fault(f"{url}: SHA-256 is {digest.hexdigest()}, wanted {SHA256}; nothing was kept; {BY_HAND}")
+        raise Fault(f"{url}: got {got} bytes beginning {file.read(12)!r}, wanted {SIZE:,}; nothing was kept; {BY_HAND}")
+    if (found := hashlib.file_digest(file, "sha256").hexdigest()) != SHA256:
+        raise Fault(f"{url}: SHA-256 is {found}, wanted {SHA256}; nothing was kept; {BY_HAND}")
 
 
 def unpack(archive: Path, folder: Path) -> None:

@@ -36,11 +36,6 @@ def gumbel(rows: int, columns: int, seed: Tensor, row_offset: int = 0) -> Tensor
     return -(-((words.double() + 0.5) * 2.0**-32).log()).log().float()
 
 
-def expected_rate(log_share: Tensor, divergences: Tensor) -> Tensor:
-    """sum_k q(k|x) KL_k + log K + sum_k q(k|x) log q(k|x) in nats, (B,), from log q(k|x) and KL_k, both (B, K)."""
-    return (log_share.exp() * (divergences + log_share)).sum(1) + math.log(log_share.shape[1])
-
-
 class Conditional(nn.Module):
     """p(z|c), q(c|x), and what c adds to the parameters of q(z|x,c)."""
 
@@ -76,9 +71,10 @@ class Conditional(nn.Module):
         return (mu - self.mean) * (-self.logvar / 2).exp(), logvar - self.logvar
 
     def rate(self, log_share: Tensor, joint: Tensor) -> Tensor:
-        """The divergence from the prior, exact, in nats (B,)."""
+        """sum_k q(k|x) KL_k + log K + sum_k q(k|x) log q(k|x), the divergence from the prior, exact, in nats (B,)."""
         mu, logvar = self.whiten(joint)
-        return expected_rate(log_share, (logvar.exp() + mu.square() - 1 - logvar).sum(2) / 2)
+        divergences = (logvar.exp() + mu.square() - 1 - logvar).sum(2) / 2
+        return (log_share.exp() * (divergences + log_share)).sum(1) + math.log(log_share.shape[1])
 
     def given(self, h: Tensor, joint: Tensor, decode: Callable[[Tensor, Tensor], Tensor]) -> list[Given]:
         """For each code what images with these h and `joint` are coded as. decode: of z and codes (B, K)."""

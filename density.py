@@ -14,7 +14,6 @@ from options import Fault
 import torch
 from torch import Tensor
 
-CENTRE = (..., slice(10, 22), slice(8, 24))  # where the body is in most photographs of horses
 COATS = ("white", "dark")
 
 
@@ -43,19 +42,17 @@ def aggregate(mu: Tensor, within: Tensor) -> Gaussian:
 
 
 def brightness(images: Tensor) -> Tensor:
-    """Mean over the central pixels, where the body is, of images (n, 3, 32, 32); float32 (n,)."""
-    return images[CENTRE].float().flatten(1).mean(1)
+    """Mean over the central pixels, where most horses' bodies are, of images (n, 3, 32, 32); float32 (n,)."""
+    return images[..., 10:22, 8:24].float().flatten(1).mean(1)
 
 
 def class_rows(images: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Tensor]:
-    """Which images are each class's, and the first class's "white" and "dark" quarters: masks (n,), on the CPU."""
-    masks = {name: (labels == i).cpu() for i, name in enumerate(classes)}
-    first = masks[classes[0]].nonzero()[:, 0]
+    """Which images are each class's, and the first class's "white" and "dark" quarters: rows (m,), on the CPU."""
+    rows = {name: (labels == i).cpu().nonzero()[:, 0] for i, name in enumerate(classes)}
+    first = rows[classes[0]]
     order = first[brightness(images[first.to(images.device)]).cpu().argsort(stable=True)]
-    quarter = max(len(order) // 4, 1)
-    for coat, rows in (("white", order[-quarter:]), ("dark", order[:quarter])):
-        masks[coated(classes[0], coat)] = torch.zeros(len(labels), dtype=torch.bool).index_fill(0, rows, True)
-    return masks
+    white, dark = order[-max(len(order) // 4, 1):].sort().values, order[:max(len(order) // 4, 1)].sort().values
+    return rows | {coated(classes[0], "white"): white, coated(classes[0], "dark"): dark}
 
 
 def check(densities: dict[str, Gaussian], classes: tuple[str, ...], latent: int, spare: bool) -> None:
@@ -77,9 +74,9 @@ def names(images: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Tensor:
     The coats of COATS are numbered after the classes.
     """
     both = labels[:, None].repeat(1, 2)
-    masks = class_rows(images, labels, classes)
+    rows = class_rows(images, labels, classes)
     for number, coat in enumerate(COATS, len(classes)):
-        both[masks[coated(classes[0], coat)], 1] = number
+        both[rows[coated(classes[0], coat)], 1] = number
     return both
 
 
@@ -92,7 +89,7 @@ def fit_classes(model: vae.VAE, images: Tensor, labels: Tensor, classes: tuple[s
     """
     fitted = {}
     for name, rows in class_rows(images, labels, classes).items():
-        members = rows.nonzero()[:, 0].to(images.device)
+        members = rows.to(images.device)
         mu, within = torch.empty(len(members), model.latent), 0.0  # in one piece, or the parts keep gaps between them
         for part, own in zip(members.split(batch_size), mu.split(batch_size), strict=True):
             x = vae.from_bytes(images[part].to(model.variance.device))

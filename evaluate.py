@@ -10,12 +10,9 @@ import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import options
-import checkpoint
 import cifar10
-import conditional
 import judge
 import pictures
 import recipe
@@ -40,8 +37,7 @@ class Options:
                        "class's density, or prior, draws of the prior", choices=("balanced", "prior"))
     n: int = option(2000, "pictures to draw in each mode", least=200, most=65_536)
     guidance: float = option(2.0, "of the classes' and the Pegasi's own sets, with a learned prior; balanced has none; "
-                             "other than 2.0 Pegasi are not composed",
-                             least=0.0)
+                             "other than 2.0 Pegasi are not composed", least=0.0)
     images: int = option(500, "test photographs for bits/dim", least=1)
     k: int = option(32, "posterior samples for each of them", least=1)
     judge_seed: int = option(1, "which judge reports; trained once, in minutes, and kept beside the data", least=0)
@@ -65,38 +61,29 @@ def binned(x: Tensor, xhat: Tensor, variance: Tensor) -> Tensor:
     return (upper + (-(torch.special.log_ndtr(low) - upper).expm1()).log()).flatten(1).sum(1)
 
 
-class Samples(NamedTuple):
-    """k posterior samples for each of some images: nats, float64 (k, B). A discrete code is summed out exactly."""
-    known: Tensor  # log p(x|z), or its expectation over the code
-    elbo: Tensor  # the bound with this sample, whose mean is the ELBO
-    weights: Tensor  # log w, whose log-mean-exp is the importance-weighted bound; the same where there is no code
-
-
-def log_weights(part: conditional.Given, x: Tensor, eps: Tensor, variance: Tensor, likelihood) -> tuple[Tensor, Tensor]:
-    """log p(x|z) and log p(x|z) + log p(z) - log q(z|x) for the sample z of standard normals eps, float64 (B,)."""
-    z = part.mu + (part.logvar / 2).exp() * eps
-    known = likelihood(x, part.decode(z), variance).double()
-    # reflections change neither |z|, and so not p(z), nor volumes, and so not q(z|x)
-    return known, known + (eps.square() - z.square() + part.logvar).double().sum(1) / 2
-
-
 @torch.no_grad()
-def samples(model: vae.VAE, x: Tensor, k: int, seed: int = 0, likelihood=binned) -> Samples:
-    """Posterior samples of images (B, 3, 32, 32) in [0, 1], with noise that depends on (seed, number, row) alone.
+def samples(model: vae.VAE, x: Tensor, k: int, seed: int = 0, likelihood=binned) -> tuple[Tensor, ...]:
+    """k posterior samples of images (B, 3, 32, 32) in [0, 1], with noise that depends on (seed, number, row) alone.
 
-    p(z) is N(0, I), or p(c) = 1/K and p(z|c) a Gaussian: elbo = sum_c q(c|x) [log w_c - log K q(c|x)], and
+    In nats, float64 (k, B): log p(x|z), or its expectation over the code; the bound with this sample, whose mean is the
+    ELBO; log w, whose log-mean-exp is the importance-weighted bound, the same where there is no code. p(z) is N(0, I),
+    or p(c) = 1/K and p(z|c) a Gaussian: then codes are summed out, elbo = sum_c q(c|x) [log w_c - log K q(c|x)], and
     w = sum_c w_c / K, since E w_c = p(x|c).
     """
     given, rows = model.given(x), []
     log_share = torch.stack([part.log_share for part in given]).double()  # (K, B)
     share, codes = log_share.exp(), math.log(len(given))
     for i in range(k):
-        eps = vae.noise(len(x), given[0].mu.shape[1], reparam.derive_seed(seed, i, BOUND))
-        parts = [log_weights(part, x, eps, model.variance, likelihood) for part in given]
-        known, weights = (torch.stack(part) for part in zip(*parts, strict=True))
+        eps, known, weights = vae.noise(len(x), given[0].mu.shape[1], reparam.derive_seed(seed, i, BOUND)), [], []
+        for part in given:
+            z = part.mu + (part.logvar / 2).exp() * eps
+            known.append(likelihood(x, part.decode(z), model.variance).double())
+            # reflections change neither |z|, and so not p(z), nor volumes, and so not q(z|x)
+            weights.append(known[-1] + (eps.square() - z.square() + part.logvar).double().sum(1) / 2)
+        known, weights = torch.stack(known), torch.stack(weights)
         elbo = (share * (weights - log_share)).sum(0) - codes
         rows.append(((share * known).sum(0), elbo, weights.logsumexp(0) - codes))
-    return Samples(*(torch.stack(part) for part in zip(*rows, strict=True)))
+    return tuple(torch.stack(part) for part in zip(*rows, strict=True))
 
 
 def importance_weighted(weights: Tensor) -> Tensor:
@@ -132,16 +119,6 @@ def draw_balanced(found: sample.Trained, n: int, seed: int) -> Tensor:
     return balanced([draw_mode(found, name, each, seed, guidance=1.0) for name in found.classes], n)
 
 
-def drawn_modes(found: sample.Trained, n: int, seed: int, guidance: float) -> dict[str, Tensor]:
-    """n images of each mode, `morph` apart, and as many of the classes in turn: `balanced`, and with guidance `guided`.
-
-    Without a learned prior there is no guidance, and `balanced` is of the classes' sets.
-    """
-    sets = {mode: draw_mode(found, mode, n, seed, guidance) for mode in sample.modes(found) if mode != "morph"}
-    turn = balanced([sets[name] for name in found.classes], n)
-    return sets | ({"balanced": draw_balanced(found, n, seed), "guided": turn} if found.learned else {"balanced": turn})
-
-
 def balanced(sets: list[Tensor], n: int) -> Tensor:
     """n rows in all, in turn one of each tensor."""
     return torch.stack([rows[:math.ceil(n / len(sets))] for rows in sets], 1).flatten(0, 1)[:n]
@@ -169,14 +146,18 @@ def turns(images: Tensor, labels: Tensor, n: int) -> Tensor:
 @torch.no_grad()
 def impressions(found: sample.Trained, data: source.Pictures, asked: judge.Judge, n: int, seed: int,
                 guidance: float = 2.0) -> dict[str, dict]:
-    """What a judge makes of each mode's pictures, of the test photographs and of their reconstructions.
+    """What a judge makes of n pictures of each mode but `morph`, of the test photographs and of their reconstructions.
 
-    Returns dicts of set name to value: `called`, `pegasus_score` (mean) and `pegasus_share` (above 99 % of the test
-    photographs), `frechet_of` to them, `nearest` (to a training photograph); `frechet_floor` is n photographs'.
+    `balanced`: of the classes in turn, without a learned prior's guidance; `guided`: with it. Returns dicts of set name
+    to value: `called`, `pegasus_score` (mean) and `pegasus_share` (above 99 % of the test photographs), `frechet_of`
+    to them, `nearest` (to a training photograph); `frechet_floor` is n photographs'.
     """
     test = vae.from_bytes(data.test_images)
     again = torch.cat([found.model.reconstruct(part) for part in test.split(500)])
-    sets = {"photographs": test, "reconstructions": again} | drawn_modes(found, n, seed, guidance)
+    sets = {"photographs": test, "reconstructions": again}
+    sets |= {mode: draw_mode(found, mode, n, seed, guidance) for mode in sample.modes(found) if mode != "morph"}
+    turn = balanced([sets[name] for name in found.classes], n)
+    sets |= {"balanced": draw_balanced(found, n, seed), "guided": turn} if found.learned else {"balanced": turn}
     seen = {name: judge.classify(asked, images) for name, images in sets.items()}
     known, real = judge.classify(asked, data.images)[1], seen["photographs"][1]
     shown = tuple(dict.fromkeys((*data.classes, *(("airplane",) if "bird" in data.classes else ()))))
@@ -199,9 +180,8 @@ def report(found: sample.Trained, data: source.Pictures, state: dict, chosen: Op
     seen = impressions(found, data, judge.from_state(state), chosen.n, chosen.seed, chosen.guidance)
     pixel, codes = found.model.variance.item(), found.model.conditional
     prior = f"{len(codes.mean)} Gaussians" if codes else "N(0, I)"
-    judged = {"n": chosen.n, "classes": list(data.classes), "judge_seed": chosen.judge_seed,
-              "guidance": chosen.guidance,
-              "judge_accuracy": state["accuracy"], "test_photographs": len(data.test_images)}
+    judged = {"n": chosen.n, "classes": list(data.classes), "test_photographs": len(data.test_images),
+              "judge_seed": chosen.judge_seed, "guidance": chosen.guidance, "judge_accuracy": state["accuracy"]}
     settings = {"model": found.about, "data": data.folder, "seed": chosen.seed,
                 "bits_per_dim": {"k": chosen.k, "images": len(some), "prior": prior, "pixel_variance": pixel},
                 "frechet": judged | {"mode": chosen.mode, "floor_n": len(turns(data.images, data.labels, chosen.n))},
@@ -251,12 +231,11 @@ def main(argv: list[str] | None = None) -> None:
     place = recipe.resolve(recipe.Options(threads=chosen.threads))
     torch.set_num_threads(place.threads)
     torch.set_flush_denormal(True)
-    path = Path(chosen.checkpoint)
-    found, known = sample.load(path), source.trained_on(path, checkpoint.load(path))
+    found = sample.load(Path(chosen.checkpoint))
     if chosen.export:
         print(export(found, chosen))
         return
-    data = source.load(chosen.data, ",".join(found.classes), known)
+    data = source.load(chosen.data, ",".join(found.classes), found.data)
     state = judge.get(Path(data.folder), chosen.judge_seed, place.device, place.precision)
     figures = report(found, data, state, replace(chosen, threads=place.threads))
     print(json.dumps(figures, indent=2) if chosen.json else table(figures))

@@ -26,7 +26,7 @@ from recipe import Options
 
 import torch
 
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what a file system without flock answers
+JOB = "TORCHELASTIC_RUN_ID"  # of a torchrun, the same at all its restarts
 
 
 @contextlib.contextmanager
@@ -62,7 +62,7 @@ def take(path: Path) -> int:
         except FileNotFoundError:  # between the two its last holder left and took the file along
             pass
         except OSError as error:
-            if error.errno in NO_LOCKS:
+            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # a file system without flock
                 print(f"{path}: no locks on this file system; start no second run there", file=sys.stderr)
                 return file
             holder = os.read(file, 200).decode(errors="replace") or "another process"
@@ -87,15 +87,10 @@ def open_run(chosen: Options) -> dict | None:
     return None
 
 
-def job() -> str | None:
-    """The name of the torchrun that started this process, the same at all its restarts."""
-    return os.environ.get("TORCHELASTIC_RUN_ID")
-
-
 def ours(folder: Path) -> bool:
     """Whether this torchrun was at work on a run before it lost a process."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        return json.loads((folder / "config.json").read_text())["torchrun"] == job()
+        return json.loads((folder / "config.json").read_text())["torchrun"] == os.environ[JOB]
     return False
 
 
@@ -107,7 +102,7 @@ def describe(chosen: Options, data: source.Pictures, images: int, history: list[
     folder = Path(chosen.run)
     if chosen.overwrite:  # only now, when nothing speaks against the new run any more
         (folder / "last.pt").unlink(missing_ok=True)
-    about = {"torch": torch.__version__, "data": data.name, "digest": data.digest, "torchrun": job()}
+    about = {"torch": torch.__version__, "data": data.name, "digest": data.digest, "torchrun": os.environ.get(JOB)}
     with options.replacing(folder / "config.json") as beside:
         beside.write_text(json.dumps(asdict(chosen) | about, indent=2) + "\n")
     log.write(folder / "log.csv", log.COLUMNS, history)

@@ -10,13 +10,13 @@ import hashlib
 import sys
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import options
 import checkpoint
 import cifar10
 import fused
-import log
 import recipe
 from options import Fault, option
 
@@ -159,7 +159,7 @@ def fit(images: Tensor, labels: Tensor, seed: int = 0, device: str = "cpu", prec
         loss.backward()
         descend(weights, momentum, learning_rate(step / (EPOCHS * each)))
         done = (step + 1) / (EPOCHS * each)
-        left = log.clock((time.monotonic() - begun) / done * (1 - done))
+        left = timedelta(seconds=round((time.monotonic() - begun) / done * (1 - done)))
         options.show(f"judge: epoch {step // each + 1}/{EPOCHS}  {left} left", done == 1)
     return judge.cpu().eval()
 
@@ -201,8 +201,8 @@ def get(folder: Path, seed: int = 0, device: str = "cpu", precision: str = "floa
         checkpoint.save(path, state)
     except (Fault, OSError):
         where = f"not kept, since {folder.parent} can't be written to"
-    print(f"judge: {100 * state['accuracy']:.1f} % of test pictures right, {log.clock(time.monotonic() - begun)}, "
-          f"{where}", file=sys.stderr, flush=True)
+    print(f"judge: {100 * state['accuracy']:.1f} % of test pictures right, "
+          f"{timedelta(seconds=round(time.monotonic() - begun))}, {where}", file=sys.stderr, flush=True)
     return state
 
 

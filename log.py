@@ -3,6 +3,7 @@ import csv
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import options
@@ -26,13 +27,6 @@ def write(path: Path, columns: tuple[str, ...], rows: list[dict], mode: str = "w
             writer.writerows({k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
 
 
-def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss or m:ss."""
-    minutes, second = divmod(int(seconds + 0.5), 60)
-    hour, minute = divmod(minutes, 60)
-    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
-
-
 class Progress:
     """One line that is rewritten on a terminal, or a line an epoch elsewhere; and speed.csv."""
 
@@ -50,7 +44,7 @@ class Progress:
         elapsed = time.monotonic() - self.start
         left = elapsed / max(done - self.begun, 1) * (self.last * self.images - done) + self.later
         values = "  ".join(f"{name} {value:,.2f}" for name, value in numbers.items())
-        return f"epoch {epoch}/{self.epochs}  {values}  {rate:,.0f} images/s  {clock(left)} left"
+        return f"epoch {epoch}/{self.epochs}  {values}  {rate:,.0f} images/s  {timedelta(seconds=round(left))} left"
 
     def show(self, epoch: int, images: int, numbers: Callable[[], dict[str, float]]) -> None:
         """Rewrite the terminal's line, at most five times a second. images: of this epoch so far."""

@@ -1,7 +1,8 @@
 """The two parts of a run, and what a step of each minimises: the autoencoder's ELBO, then its learned prior's.
 
-Each phase has `optimizer`, `schedule` and `lr`, `first` and `epochs` (its part of the run's), `seeds` and `backward`
-(gradients of some rows of a batch and their sums), `numbers` (for the terminal) and `end_epoch` (the log's columns).
+Each phase has `optimizer`, `schedule` and `lr`, `longest` (to which gradients are clipped), `first` and `epochs` (its
+part of the run's), `backward` (gradients of some rows of a batch and their sums), `purposes` (of its seeds),
+`numbers` (for the terminal) and `end_epoch` (the log's columns).
 """
 import contextlib
 import ctypes
@@ -75,7 +76,7 @@ def trim() -> None:
 
 class Autoencoder:
     """The first phase: encoder and decoder, from photographs."""
-    name, flag = "autoencoder", "--lr"
+    name, flag, longest, purposes = "autoencoder", "--lr", None, (NOISE,)
 
     def __init__(self, chosen: Options, data: source.Pictures, model: vae.VAE, workers: Group):
         self.options, self.model, self.workers = chosen, model, workers
@@ -83,11 +84,6 @@ class Autoencoder:
         self.images, self.test_images = data.images.to(chosen.device), data.test_images.to(chosen.device)
         self.first, self.epochs = 0, recipe.split(chosen)
         self.optimizer = fused.Adam(model, chosen.precision == "bfloat16")
-        self.longest = None  # gradients are clipped to this length
-
-    def seeds(self, step: int) -> Tensor:
-        """Of a step of the run, for `backward`."""
-        return purpose_seeds(self.options, step, NOISE)
 
     def backward(self, rows: Tensor, mirrored: Tensor | None, batch: int, first: int, seeds: Tensor,
                  progress: Tensor) -> Tensor:
@@ -100,9 +96,7 @@ class Autoencoder:
         with autocast(self.options):
             # convolutions take no empty batch: a process without rows computes one and counts none
             here = x if len(x) else x.new_zeros(1, *vae.IMAGE)
-            terms = self.optimizer.trained(here, seeds, first, progress)
-        if not len(x):
-            terms = vae.Terms(*(term[:0] for term in terms))
+            terms = vae.Terms(*(term[:len(x)] for term in self.optimizer.trained(here, seeds, first, progress)))
         sse = self.workers.total(terms.sse.detach().sum())
         distortion = self.model.distortion(terms.sse, sse / (batch * vae.PIXELS))
         ((distortion + self.options.beta * terms.rate).sum() / batch).backward()
@@ -135,13 +129,13 @@ class Autoencoder:
 
 class Prior:
     """The second phase: a flow in the latent space of the autoencoder, which stays as it is."""
-    name, flag = "prior", "--prior-lr"
+    name, flag, longest, purposes = "prior", "--prior-lr", 1.0, (START, NOISE, TIME, NAME)
 
     def __init__(self, chosen: Options, data: source.Pictures, model: vae.VAE, learned: prior.Learned, workers: Group):
         self.options, self.model, self.learned, self.workers = chosen, model, learned, workers
         self.schedule, self.lr = "onecycle", chosen.prior_lr
         self.first, self.epochs = recipe.split(chosen), chosen.epochs - recipe.split(chosen)
-        self.optimizer, self.longest = fused.Adam(learned.velocity, chosen.precision == "bfloat16"), 1.0
+        self.optimizer = fused.Adam(learned.velocity, chosen.precision == "bfloat16")
         self.mu, self.logvar = self.posteriors(data.images, chosen.flip)
         self.names = density.names(data.images, data.labels, data.classes).to(chosen.device)
         self.test_mu, self.test_logvar = self.posteriors(data.test_images)
@@ -175,9 +169,6 @@ class Prior:
         with autocast(self.options):
             v = velocity(torch.lerp(z0, z1, t), t[:, 0], names)
         return (v - (z1 - z0)).square().mean(1)
-
-    def seeds(self, step: int) -> Tensor:
-        return purpose_seeds(self.options, step, START, NOISE, TIME, NAME)
 
     def backward(self, rows: Tensor, mirrored: Tensor | None, batch: int, first: int, seeds: Tensor,
                  _progress: Tensor) -> Tensor:

@@ -71,7 +71,6 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 PANELS = (("Train loss", ("train_loss",)), ("Test loss", ("test_loss",)),
           ("Distortion", ("train_distortion", "test_distortion")), ("Rate (KL)", ("train_rate", "test_rate")))
-PRIOR = ("Learned prior", ("train_loss", "test_loss"))
 
 
 def panel(page: Image.Image, box: tuple[int, int, int, int], rows: Sequence[dict], title: str,
@@ -123,5 +122,5 @@ def curves(history: Sequence[dict], words: str) -> Image.Image:
         box = (i % 2 * 600, i // 2 * 400, i % 2 * 600 + 600, i // 2 * 400 + 400)
         panel(page, box, before, title, columns, "nats an image")
     if learned:
-        panel(page, (0, 800, 1200, 1200), learned, *PRIOR, "squared error")
+        panel(page, (0, 800, 1200, 1200), learned, "Learned prior", ("train_loss", "test_loss"), "squared error")
     return caption(page, words)

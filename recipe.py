@@ -100,8 +100,8 @@ def settle(chosen: Options, given: set[str], state: dict | None) -> Options:
     """The options of this start: on resume the run's own, except those that may change. Raises Fault for others."""
     if state is None:
         return resolve(chosen)
-    # what an older run had no word for, it had not
-    stored = asdict(options.stored(Options, {"prior": "normal"} | state["config"]))
+    # what an older run had no word for, it had not; where it ran says nothing about this start
+    stored = asdict(options.stored(Options, {"prior": "normal"} | state["config"] | {"device": "auto"}))
     for name in sorted(given - FREE - {"data"}):
         got = getattr(chosen, name)
         if got not in (stored[name], "auto"):

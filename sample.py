@@ -66,6 +66,7 @@ class Trained:
     judge: judge.Judge | None
     learned: prior.Learned | None  # once it is being trained
     bank: dict[str, Tensor] | None  # what its Pegasi are composed of, at the end of a run
+    data: dict[str, str]  # folder and digest of what it was trained on
 
     @property
     def device(self) -> str:
@@ -89,7 +90,8 @@ def trained(state: dict, model: vae.VAE, learned: prior.Learned | None) -> Train
              "epochs": f"{state['epoch']:g}", "data": state["data"]["name"]}
     about |= {"prior": BEFORE if waits else "learned"} if learned or waits else {}
     asked = judge.from_state(state["judge"]) if state.get("judge") else None
-    return Trained(model, densities, tuple(state["classes"]), about, asked, learned, state.get("bank"))
+    data = {key: str(state["data"][key]) for key in ("folder", "digest")}
+    return Trained(model, densities, tuple(state["classes"]), about, asked, learned, state.get("bank"), data)
 
 
 def load(path: Path) -> Trained:

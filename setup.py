@@ -95,9 +95,8 @@ class BuildOp(build_ext):
         for source in ("module.cpp", "step_ops.cpp", "winograd.cpp"):
             objects += self.compile(source, "module", ["-O2", "-fvisibility=hidden", *macros])
         target.parent.mkdir(parents=True, exist_ok=True)
-        self.compiler.link_shared_object(
-            objects, str(target), libraries=libraries, library_dirs=library_directories,
-            extra_postargs=self.flags[1:], target_lang="c++")
+        self.compiler.link_shared_object(objects, str(target), libraries=libraries, library_dirs=library_directories,
+                                         extra_postargs=self.flags[1:], target_lang="c++")
 
     def compile(self, source: str, folder: str, flags: list[str]) -> list[str]:
         return self.compiler.compile([f"csrc/{source}"], output_dir=str(Path(self.build_temp) / folder),

@@ -5,7 +5,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import checkpoint
 import cifar10
 import drawn
 from options import Fault
@@ -60,12 +59,6 @@ def locate(data: str) -> Path:
     if not folder.is_dir():
         raise Fault(f"--data: no folder {data}; wanted auto, cifar10, drawn or a folder of CIFAR-10's binary batches")
     return folder
-
-
-def trained_on(path: Path, state: dict) -> dict[str, str]:
-    """Folder and digest of the data that a checkpoint's model was trained on. Raises Fault."""
-    with checkpoint.fitting(path):
-        return {key: str(state["data"][key]) for key in ("folder", "digest")}
 
 
 def load(data: str, classes: str, known: dict[str, str] | None = None) -> Pictures:

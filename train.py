@@ -66,7 +66,6 @@ class Training:
     def enter(self, begun: bool = False) -> None:
         """Begin the phase that the epoch is of; begun: the prior's is under way."""
         chosen, self.replay = self.options, None  # a GPU keeps memory for the step of the phase before
-        phases.trim()
         if self.learned and (begun or recipe.split(chosen) <= self.epoch < chosen.epochs):
             self.densities(now=True)
             self.phase = phases.Prior(chosen, self.data, self.model, self.learned, self.workers)
@@ -118,9 +117,10 @@ class Training:
         return self.fitted
 
     def train_step(self, rows: Tensor, mirrored: Tensor | None) -> None:
-        """One step of Adam on some rows of the images, added to the epoch's totals."""
+        """One step of Adam on some rows of the images, added to the epoch's totals. Raises Fault when none is taken."""
         done, phase = self.epoch * self.steps + self.step, self.phase
-        inputs = rows, mirrored, phase.seeds(done), phases.pace(phase, done, self.steps)
+        seeds = phases.purpose_seeds(self.options, done, *phase.purposes)
+        inputs = rows, mirrored, seeds, phases.pace(phase, done, self.steps)
         whole = len(rows) == self.options.batch_size
         sums = self.replay(self.compute, *inputs) if self.replay and whole else self.compute(*inputs)
         if self.workers.size == 1:  # without looking at the flag, for which a GPU would have to finish first
@@ -128,8 +128,10 @@ class Training:
         elif sums[-1] > 0:
             self.stop = self.asked or signal.SIGTERM
         self.step, self.ahead = self.step + 1, True
-        if self.step % PATIENCE == 0 or self.step == self.steps:
-            self.check_skipped()
+        if (self.step % PATIENCE == 0 or self.step == self.steps) and (in_a_row := int(self.skipped[2])) >= PATIENCE:
+            epoch, step = (i + 1 for i in divmod(self.epoch * self.steps + self.step - in_a_row, self.steps))
+            raise Fault(f"{self.folder}: gradient or loss not finite in {PATIENCE} steps in a row, from epoch {epoch}, "
+                        f"step {step} on; what was saved last is still there; take a lower {phase.flag}")
 
     def compute(self, rows: Tensor, mirrored: Tensor | None, seeds: Tensor, scalars: Tensor) -> Tensor:
         """What the device does in a step; scalars: as `phases.pace`. Returns the sums and who asked to stop."""
@@ -149,7 +151,7 @@ class Training:
         """Adam's step and the epoch's totals: neither where the gradient's norm or the loss is not finite.
 
         Decided on the device, so that nothing waits for it, and from what all processes share, so that all do the
-        same. After PATIENCE such steps in a row none is taken: it does not matter when `check_skipped` looks.
+        same. After PATIENCE such steps in a row none is taken: it does not matter when `train_step` looks.
         """
         norm = self.optimizer.norm()
         bad = ~(norm + sums.sum()).isfinite() | (self.skipped[2] >= PATIENCE)
@@ -160,14 +162,6 @@ class Training:
         self.totals += torch.where(bad, 0, sums)
         self.skipped[:2] += torch.stack([bad, bad * images])
         self.skipped[2].add_(1).mul_(bad)
-
-    def check_skipped(self) -> None:
-        """Raise Fault when no step is taken any more."""
-        in_a_row = int(self.skipped[2])
-        if in_a_row >= PATIENCE:
-            epoch, step = (i + 1 for i in divmod(self.epoch * self.steps + self.step - in_a_row, self.steps))
-            raise Fault(f"{self.folder}: gradient or loss not finite in {PATIENCE} steps in a row, from epoch {epoch}, "
-                        f"step {step} on; what was saved last is still there; take a lower {self.phase.flag}")
 
     def means(self, images: int) -> list[float]:
         """The sums of the epoch's first so many images for each of them, those of skipped steps left out."""
@@ -273,8 +267,8 @@ def begin(chosen: Options, given: set[str], workers: Group) -> Training:
     """The run that is asked for, begun or about to go on. Raises Fault."""
     state = workers.first(lambda: folder.open_run(chosen))
     last = Path(chosen.run) / "last.pt" if state else None
-    known = source.trained_on(last, state) if state else None
     with checkpoint.fitting(last):
+        known = state and {key: str(state["data"][key]) for key in ("folder", "digest")}
         chosen = recipe.settle(chosen, given, state)
     torch.set_num_threads(chosen.threads)
     torch.set_flush_denormal(True)  # numbers below 1e-38 can cost 5 to 40 times as long

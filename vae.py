@@ -8,13 +8,14 @@ Auto-Encoding Variational Bayes (2014) with a squared error:
 Better pictures come from the calibrated likelihood and a convolutional network (`gaussian`, `conv`).
 """
 import math
+import re
 from typing import NamedTuple
 
 import flow
 import fused
 import reparam
 from options import Fault
-from conditional import Conditional, Given, expected_rate
+from conditional import Conditional, Given
 
 import torch
 from torch import Tensor, nn
@@ -31,13 +32,10 @@ class Terms(NamedTuple):
 
 def latent_shape(latent: str) -> tuple[int, ...]:
     """`128` to (128,), a vector; `8x8x4` (rows, columns, channels) to (4, 8, 8), a grid. Raises Fault."""
-    try:
-        sizes = [int(size) for size in latent.split("x")]
-    except ValueError:
-        sizes = []
-    if len(sizes) not in (1, 3) or min(sizes) < 1 or max(sizes) > 65_536 or sizes[:-1] not in ([], [8, 8]):
+    if not re.fullmatch("(8x8x)?[1-9][0-9]{0,4}", latent) or int(latent.removeprefix("8x8x")) > 65_536:
         raise Fault(f"--latent: got {latent!r}, wanted a number of dimensions, as in 128, or a grid, as in 8x8x8")
-    return (sizes[-1], *sizes[:-1])
+    *grid, channels = map(int, latent.split("x"))
+    return (channels, *grid)
 
 
 def mlp(shape: tuple[int, ...]) -> tuple[nn.Module, nn.Module]:
@@ -163,23 +161,19 @@ class VAE(nn.Module):
         mu, logvar, units = self.posterior(x)
         return [Given(mu.new_zeros(len(mu)), mu, logvar, lambda z: self.decode(flow.reflect(z, units)))]
 
-    def relaxed(self, x: Tensor, seed: Tensor, row_offset: int, progress: Tensor | float) -> Terms:
-        """`forward` with one relaxed code for each image instead of a sum over all codes."""
+    def coded(self, x: Tensor, seed: Tensor, row_offset: int, progress: Tensor | float | None) -> Terms:
+        """`forward` under a conditional prior: one relaxed code an image, or without progress the sum over all."""
         h, joint = self.hidden(x)
-        log_share = self.conditional.log_shares(h)
-        code = self.conditional.relax(log_share, seed, row_offset, 1 - progress / 2)  # temperatures from 1 to 1/2
-        z, _ = reparam.reparameterize_kl(*self.conditional.posterior(joint, code), seed, row_offset)
-        return Terms(self.conditional.rate(log_share, joint), fused.squared_error(self.logits(z, code), x))
-
-    def exact(self, x: Tensor, seed: Tensor, row_offset: int) -> Terms:
-        """`forward` with the sum over all codes."""
-        log_share, terms = [], []
-        for part in self.given(x):
-            z, rate = reparam.reparameterize_kl(part.mu, part.logvar, seed, row_offset)
-            log_share.append(part.log_share)
-            terms.append((rate, (x - part.decode(z)).square().flatten(1).sum(1)))
-        log_share, (rates, sse) = torch.stack(log_share, 1), (torch.stack(t, 1) for t in zip(*terms, strict=True))
-        return Terms(expected_rate(log_share, rates), (log_share.exp() * sse).sum(1))
+        log_share, sse = self.conditional.log_shares(h), x.new_zeros(len(x))
+        if progress is None:
+            for part in self.conditional.given(h, joint, self.decode):
+                z, _ = reparam.reparameterize_kl(part.mu, part.logvar, seed, row_offset)
+                sse = sse + part.log_share.exp() * (x - part.decode(z)).square().flatten(1).sum(1)
+        else:
+            code = self.conditional.relax(log_share, seed, row_offset, 1 - progress / 2)  # temperatures from 1 to 1/2
+            z, _ = reparam.reparameterize_kl(*self.conditional.posterior(joint, code), seed, row_offset)
+            sse = fused.squared_error(self.logits(z, code), x)
+        return Terms(self.conditional.rate(log_share, joint), sse)
 
     def forward(self, x: Tensor, seed: Tensor, row_offset: int = 0,
                 progress: Tensor | float | None = None) -> Terms:
@@ -189,7 +183,7 @@ class VAE(nn.Module):
         where a conditional prior's codes are to be relaxed; without it the terms are those of a bound.
         """
         if self.conditional:
-            return self.exact(x, seed, row_offset) if progress is None else self.relaxed(x, seed, row_offset, progress)
+            return self.coded(x, seed, row_offset, progress)
         mu, logvar, units = self.posterior(x)
         z, rate = reparam.reparameterize_kl(mu, logvar, seed, row_offset)
         return Terms(rate, fused.squared_error(self.logits(flow.reflect(z, units)), x))

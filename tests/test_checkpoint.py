@@ -29,7 +29,7 @@ def test_a_flipped_bit_is_refused(saved):
     at = data.find(torch.arange(100.0).numpy().tobytes()) + 2000
     data[at] ^= 1
     saved.write_bytes(data)
-    with pytest.raises(Fault, match="a.pt: damaged"):
+    with pytest.raises(Fault, match="a.pt: not .*damaged at"):
         checkpoint.load(saved)
 
 

@@ -95,7 +95,7 @@ def test_the_prior_is_trained(batches, tmp_path):
     before = {name: p.detach().clone() for name, p in training.model.named_parameters()}
     x = phases.gather(training.phase.images, torch.arange(100), None)
     with phases.autocast(training.options), torch.no_grad():
-        seed = training.phase.seeds(0)
+        seed = phases.purpose_seeds(training.options, 0, *training.phase.purposes)
         relaxed, exact = (training.model(x, seed, 0, progress).sse.sum().double()
                           for progress in (0, None))
     training.train_step(torch.arange(100), None)

@@ -97,7 +97,7 @@ def test_a_run_with_a_flow(batches, tmp_path, complaint):
     assert sample.draw(found).shape == (64, 3, 32, 32)
     assert "--flow: got 1" in complaint(train.main, *argv, "--resume", "--flow", 1)
     x = torch.rand(4, 3, 32, 32)
-    weights = evaluate.samples(found.model, x, 200, seed=0).weights  # behind the flow, as training has it
+    weights = evaluate.samples(found.model, x, 200, seed=0)[2]  # behind the flow, as training has it
     with torch.no_grad():
         terms = [found.model(x, torch.tensor(seed)) for seed in range(200)]
     rate, sse = (torch.stack(part).double().mean(0) for part in zip(*terms, strict=True))

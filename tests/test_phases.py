@@ -71,7 +71,7 @@ def test_rows_of_a_batch_may_be_computed_apart(run, batches, tmp_path):
     chosen = train.replace(train.Options(**state["config"]), precision="float32", run=str(tmp_path))
     training = train.Training(chosen, train.source.load(str(batches), "horse,bird"), state, train.Group("cpu"))
     rows, mirrored, found = torch.arange(50) * 3, torch.arange(50) % 2 == 1, []
-    rest = training.phase.seeds(7), torch.tensor(0.0)
+    rest = phases.purpose_seeds(chosen, 7, *training.phase.purposes), torch.tensor(0.0)
     for shares in ([slice(0, 50)], [slice(0, 30), slice(30, 30), slice(30, 50)]):
         training.optimizer.zero_grad()
         sums = sum(training.phase.backward(rows[s], mirrored[s], 50, s.start, *rest) for s in shares)
