@@ -57,7 +57,8 @@ test: build  ## all tests, on up to four cores
 	$(PYTHON) tests/run.py
 
 faults: build  ## 30 kills, 200 flipped bytes, full disks, bad servers: the long form of what `make test` does in short
-	KILLS=$(KILLS) FLIPS=$(FLIPS) $(PYTHON) -m pytest -rP tests/test_faults.py tests/test_damage.py tests/test_servers.py
+	KILLS=$(KILLS) FLIPS=$(FLIPS) $(PYTHON) -m pytest -rP tests/test_faults.py tests/test_damage.py \
+	  tests/test_skipped.py tests/test_servers.py
 
 fuzz: build  ## 100,000 inputs each for batches, checkpoints, their pickles and command lines; installs atheris
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-fuzz.txt
@@ -83,7 +84,7 @@ sanitize: build  ## the op, and its CUDA source on the CPU, under ASan and UBSan
 	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. \
 	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	  $$python -m pytest -q -c /dev/null --rootdir=. -p no:cacheprovider \
-	  tests/test_op.py tests/test_reparam.py tests/test_fused.py tests/test_bits.py
+	  tests/test_op.py tests/test_reparam.py tests/test_fused.py tests/test_refusals.py tests/test_bits.py
 	tests/cuda_on_cpu/run.sh address,undefined build/cuda_on_cpu
 
 cuda-check: build  ## the CUDA source compiles for every architecture, and no kernel spills

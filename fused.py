@@ -13,6 +13,7 @@ import reparam
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._python_dispatch import _disable_current_modes
 
 PRODUCTS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 BLOCK = 2**17  # numbers of a convolution's tiles that a thread takes at a time, and then are still in its cache
@@ -125,7 +126,8 @@ class Grow(nn.ConvTranspose2d):
 def room(name: str, *shape: int) -> Tensor:
     """Memory that a thread uses for one thing, again and again: new pieces leave gaps, 30 MB of them in the end."""
     if name not in vars(ROOMS) or vars(ROOMS)[name].numel() < math.prod(shape):
-        vars(ROOMS)[name] = torch.empty(math.prod(shape))
+        with torch.inference_mode(False), _disable_current_modes():  # which its next user may not be in
+            vars(ROOMS)[name] = torch.empty(math.prod(shape), dtype=torch.float32, device="cpu")
     return vars(ROOMS)[name][:math.prod(shape)].view(shape)
 
 
@@ -150,7 +152,7 @@ class Winograd(torch.autograd.Function):
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
         ctx.bias = len(bias) > 0
-        y = torch.empty(len(x), len(weight), *x.shape[2:], memory_format=torch.channels_last)
+        y = torch.empty(len(x), len(weight), *x.shape[2:], dtype=x.dtype, memory_format=torch.channels_last)
         torch.ops.pegasus.winograd(x, transformed(weight, G2).transpose(1, 2), bias, y, block(x, weight))
         return y
 

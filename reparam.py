@@ -17,6 +17,7 @@ import sys
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 MASK = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -190,11 +191,15 @@ def reparameterize_kl(mu: Tensor, logvar: Tensor, seed: Tensor, row_offset: int 
     mu, logvar: (B, D), float32, float64, bfloat16 or float16, any row stride. seed: int64, one element, same device.
     row_offset: index of row 0 in the global batch; rows computed apart equal those computed together.
     Returns z (B, D) in mu's dtype and kl (B,) in float32 (float64 for float64).
-    Raises ValueError or TypeError naming the argument that does not fit. A second derivative is an error.
+    Raises ValueError or TypeError naming the argument that does not fit. A second derivative is an error, except under
+    torch.func, whose transforms are given the reference, as forward-mode derivatives are.
     """
-    if extension is None or (mu.is_cuda and not extension.cuda_architectures):
+    if extension is None or not (mu.is_cpu or mu.is_meta or (mu.is_cuda and extension.cuda_architectures)):
         return fallback(mu, logvar, seed, row_offset)
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        check(mu, logvar, seed)
+        return reference(mu, logvar, seed, row_offset)  # has derivatives of all kinds
+    if torch.compiler.is_compiling():
         return forward_op(mu, logvar, seed, row_offset)
     try:
         if torch.is_grad_enabled() and (mu.requires_grad or logvar.requires_grad):

@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -27,6 +28,12 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 # Tuned for no processor in particular, gcc's AVX-512 code runs 14 % longer on a Zen 4; tuning changes no bit.
 LEVELS = {"baseline": []} | ({"avx2": ["-mavx2"], "avx512": ["-mavx512f", "-mtune=icelake-server"]} if X86 else {})
 ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0", "12.0")
+
+
+def settings() -> str:
+    """What the extension is built with, beside its sources."""
+    names = ("CXX", "PEGASUS_FLAGS", "PEGASUS_CUDA", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST")
+    return " ".join([f"torch {version('torch')}", *(f"{name}={os.environ.get(name, '')}" for name in names)])
 
 
 def nvcc() -> str | None:
@@ -73,9 +80,10 @@ class BuildOp(build_ext):
     """Compiles the CPU kernels once for each instruction set, and reparam.cu with nvcc; skips what is up to date."""
 
     def build_extension(self, extension: Extension) -> None:
-        target = Path(self.get_ext_fullpath(extension.name))
-        newest = max(map(os.path.getmtime, extension.depends))
-        if not self.force and target.exists() and newest <= target.stat().st_mtime:
+        target, made_with = Path(self.get_ext_fullpath(extension.name)), Path(self.build_temp) / "made-with"
+        newest, now = max(map(os.path.getmtime, extension.depends)), settings()
+        known = target.exists() and made_with.exists() and made_with.read_text() == now
+        if not self.force and known and newest <= target.stat().st_mtime:
             print(f"{target.name} is up to date")
             return
         import pybind11
@@ -97,6 +105,7 @@ class BuildOp(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object(objects, str(target), libraries=libraries, library_dirs=library_directories,
                                          extra_postargs=self.flags[1:], target_lang="c++")
+        made_with.write_text(now)
 
     def compile(self, source: str, folder: str, flags: list[str]) -> list[str]:
         return self.compiler.compile([f"csrc/{source}"], output_dir=str(Path(self.build_temp) / folder),
@@ -109,7 +118,7 @@ class BuildOp(build_ext):
         names, result = architectures(compiler), Path(self.build_temp) / "reparam.cu.o"
         result.parent.mkdir(parents=True, exist_ok=True)
         flags = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
-        flags.append(f"-gencode=arch=compute_{names[-1]},code=compute_{names[-1]}")  # PTX, for those to come
+        flags.append(f"-gencode=arch=compute_{names[0]},code=compute_{names[0]}")  # PTX, for all others from there on
         try:
             self.spawn([compiler, "-std=c++20", "-O3", "-Xcompiler", "-fPIC", *flags, "-c", "csrc/reparam.cu",
                         "-o", str(result)])
@@ -122,17 +131,17 @@ class BuildOp(build_ext):
         return names
 
     def run(self) -> None:
-        compiler = (os.environ.get("CXX") or "c++").split()[0]
-        if not (shutil.which(compiler) or shutil.which("g++")):
-            go_without("the extension", f"no C++ compiler ({compiler}) was found")
-            self.extensions = []
-            return
+        compiler, inplace = (os.environ.get("CXX") or "c++").split()[0], self.inplace
+        found = shutil.which(compiler) or shutil.which("g++")
         os.environ.setdefault("CXX", compiler if shutil.which(compiler) else "g++")
         try:
             super().run()
         except (BaseError, CCompilerError):
-            go_without("the extension", f"{compiler} failed, see above; a C++20 compiler is needed")
+            why = f"{compiler} failed, see above; a C++20 compiler is needed" if found else "no C++ compiler was found"
+            go_without("the extension", why)
             self.extensions = []
+            for older in Path().glob("pegasus_op.*.so") if inplace else ():
+                older.unlink()  # or what is imported would not be what the sources say
 
 
 sources = sorted(map(str, Path("csrc").iterdir()))

@@ -58,6 +58,14 @@ T* typed(const Tensor& t, const char* argument, bool* half = nullptr) {
   return static_cast<T*>(t.data_ptr());
 }
 
+// The same of one with so many elements, contiguous.
+template <class T>
+T* ordered(const Tensor& t, const char* argument, int64_t elements) {
+  if (t.numel() != elements || !t.is_contiguous())
+    refuse(argument, shape(t) + " or its strides", std::to_string(elements) + " contiguous elements");
+  return typed<T>(t, argument);
+}
+
 // The same of one with so many elements and no gaps, in any order.
 template <class T>
 T* memory(const Tensor& t, const char* argument, int64_t elements, bool* half = nullptr) {

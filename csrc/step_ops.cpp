@@ -54,7 +54,7 @@ GroupNorm group_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, 
   for (const Tensor* t : {&weight, &bias})
     if (t->dim() != 2 || t->size(0) != images || t->size(1) != channels || t->stride(1) != 1)
       refuse("weight, bias", shape(*t), "(B, C) with adjacent columns");
-  float* statistics = memory<float>(stats, "stats", 2 * images * groups);
+  float* statistics = ordered<float>(stats, "stats", 2 * images * groups);
   return {.x = memory<void>(x, "x", values, half), .weight = typed<float>(weight, "weight"),
           .bias = typed<float>(bias, "bias"), .mean = statistics,
           .inverse = statistics + images * groups, .weight_stride = weight.stride(0), .bias_stride = bias.stride(0),
@@ -87,8 +87,8 @@ void silu_group_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& w
   GroupNorm a = group_norm(x, weight, bias, stats, groups, &half);
   a.dy = memory<void>(dy, "dy", x.numel(), &same);
   a.dx = memory<void>(dx, "dx", x.numel(), &same_too);
-  a.dweight = memory<float>(dweight, "dweight", x.size(0) * x.size(1));
-  a.dbias = memory<float>(dbias, "dbias", x.size(0) * x.size(1));
+  a.dweight = ordered<float>(dweight, "dweight", x.size(0) * x.size(1));
+  a.dbias = ordered<float>(dbias, "dbias", x.size(0) * x.size(1));
   check_order(dy, x, "dy", "x");
   check_order(dx, x, "dx", "x");
   if (half != same || half != same_too) refuse("dy", name(dy.scalar_type()), name(x.scalar_type()));
@@ -97,6 +97,7 @@ void silu_group_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& w
 
 SquaredError squared_error_of(const Tensor& logits, const Tensor& x, bool* half) {
   const int64_t images = x.dim() ? x.size(0) : 0, pixels = images ? x.numel() / images : 0;
+  if (!logits.sizes().equals(x.sizes())) refuse("logits", shape(logits), "x's shape " + shape(x));
   if (!pixels || pixels % 16 || !x.is_contiguous() || !logits.is_contiguous())
     refuse("x, logits", shape(x), "contiguous images of a multiple of 16 numbers each");
   return {.logits = memory<void>(logits, "logits", x.numel(), half), .x = memory<float>(x, "x", x.numel()),

@@ -95,6 +95,7 @@ void check_images(const Tensor& x, const Tensor& y, const Tensor& kernels, int64
 
 void winograd(const Tensor& x, const Tensor& kernels, const Tensor& bias, const Tensor& y, int64_t block) {
   check_images(x, y, kernels, block);
+  block = std::min(block, x.size(0));
   const float* added = bias.numel() ? memory<float>(bias, "bias", y.size(1)) : nullptr;
   share(x, kernels, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; i += block) {
@@ -107,8 +108,9 @@ void winograd(const Tensor& x, const Tensor& kernels, const Tensor& bias, const 
 void winograd_backward(const Tensor& dy, const Tensor& x, const Tensor& kernels, const Tensor& dx,
                        const Tensor& dkernels, int64_t block) {
   check_images(dy, x, kernels, block);
+  block = std::min(block, x.size(0));
   check_order(dx, x, "dx", "x"), typed<float>(dx, "dx");
-  float* sums = memory<float>(dkernels, "dkernels", kernels.numel());
+  float* sums = ordered<float>(dkernels, "dkernels", kernels.numel());
   std::map<int64_t, const float*> parts;  // by first image, so that they are added in the same order each time
   std::mutex adding;
   share(x, kernels, [&](int64_t first, int64_t last) {

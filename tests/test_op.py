@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 if reparam.extension is None:
     pytest.skip("the extension is not built, or PEGASUS_EXTENSION=0", allow_module_level=True)
@@ -178,6 +179,26 @@ def test_only_one_input_requires_grad_and_unused_outputs():
                 output = function(*x, seed)[use]
                 out.append(torch.autograd.grad(output, x[which], (dz, dkl)[use])[0])
             torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("transform", [
+    lambda f, m: torch.func.jvp(f, (m,), (torch.ones_like(m),)), lambda f, m: torch.func.jacfwd(f)(m),
+    lambda f, m: torch.func.grad(lambda x: f(x).sum())(m), lambda f, m: torch.func.jacrev(f)(m),
+    lambda f, m: torch.func.hessian(lambda x: f(x).sum())(m),
+    lambda f, m: torch.func.vmap(torch.func.grad(lambda x: f(x).sum()))(torch.stack([m, 2 * m]))])
+def test_functional_transforms_and_forward_derivatives(transform):
+    mu, logvar, _, _, seed = draw(3, 5, torch.float64)
+    for use in (0, 1):
+        got, wanted = (transform(lambda m, f=f, use=use: f(m, logvar, seed, 2)[use], mu)
+                       for f in (reparam.reparameterize_kl, reparam.reference))
+        torch.testing.assert_close(got, wanted)
+
+
+def test_dual_numbers_have_tangents():
+    mu, logvar, _, _, seed = draw(3, 5, torch.float64)
+    with forward_ad.dual_level():
+        _, kl = reparam.reparameterize_kl(forward_ad.make_dual(mu, torch.ones_like(mu)), logvar, seed)
+        torch.testing.assert_close(forward_ad.unpack_dual(kl).tangent, mu.sum(1))
 
 
 @pytest.mark.parametrize("name", ["dz", "dkl"])

@@ -1,5 +1,10 @@
-"""Which compiler setup.py takes for the CUDA kernels."""
+"""Which compiler setup.py takes for the CUDA kernels, and when it builds."""
 import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 from types import ModuleType
 
@@ -76,3 +81,30 @@ def test_kernels_that_nvcc_can_not_compile_are_left_out(script: ModuleType, tmp_
     monkeypatch.setenv("PEGASUS_CUDA", "1")
     with pytest.raises(script.BaseError):
         build.cuda_objects(objects, str(compiler))
+
+
+def build(folder: Path, **env: str) -> str:
+    """What a build in a folder says, with a compiler that fails at once."""
+    done = subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=folder, text=True,
+                          capture_output=True, env=os.environ | env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_what_is_out_of_date_is_built_anew_or_goes(script: ModuleType, tmp_path: Path,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """An extension of other sources or settings is not left behind to be imported."""
+    monkeypatch.setenv("CXX", "false")
+    platform = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    name, settings = f"pegasus_op{sysconfig.get_config_var('EXT_SUFFIX')}", script.settings()
+    built = [tmp_path / name, *(tmp_path / "build" / f"{part}.{platform}" / file
+                                for part, file in (("lib", name), ("temp", "made-with")))]
+    for file in built:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(settings)
+    assert "up to date" in build(tmp_path)
+    assert (tmp_path / name).exists()
+    assert "Built without the extension: false failed" in build(tmp_path, PEGASUS_FLAGS="-DNEW")
+    assert not (tmp_path / name).exists()
