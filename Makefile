@@ -14,7 +14,7 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-TRAIN = $(PYTHON) train.py --resume --data $(DATA) --epochs $(EPOCHS) --seed $(SEED)
+TRAIN = $(PYTHON) train.py --resume --data "$(DATA)" --epochs $(EPOCHS) --seed $(SEED)
 
 FUZZ ?= 100000
 KILLS ?= 30
@@ -27,6 +27,7 @@ help:  ## this list
 	@echo "variables: EPOCHS=$(EPOCHS) DATA=$(DATA) RUN=$(RUN) SEED=$(SEED) OUT=$(OUT) ARGS= PYTHON="
 
 $(VENV)/.ready: requirements.txt requirements-dev.txt
+	@echo "torch and other packages are installed into $(VENV): a minute or more"
 	python3 -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
 	@touch $@
@@ -35,23 +36,23 @@ build: $(READY)  ## virtual environment, packages and extension
 	@$(PYTHON) setup.py -q build_ext --inplace
 
 train: build  ## train in RUN, or go on with the run there
-	$(TRAIN) --run $(RUN) $(ARGS)
+	$(TRAIN) --run "$(RUN)" $(ARGS)
 
 paper: RUN = runs/paper
 paper: build  ## the paper's recipe in runs/paper
-	$(TRAIN) --run $(RUN) --arch mlp --likelihood mse --latent 128 --schedule constant --lr 1e-3 \
+	$(TRAIN) --run "$(RUN)" --arch mlp --likelihood mse --latent 128 --schedule constant --lr 1e-3 \
 	  --batch-size 128 --beta 1 --no-flip $(ARGS)
 
 # before there is a run: the checkpoint that comes along
-CHECKPOINT = $(firstword $(wildcard $(RUN)/last.pt) pegasus.pt)
+CHECKPOINT = $(if $(shell test -e "$(RUN)/last.pt" && echo yes),$(RUN)/last.pt,pegasus.pt)
 sample: build  ## draw a sheet from the run in RUN to OUT
-	$(PYTHON) sample.py $(CHECKPOINT) $(OUT) $(ARGS)
+	$(PYTHON) sample.py "$(CHECKPOINT)" "$(OUT)" $(ARGS)
 
 evaluate: build  ## bits/dim, Frechet distance and how a judge classifies draws of the run in RUN
-	$(PYTHON) evaluate.py $(RUN)/last.pt $(ARGS)
+	$(PYTHON) evaluate.py "$(RUN)/last.pt" $(ARGS)
 
 study: build  ## the paper's model and each piece, up to three runs each, in docs/study.md: hours; resumes
-	$(PYTHON) study.py --data $(DATA) $(ARGS)
+	$(PYTHON) study.py --data "$(DATA)" $(ARGS)
 
 test: build  ## all tests, on up to four cores
 	$(PYTHON) tests/run.py

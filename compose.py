@@ -7,6 +7,7 @@ from noise, and follows the prior again, as a bird in the cells that wings cover
 """
 import functools
 
+import options
 import cifar10
 import collage
 import density
@@ -119,9 +120,11 @@ def prepare(model: vae.VAE, learned: prior.Learned, asked: judge.Judge | None, c
     """
     flying = judge.LIKE.get(classes[1], classes[1:2])
     liked = ((classes[:1], 1), (classes[:1] + flying, 1), (flying, 0.25))  # a horse above all
+    options.show("parts for Pegasi: wings")
     wings = encode(model, learned, donors(drawn(model, learned, 1, draws), asked, flying, birds))
     bank = {"birds": wings.half().cpu()}
     for name, kind, times in (("any", 0, 2), *((coat, len(classes) + i, 1) for i, coat in enumerate(density.COATS))):
+        options.show(f"parts for Pegasi: horses, {name}", last=kind == len(classes) + 1)
         images = mounts(drawn(model, learned, kind, times * draws), asked, classes[:1], times * 2 * horses)
         z, score = encode(model, learned, images), 0.0
         for turn in range(2):

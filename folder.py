@@ -112,7 +112,8 @@ def describe(chosen: Options, data: source.Pictures, images: int, history: list[
         part = recipe.split(chosen)
         print(f"{part} epochs for the autoencoder, {chosen.epochs - part} for the prior of its latents")
     print(f"{images:,} pictures ({', '.join(data.classes)}) from {data.name}, {chosen.arch}, "
-          f"{chosen.precision}, {chosen.threads} threads, {chosen.device}; to {chosen.run}")
+          f"{chosen.precision}, {chosen.threads} threads, {chosen.device}; to {chosen.run}"
+          + (f", where {len(history)} epochs are done" if history else ""))
 
 
 def shown(data: source.Pictures) -> source.Pictures:
@@ -137,7 +138,8 @@ def draw(folder: Path, state: dict, model: vae.VAE, learned: prior.Learned | Non
     pairs = torch.stack([x, model.reconstruct(x.flatten(0, 1)).view(x.shape)], 1).flatten(0, 2)
     sheets = {"reconstructions": (pairs, {key: value for key, value in about.items() if key != "prior"}),
               "samples": (sample.draw(found, sample.Options(mode="prior")), about)}
-    if len(data.classes) > 1 and "prior" in about and state["epoch"] < state["config"]["epochs"]:  # no parts yet
+    waits = state["epoch"] < state["config"]["epochs"] or state["config"]["judge"]  # for the parts of Pegasi
+    if len(data.classes) > 1 and "prior" in about and waits and not state["bank"]:
         joined = compose.preview(model, found.learned, data.images, data.labels)
         sheets["pegasus"] = joined, about | {"prior": sample.JOINED}
     elif len(data.classes) > 1:

@@ -1,5 +1,6 @@
 """A run's log files and its line on the terminal."""
 import csv
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -25,6 +26,15 @@ def write(path: Path, columns: tuple[str, ...], rows: list[dict], mode: str = "w
             if mode == "w":
                 writer.writeheader()
             writer.writerows({k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+
+def tell(line: str, end: str) -> None:
+    """Print at once; where nobody reads any more, stop this process as SIGTERM does, which may save first."""
+    try:
+        print(line, end=end, flush=True)
+    except BrokenPipeError:
+        options.hush()
+        signal.raise_signal(signal.SIGTERM)
 
 
 class Progress:
@@ -53,7 +63,7 @@ class Progress:
         if self.terminal and now - self.shown > 0.2:
             self.shown, done = now, (epoch - 1) * self.images + images
             rate = (done - self.before) / max(self.training, 1e-9)
-            print("\r" + self.line(epoch, done, rate, numbers()), end="\033[K", flush=True)
+            tell("\r" + self.line(epoch, done, rate, numbers()), "\033[K")
 
     def end_epoch(self, epoch: int, numbers: dict[str, float]) -> None:
         """Print the epoch's line and add its speed up to the last step, and its seconds, to speed.csv."""
@@ -64,4 +74,4 @@ class Progress:
         write(self.speed, SPEED, [dict(zip(SPEED, (epoch, rate, now - self.epoch_start), strict=True))], "a")
         self.before, self.epoch_start = done, now
         end = "\n" if epoch == self.last or not self.terminal else "\033[K"
-        print(("\r" if self.terminal else "") + self.line(epoch, done, rate, numbers), end=end, flush=True)
+        tell(("\r" if self.terminal else "") + self.line(epoch, done, rate, numbers), end)

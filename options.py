@@ -154,12 +154,20 @@ def brief(error: object) -> str:
     return text if len(text) <= 200 else text[:200] + "..."
 
 
+def hush() -> None:
+    """Let what is printed from now on go nowhere, since nobody reads it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Run a script's main; a Fault or a failing file becomes one sentence and exit status 2."""
     try:
         sys.exit(main())
     except Fault as fault:
         sentence = str(fault)
+    except BrokenPipeError:  # whoever read what this prints has left
+        hush()
+        sys.exit(141)
     except OSError as error:
         sentence = f"{error.filename or 'file'}: {error.strerror or error}"
     except torch.OutOfMemoryError as error:

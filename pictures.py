@@ -1,5 +1,6 @@
 """Sheets of images and curves of numbers, drawn with Pillow."""
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,10 +29,13 @@ def save(image: Image.Image, path: Path, text: dict[str, object]) -> None:
 def read(path: Path, size: int = 32) -> Tensor:
     """Any picture's middle square as (1, 3, size, size) in [0, 1]. Raises Fault."""
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:  # of a large picture
             if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut off at 255
                 image = image.convert("I").point(lambda value: value / 256).convert("L")
-            square = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (size, size))
+            image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            square = ImageOps.fit(image.convert("RGB"), (size, size))
     except FileNotFoundError:
         raise Fault(f"{path}: no such file; wanted a picture") from None
     except Exception as error:  # a file can hold anything, and makes the readers of pictures raise as much

@@ -288,6 +288,8 @@ def main(argv: list[str] | None = None) -> None:
     about |= {"best": f"of {chosen.n} by {'judge' if found.judge else 'density'}"} if chosen.best else {}
     pictures.save(page(images, about, chosen.columns, scale), Path(chosen.out), about)
     what = f"the best {len(images)} of {chosen.n} pictures" if chosen.best else f"{len(images)} pictures"
+    if chosen.mode == "pegasus" and found.learned and not found.bank:
+        what += " without wings (this checkpoint has no parts for them: train.py --resume adds them)"
     print(f"{chosen.out}: {what}, {', '.join(f'{key} {value}' for key, value in list(about.items())[1:])}")
 
 

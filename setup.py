@@ -84,8 +84,8 @@ class BuildOp(build_ext):
         newest, now = max(map(os.path.getmtime, extension.depends)), settings()
         known = target.exists() and made_with.exists() and made_with.read_text() == now
         if not self.force and known and newest <= target.stat().st_mtime:
-            print(f"{target.name} is up to date")
             return
+        print("the extension is built: a minute or two", flush=True)
         import pybind11
         from torch.utils.cpp_extension import include_paths, library_paths
 

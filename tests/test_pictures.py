@@ -20,6 +20,20 @@ def test_sheet_puts_each_image_in_its_place():
     assert (sheet[66:, 1 + 2 * 65:] == 255).all()
 
 
+def test_what_is_transparent_is_read_as_white(tmp_path, recwarn):
+    """In whatever mode it comes; and a large picture gives no warning."""
+    cut = Image.new("RGBA", (40, 20), (0, 0, 0, 0))
+    cut.paste((200, 30, 40, 255), (10, 0, 20, 20))
+    for name, image in (("rgba.png", cut), ("palette.png", cut.quantize()), ("grey.png", cut.convert("LA"))):
+        image.save(tmp_path / name)
+        corner, middle = pictures.read(tmp_path / name)[0, :, 0, [31, 8]].unbind(1)
+        assert (corner > 0.95).all(), name
+        assert middle.mean() < 0.5, name
+    Image.new("1", (10_000, 9_000)).save(tmp_path / "large.png")
+    assert pictures.read(tmp_path / "large.png").shape == (1, 3, 32, 32)
+    assert not recwarn.list
+
+
 def test_sheet_keeps_pixels_and_colours():
     image = torch.rand(1, 3, 32, 32)
     sheet = np.asarray(pictures.sheet(image, 1, 3, 0))

@@ -1,6 +1,7 @@
 """The whole thing through its command lines, on small batches."""
 import csv
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -115,6 +116,22 @@ def test_interrupted_and_killed_runs_end_with_the_same_bits(batches, tmp_path):
         output = each.communicate(timeout=120)[0]
         assert each.returncode == 0, output
     same(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_a_run_that_nobody_reads_saves_and_stops(batches, tmp_path):
+    """As `train.py | head -1` leaves it; drawing is done by then."""
+    process = start(tmp_path / "r", batches, "--epochs", 99)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=120) == 143
+    state = checkpoint.load(tmp_path / "r" / "last.pt")
+    assert 0 < state["epochs_done"] < 99
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run([sys.executable, "sample.py", tmp_path / "r" / "last.pt", tmp_path / "o.png", "--n", "1"],
+                          cwd=ROOT, stdout=writes, stderr=subprocess.PIPE, text=True)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (141, "") and (tmp_path / "o.png").exists()
 
 
 def test_more_epochs_train_on(batches, tmp_path):
