@@ -133,7 +133,8 @@ def descend(weights: list[Tensor], momentum: list[Tensor], lr: float, keep: floa
         weight.add_(gradient.add(mean, alpha=keep), alpha=-lr)
 
 
-def fit(images: Tensor, labels: Tensor, seed: int = 0, device: str = "cpu", precision: str = "float32") -> Judge:
+def fit(images: Tensor | cifar10.Photographs, labels: Tensor, seed: int = 0, device: str = "cpu",
+        precision: str = "float32") -> Judge:
     """A judge trained on bytes (n, 3, 32, 32) with labels (n,), 0 to 9; a function of these arguments alone.
 
     The global random numbers stay as they were.
@@ -194,7 +195,8 @@ def get(folder: Path, seed: int = 0, device: str = "cpu", precision: str = "floa
     print("training a judge, once for this data", file=sys.stderr, flush=True)
     begun, all_classes = time.monotonic(), torch.arange(len(cifar10.CLASSES))
     cifar10.collect(folder, cifar10.TEST, all_classes)  # a damaged file is told before minutes of training
-    judge = fit(*cifar10.collect(folder, cifar10.TRAIN, all_classes), seed, device, precision)
+    photographs = cifar10.Photographs(folder, cifar10.TRAIN)
+    judge = fit(photographs, photographs.labels, seed, device, precision)
     state = to_state(judge, *cifar10.collect(folder, cifar10.TEST, all_classes), seed)
     where = path
     try:

@@ -43,6 +43,17 @@ def test_what_is_written_is_read(tmp_path_factory, n, seed):
     assert (got[1].numpy() == labels).all()
 
 
+def test_photographs_are_read_where_they_lie(own_batches):
+    """In any order, again and again, of files of different lengths."""
+    short = own_batches / "data_batch_2.bin"
+    short.write_bytes(short.read_bytes()[:3073 * 5])
+    whole, labels = cifar10.collect(own_batches, cifar10.TRAIN, torch.arange(10))
+    photographs = cifar10.Photographs(own_batches, cifar10.TRAIN)
+    assert len(photographs) == len(whole) and photographs.labels.equal(labels)
+    for rows in (torch.randperm(len(whole)), torch.tensor([len(whole) - 1, 0, 0]), torch.arange(0)):
+        assert photographs[rows].equal(whole[rows])
+
+
 def test_classes_are_numbered_as_asked(batches):
     images, labels = cifar10.load(batches, "horse,bird", cifar10.TRAIN)
     swapped = cifar10.load(batches, "bird, horse", cifar10.TRAIN)
