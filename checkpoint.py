@@ -18,8 +18,8 @@ from options import Fault, option
 import torch
 from torch import Tensor
 
-FORMAT = 5  # 1 knew no skipped steps, 2 no learned prior, 3 no channels innermost, 4 also kept Adam's settings
-TRAINING = ("optimizer", "velocity", "history", "rng", "totals", "skipped", "densities")  # what drawing can do without
+OLDEST, FORMAT = 3, 6  # 3 knew no channels innermost, 4 kept Adam's settings too, 5 the state of torch's generator
+TRAINING = ("optimizer", "velocity", "history", "totals", "skipped", "densities")  # what drawing can do without
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,9 @@ def load(path: Path) -> dict:
         raise Fault(f"{path}: not a checkpoint of this project, or one that would run code; not loaded") from None
     if not isinstance(state, dict) or type(state.get("format")) is not int:
         raise Fault(f"{path}: not a checkpoint of this project")
-    if not 1 <= state["format"] <= FORMAT:
-        raise Fault(f"{path}: checkpoint format {state['format']}, this program reads 1 to {FORMAT}; use a newer one")
+    if not OLDEST <= state["format"] <= FORMAT:
+        raise Fault(f"{path}: checkpoint format {state['format']}, this program reads {OLDEST} to {FORMAT}; "
+                    "use another version")
     if bad:
         raise Fault(f"{path}: {bad} holds NaN or infinity; use an earlier copy, or train again with a lower --lr")
     return state

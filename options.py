@@ -2,9 +2,11 @@
 import argparse
 import contextlib
 import dataclasses
+import errno
 import math
 import os
 import sys
+import tempfile
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -129,11 +131,19 @@ def writing(path: Path, advice: str) -> Iterator[None]:
         raise Fault(f"{path}: can't be written ({error.strerror or error}); {advice}") from None
 
 
+def writable(path: Path) -> None:
+    """Raise OSError where no file can be written, or where it would take the place of a folder or a device."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no file")
+    tempfile.TemporaryFile(dir=path.parent).close()
+
+
 @contextlib.contextmanager
 def replacing(path: Path, advice: str = "choose another place") -> Iterator[Path]:
     """A name to write to that becomes `path` at the end; until then `path` stays as it was. Raises Fault."""
     beside = Path(f"{path}.part")
     with writing(path, advice):
+        writable(path)
         try:
             yield beside
             os.replace(beside, path)

@@ -17,6 +17,16 @@ COLORS = ((31, 95, 170), (200, 80, 30))
 DRAWN = "made from drawn data, not from photographs"
 
 
+def check(path: Path) -> None:
+    """Raise Fault, before anything is drawn, where `save` could not write or would write what the name belies."""
+    suffix = path.suffix.lower()
+    kind = "PNG" if suffix in ("", ".png") else Image.registered_extensions().get(suffix, "PNG")
+    if kind != "PNG":
+        raise Fault(f"{path}: a name for {kind}, and pictures are written as PNG; end it in .png")
+    with options.writing(path, "choose another place"):
+        options.writable(path)
+
+
 def save(image: Image.Image, path: Path, text: dict[str, object]) -> None:
     """Write a PNG with a text chunk for each item; `path` stays as it was until the new file is whole. Raises Fault."""
     info = PngImagePlugin.PngInfo()

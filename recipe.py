@@ -100,8 +100,7 @@ def settle(chosen: Options, given: set[str], state: dict | None) -> Options:
     """The options of this start: on resume the run's own, except those that may change. Raises Fault for others."""
     if state is None:
         return resolve(chosen)
-    # what an older run had no word for, it had not; where it ran says nothing about this start
-    stored = asdict(options.stored(Options, {"prior": "normal"} | state["config"] | {"device": "auto"}))
+    stored = asdict(options.stored(Options, state["config"] | {"device": "auto"}))  # where it ran is of no matter
     for name in sorted(given - FREE - {"data"}):
         got = getattr(chosen, name)
         if got not in (stored[name], "auto"):
@@ -113,7 +112,7 @@ def settle(chosen: Options, given: set[str], state: dict | None) -> Options:
     if epochs < done:
         raise Fault(f"--epochs: got {epochs}, but {chosen.run} has done {done}; ask for {done} or more, --overwrite, "
                     "or another --run")
-    under_way = state.get("phase") != "prior" and done < (stored["autoencoder_epochs"] or 0)
+    under_way = state["phase"] != "prior" and done < (stored["autoencoder_epochs"] or 0)
     asked = "autoencoder_epochs" in given or stored["autoencoder_epochs"] != share(stored["epochs"])
     if under_way and not asked:  # decided anew
         stored["autoencoder_epochs"] = max(share(epochs), done + (state["step"] > 0))

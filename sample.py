@@ -75,23 +75,23 @@ class Trained:
 
 def trained(state: dict, model: vae.VAE, learned: prior.Learned | None) -> Trained:
     """A model with what a run's state says of it; the digest is that of equal models everywhere."""
-    waits, learned = learned and state["phase"] != "prior", learned if state.get("phase") == "prior" else None
+    waits, learned = learned and state["phase"] != "prior", learned if state["phase"] == "prior" else None
     config = {key: state["config"].get(key, 0) for key in ("arch", "likelihood", "latent", "flow")}
     config |= {"classes": state["classes"]}
     densities = {name: Gaussian(*fitted) for name, fitted in state["densities"].items()}
     fitted = {f"{part} of {name}": tensor for name, gaussian in densities.items()
               for part, tensor in gaussian._asdict().items()}
     drawing = {f"prior {name}": tensor for name, tensor in learned.drawing().items()} if learned else {}
-    bank = {f"bank {name}": parts for name, parts in (state.get("bank") or {}).items()}
-    compose.check(state.get("bank"), model.latent)
+    bank = {f"bank {name}": parts for name, parts in (state["bank"] or {}).items()}
+    compose.check(state["bank"], model.latent)
     density.check(densities, state["classes"], model.latent, bool(learned))
     weights = model.state_dict() | fitted | drawing | bank
     about = {"Software": "Pegasus VAE", "model": checkpoint.digest(weights, config),
              "epochs": f"{state['epoch']:g}", "data": state["data"]["name"]}
     about |= {"prior": BEFORE if waits else "learned"} if learned or waits else {}
-    asked = judge.from_state(state["judge"]) if state.get("judge") else None
+    asked = judge.from_state(state["judge"]) if state["judge"] else None
     data = {key: str(state["data"][key]) for key in ("folder", "digest")}
-    return Trained(model, densities, tuple(state["classes"]), about, asked, learned, state.get("bank"), data)
+    return Trained(model, densities, tuple(state["classes"]), about, asked, learned, state["bank"], data)
 
 
 def load(path: Path) -> Trained:
@@ -100,7 +100,7 @@ def load(path: Path) -> Trained:
     with checkpoint.fitting(path):
         model = vae.build(state["config"])
         model.load_state_dict(state["model"])
-        learned = prior.Learned(model.shape, len(state["classes"])) if state.get("prior") else None
+        learned = prior.Learned(model.shape, len(state["classes"])) if state["prior"] else None
         if learned:
             learned.load(state["prior"], None)
         return trained(state, model, learned)
@@ -267,10 +267,12 @@ def page(images: Tensor, about: dict[str, object], columns: int = 8, scale: int 
     return sheet
 
 
-def check_size(chosen: Options, scale: int) -> None:
-    """Raise Fault for a sheet that would not fit into memory."""
-    n = min(chosen.best, chosen.n) or chosen.n
-    pixels = math.ceil(n / chosen.columns) * chosen.columns * (vae.IMAGE[1] * scale + 4) ** 2
+def check_sheet(chosen: Options, scale: int) -> None:
+    """Raise Fault for a sheet that can't be written, would not fit into memory, or wants more than there are."""
+    pictures.check(Path(chosen.out))
+    if chosen.best > chosen.n:
+        raise Fault(f"--best: got {chosen.best} of the {chosen.n} of --n; ask for a larger --n")
+    pixels = math.ceil((chosen.best or chosen.n) / chosen.columns) * chosen.columns * (vae.IMAGE[1] * scale + 4) ** 2
     if pixels > LARGEST:
         raise Fault(f"--n, --columns, --scale: got a sheet of {pixels:,} pixels; wanted at most {LARGEST:,}")
 
@@ -278,7 +280,7 @@ def check_size(chosen: Options, scale: int) -> None:
 def main(argv: list[str] | None = None) -> None:
     chosen, given = options.parse(Options, argv, __doc__)
     scale = 2 * chosen.scale if chosen.best and "scale" not in given else chosen.scale
-    check_size(chosen, scale)
+    check_sheet(chosen, scale)
     found = load(Path(chosen.checkpoint))
     images = draw(found, chosen)
     about = found.about | {key: getattr(chosen, key) for key in ("mode", "seed", "temperature", "blend", "coat")}

@@ -86,13 +86,12 @@ class Training:
             raise ValueError(f"{self.epoch} epochs and {self.step} steps, of which the history knows others")
         if self.learned:
             self.learned.load(state["prior"], state["velocity"])
-        self.bank = state.get("bank") if self.epoch == self.options.epochs else None
-        self.enter(state.get("phase") == "prior")
-        if state.get("phase", self.phase.name) == self.phase.name:
+        self.bank = state["bank"] if self.epoch == self.options.epochs else None
+        self.enter(state["phase"] == "prior")
+        if state["phase"] == self.phase.name:
             self.optimizer.load_state_dict(state["optimizer"])
         self.totals.copy_(state["totals"])
-        self.skipped.copy_(state.get("skipped", self.skipped))  # format 1 has none
-        torch.set_rng_state(state["rng"])
+        self.skipped.copy_(state["skipped"])
         sample.trained(state, self.model, self.learned)  # what the next save draws from
 
     def state(self) -> dict:
@@ -104,7 +103,7 @@ class Training:
                 "phase": self.phase.name, "prior": self.learned.drawing() if self.learned else None,
                 "velocity": self.learned.velocity.state_dict() if self.learned else None,
                 "totals": self.totals, "skipped": self.skipped, "history": self.history,
-                "rng": torch.get_rng_state(), "densities": self.densities(), "judge": self.judge, "bank": self.bank}
+                "densities": self.densities(), "judge": self.judge, "bank": self.bank}
 
     def densities(self, now: bool = False) -> dict[str, list[Tensor]]:
         """The classes' latents: at the end, or now, of the model as it is, else anew at a cost of 0.5 % of the time."""

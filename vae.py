@@ -195,9 +195,9 @@ class VAE(nn.Module):
 
 
 def build(config: dict) -> VAE:
-    """The model of a run's options; what an older run had no word for is as it was. Raises Fault."""
-    components = config["components"] if config.get("prior") == "conditional" else 0
-    return VAE(config["arch"], config["likelihood"], config["latent"], config.get("flow", 0), components)
+    """The model of a run's options. Raises Fault."""
+    components = config["components"] if config["prior"] == "conditional" else 0
+    return VAE(config["arch"], config["likelihood"], config["latent"], config["flow"], components)
 
 
 def from_bytes(images: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ def command(data: bytes) -> None:
                 cifar10.class_indices(chosen.classes)
                 vae.latent_shape(chosen.latent)
             else:
-                sample.check_size(chosen, chosen.scale)
+                sample.check_sheet(chosen, chosen.scale)
     assert "Traceback" not in said.getvalue()
 
 

@@ -230,8 +230,7 @@ def test_a_run(batches, tmp_path, complaint):
         assert "--prior: conditional needs a vector" in sentence
 
 
-def test_what_an_older_run_had_no_word_for():
-    config = {"arch": "mlp", "likelihood": "mse", "latent": "4", "flow": 0}
-    assert vae.build(config).conditional is None
-    assert vae.build(config | {"prior": "normal", "components": 3}).conditional is None
-    assert len(vae.build(config | {"prior": "conditional", "components": 3}).conditional.mean) == 3
+def test_components_count_under_the_conditional_prior_alone():
+    config = {"arch": "mlp", "likelihood": "mse", "latent": "4", "flow": 0, "components": 3}
+    assert vae.build(config | {"prior": "normal"}).conditional is None
+    assert len(vae.build(config | {"prior": "conditional"}).conditional.mean) == 3

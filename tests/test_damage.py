@@ -87,7 +87,8 @@ def other_architecture(state: dict) -> None:
 
 
 DAMAGE = {
-    "newer format": (broken(lambda s: s.update(format=6)), "format 6, this program reads 1 to 5"),
+    "newer format": (broken(lambda s: s.update(format=7)), "format 7, this program reads 3 to 6"),
+    "older format": (broken(lambda s: s.update(format=2)), "format 2, this program reads 3 to 6"),
     "other architecture": (broken(other_architecture), "another version (Error(s) in loading state_dict"),
     "nan": (broken(lambda s: s["model"]["encoder.1.bias"].fill_(torch.nan)), "model/encoder.1.bias holds NaN"),
     "infinite moment": (broken(lambda s: s["optimizer"]["state"][0]["exp_avg"].view(-1)[5:6].fill_(torch.inf)),
@@ -114,7 +115,6 @@ def test_what_sample_and_resume_refuse(whole, tmp_path, fails, damage, monkeypat
 @pytest.mark.parametrize(("change", "words"), [
     (lambda s: s.pop("history"), "'history'"),
     (lambda s: s.pop("data"), "'data'"),
-    (lambda s: s.update(rng=torch.zeros(3, dtype=torch.uint8)), "RNG"),
     (lambda s: s["config"].update(novelty=1), "novelty"),
     (lambda s: s.update(epochs_done="many"), "'<'"),
     (lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.zeros(2)), "differ in shape"),
@@ -177,9 +177,10 @@ def test_weights_without_a_value_are_not_saved(tmp_path):
 
 
 def test_an_older_format_goes_on(whole, batches, tmp_path):  # noqa: F811
-    """Format 1 knew no skipped steps."""
+    """Format 4 kept what torch's Adam keeps, and the state of torch's generator."""
     run = tmp_path / "run"
     train.main(command(run, batches, 2))
-    broken(lambda s: (s.update(format=1), s.pop("skipped")))(run / "last.pt")
+    more = {"format": 4, "rng": torch.get_rng_state()}
+    broken(lambda s: (s.update(more), s["optimizer"].update(param_groups=[{"lr": 1e-3}])))(run / "last.pt")
     train.main(command(run, batches, 4))
     same(whole, run)

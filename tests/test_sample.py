@@ -1,6 +1,7 @@
 import math
 import os
 import shutil
+import stat
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,6 +9,7 @@ from dataclasses import replace
 import cifar10
 import density
 import judge
+import pictures
 import sample
 import train
 
@@ -160,6 +162,20 @@ def test_places_that_cannot_be_written(last, tmp_path, complaint, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for place in (tmp_path / "none" / "out.png", ".", "", tmp_path, "/"):
         assert "can't be written" in complaint(sample.main, last, place)
+    assert list(tmp_path.iterdir()) == []
+    os.mkfifo("pipe")
+    assert "it is no file" in complaint(sample.main, last, "pipe")
+    assert stat.S_ISFIFO(os.stat("pipe").st_mode)
+
+
+def test_what_is_refused_before_anything_is_drawn(last, tmp_path, complaint, monkeypatch):
+    monkeypatch.setattr(sample, "load", lambda path: pytest.fail("the checkpoint was loaded"))
+    assert "can't be written" in complaint(sample.main, last, tmp_path / "none" / "out.png")
+    for name, kind in (("a.jpg", "JPEG"), ("a.WebP", "WEBP")):
+        assert f"{name}: a name for {kind}" in complaint(sample.main, last, tmp_path / name)
+    assert "--best: got 65 of the 64 of --n" in complaint(sample.main, last, tmp_path / "a.png", "--best", 65)
+    for name in ("a", "a.v2", "a.PNG"):
+        pictures.check(tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 
 
