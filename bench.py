@@ -147,7 +147,7 @@ def time_training(chosen: recipe.Options, data: source.Pictures, rounds: int, ag
             candidates[f"usual, {workers} workers"] = lambda a=(model, optimizer, loader): usual_epoch(*a)
     if against:
         step = floor_step(training, batch)
-        candidates["floor"] = lambda: [step() for _ in range(training.steps)]
+        candidates["floor"] = lambda: [step() for _ in range(round(n / batch))]
     turns = [bench_op.turn(candidates, chosen.device) for _ in range(rounds + 1)][1:]  # the first warms up
     return {name: n / median for name, median in bench_op.medians(candidates, turns).items()}
 
@@ -224,7 +224,7 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("--threads", nargs="+", type=whole, default=(1, 2))
     command.add_argument("--seconds", type=float, default=3.0, help="a row takes about this long")
     command.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    command.add_argument("--json", metavar="FILE", help="write every figure to this file")
+    command.add_argument("--json", metavar="FILE", help="write the first pass's figures to this file")
     command.set_defaults(run=bench_op.op)
     command = commands.add_parser("train", help="whole epochs against the usual loop and the step's floor")
     command.add_argument("--data", default="auto", help="as in train.py")
@@ -239,6 +239,7 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("--json", metavar="FILE", help="write every figure to this file")
     command.set_defaults(run=train_command)
     chosen = parser.parse_args(argv)
+    recipe.device(chosen)
     rows = chosen.run(chosen)
     if chosen.json:
         Path(chosen.json).write_text(json.dumps({"machine": machine(chosen.device), "rows": rows}, indent=1))

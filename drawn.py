@@ -158,7 +158,8 @@ def write(folder: Path, train: int = 10_000, test: int = 2_000, seed: int = 0) -
         raise Fault(f"{folder} holds something else than drawn batches; move it or name another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     spans = [range(part * (train // 5), train if part == 4 else (part + 1) * (train // 5)) for part in range(5)]
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as workshop:
+    with (options.writing(folder, "choose another place"),
+          tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as workshop):
         (fresh := Path(workshop, "fresh")).mkdir()
         for done, (name, span) in enumerate(zip(FILES, [*spans, range(test)], strict=True), 1):
             labels, pictures = zip(*(_picture(seed, done // 6, index) for index in span), strict=True)

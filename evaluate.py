@@ -8,7 +8,7 @@ It reports with judge 1; `sample.py --best` and the parts of Pegasi are chosen b
 """
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import options
@@ -25,7 +25,7 @@ from options import Fault, option
 import torch
 from torch import Tensor
 
-BOUND = 0  # purpose of the seeds derived from the one asked for; DRAWS + c for class c
+BOUND = 0  # purposes of the seeds derived from the one asked for
 DRAWS = 1
 
 
@@ -145,7 +145,7 @@ def turns(images: Tensor, labels: Tensor, n: int) -> Tensor:
 
 @torch.no_grad()
 def impressions(found: sample.Trained, data: source.Pictures, asked: judge.Judge, n: int, seed: int,
-                guidance: float = 2.0) -> dict[str, dict]:
+                guidance: float) -> dict[str, dict]:
     """What a judge makes of n pictures of each mode but `morph`, of the test photographs and of their reconstructions.
 
     `balanced`: of the classes in turn, without a learned prior's guidance; `guided`: with it. Returns dicts of set name
@@ -184,7 +184,7 @@ def report(found: sample.Trained, data: source.Pictures, state: dict, chosen: Op
               "judge_seed": chosen.judge_seed, "guidance": chosen.guidance, "judge_accuracy": state["accuracy"]}
     settings = {"model": found.about, "data": data.folder, "seed": chosen.seed,
                 "bits_per_dim": {"k": chosen.k, "images": len(some), "prior": prior, "pixel_variance": pixel},
-                "frechet": judged | {"mode": chosen.mode, "floor_n": len(turns(data.images, data.labels, chosen.n))},
+                "frechet": judged | {"mode": chosen.mode, "floor_n": len(turns(data.labels, data.labels, chosen.n))},
                 "called": judged, "pegasus_share": judged | {"above_quantile": 0.99}, "nearest": judged}
     return figures | {"frechet": seen["frechet_of"][chosen.mode], **seen, "settings": settings}
 
@@ -217,9 +217,11 @@ def export(found: sample.Trained, chosen: Options) -> str:
         n = number(chosen.export[0])
     except options.argparse.ArgumentTypeError as error:
         raise Fault(f"--export: N: {error}") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    if next(folder.iterdir(), None):
+        raise Fault(f"--export: {folder} is not empty; choose another folder")
     images = (draw_balanced(found, n, chosen.seed) if chosen.mode == "balanced" else
               draw_mode(found, chosen.mode, n, chosen.seed, chosen.guidance))
-    folder.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
         pictures.save(pictures.sheet(image[None], 1, 1, 0), folder / f"{i:05}.png",
                       found.about | {"mode": chosen.mode, "seed": chosen.seed})
@@ -237,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     data = source.load(chosen.data, ",".join(found.classes), found.data)
     state = judge.get(Path(data.folder), chosen.judge_seed, place.device, place.precision)
-    figures = report(found, data, state, replace(chosen, threads=place.threads))
+    figures = report(found, data, state, chosen)
     print(json.dumps(figures, indent=2) if chosen.json else table(figures))
 
 

@@ -31,8 +31,6 @@ def mean_covariance(variance: Tensor, units: Tensor) -> Tensor:
     P' (U D U') P: products of (n T, d) matrices.
     """
     variance, u = variance.double(), units.double()
-    if not u.shape[1]:
-        return variance.mean(0).diag()
     p = u[:, :0]
     for last in u.split(1, 1):
         p = torch.cat([p - 2 * (p * last).sum(2, keepdim=True) * last, 2 * last], 1)

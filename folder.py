@@ -113,7 +113,7 @@ def describe(chosen: Options, data: source.Pictures, images: int, history: list[
         print(f"{part} epochs for the autoencoder, {chosen.epochs - part} for the prior of its latents")
     print(f"{images:,} pictures ({', '.join(data.classes)}) from {data.name}, {chosen.arch}, "
           f"{chosen.precision}, {chosen.threads} threads, {chosen.device}; to {chosen.run}"
-          + (f", where {len(history)} epochs are done" if history else ""))
+          + (f", where {len(history)} epochs are done" if history else ""), flush=True)
 
 
 def shown(data: source.Pictures) -> source.Pictures:

@@ -89,7 +89,8 @@ def pegasus_score(probabilities: Tensor, classes: tuple[str, ...]) -> Tensor:
 
     A mere blur scores too, so read it beside the Frechet distance.
     """
-    sides = [[cifar10.CLASSES.index(like) for like in LIKE.get(name, (name,))] for name in classes[:2]]
+    sides = [[cifar10.CLASSES.index(like) for like in LIKE.get(name, (name,))
+              if like == name or like not in classes[:2]] for name in classes[:2]]
     first, second = (probabilities[:, side].sum(1) for side in sides)
     return (first * second).sqrt()
 

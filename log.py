@@ -1,5 +1,6 @@
 """A run's log files and its line on the terminal."""
 import csv
+import errno
 import signal
 import sys
 import time
@@ -11,6 +12,7 @@ import options
 
 COLUMNS = ("epoch", "phase", "train_loss", "train_rate", "train_distortion", "test_loss", "test_rate",
            "test_distortion", "test_sse", "bits_per_dim", "skipped", "data")  # of log.csv
+BEGIN, END = "\r\033[?7l", "\033[K\033[?7h"  # of a line to rewrite: one that wrapped would be two
 SPEED = ("epoch", "images_per_second", "seconds")  # of speed.csv
 
 
@@ -32,7 +34,9 @@ def tell(line: str, end: str) -> None:
     """Print at once; where nobody reads any more, stop this process as SIGTERM does, which may save first."""
     try:
         print(line, end=end, flush=True)
-    except BrokenPipeError:
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):  # a pipe or a terminal that is gone
+            raise
         options.hush()
         signal.raise_signal(signal.SIGTERM)
 
@@ -47,14 +51,14 @@ class Progress:
         self.begun = self.before = begun
         self.start = self.epoch_start = time.monotonic()
         self.training, self.shown = 0.0, 0.0
-        self.terminal, self.quiet = sys.stdout.isatty() and not quiet, quiet
+        self.terminal, self.quiet = bool(sys.stdout and sys.stdout.isatty() and not quiet), quiet
 
     def line(self, epoch: int, done: float, rate: float, numbers: dict[str, float]) -> str:
         """done: images of all epochs by now; rate: images a second; numbers: what to show."""
         elapsed = time.monotonic() - self.start
         left = elapsed / max(done - self.begun, 1) * (self.last * self.images - done) + self.later
         values = "  ".join(f"{name} {value:,.2f}" for name, value in numbers.items())
-        return f"epoch {epoch}/{self.epochs}  {values}  {rate:,.0f} images/s  {timedelta(seconds=round(left))} left"
+        return f"epoch {epoch}/{self.epochs}  {timedelta(seconds=round(left))} left  {rate:,.0f} images/s  {values}"
 
     def show(self, epoch: int, images: int, numbers: Callable[[], dict[str, float]]) -> None:
         """Rewrite the terminal's line, at most five times a second. images: of this epoch so far."""
@@ -63,7 +67,7 @@ class Progress:
         if self.terminal and now - self.shown > 0.2:
             self.shown, done = now, (epoch - 1) * self.images + images
             rate = (done - self.before) / max(self.training, 1e-9)
-            tell("\r" + self.line(epoch, done, rate, numbers()), "\033[K")
+            tell(BEGIN + self.line(epoch, done, rate, numbers()), END)
 
     def end_epoch(self, epoch: int, numbers: dict[str, float]) -> None:
         """Print the epoch's line and add its speed up to the last step, and its seconds, to speed.csv."""
@@ -73,5 +77,5 @@ class Progress:
         rate = (done - self.before) / max(self.training, 1e-9)
         write(self.speed, SPEED, [dict(zip(SPEED, (epoch, rate, now - self.epoch_start), strict=True))], "a")
         self.before, self.epoch_start = done, now
-        end = "\n" if epoch == self.last or not self.terminal else "\033[K"
-        tell(("\r" if self.terminal else "") + self.line(epoch, done, rate, numbers), end)
+        end = "\n" if epoch == self.last or not self.terminal else ""
+        tell(BEGIN * self.terminal + self.line(epoch, done, rate, numbers), END * self.terminal + end)

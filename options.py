@@ -2,7 +2,6 @@
 import argparse
 import contextlib
 import dataclasses
-import errno
 import math
 import os
 import sys
@@ -99,7 +98,8 @@ def parse(kind: type[T], argv: list[str] | None, description: str,
 
     Misspelt options and values out of range exit with status 2 and one sentence, or call `refuse`.
     """
-    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description, allow_abbrev=False, add_help=not refuse,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = refuse or parser.error
     for field in dataclasses.fields(kind):
         add(parser, field)
@@ -134,16 +134,17 @@ def writing(path: Path, advice: str) -> Iterator[None]:
 def writable(path: Path) -> None:
     """Raise OSError where no file can be written, or where it would take the place of a folder or a device."""
     if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "it is no file")
+        raise OSError("it is no file")
     tempfile.TemporaryFile(dir=path.parent).close()
 
 
 @contextlib.contextmanager
 def replacing(path: Path, advice: str = "choose another place") -> Iterator[Path]:
     """A name to write to that becomes `path` at the end; until then `path` stays as it was. Raises Fault."""
-    beside = Path(f"{path}.part")
     with writing(path, advice):
+        path = path.resolve()  # a link stays one
         writable(path)
+        beside = Path(f"{path}.part")
         try:
             yield beside
             os.replace(beside, path)
@@ -172,7 +173,9 @@ def hush() -> None:
 def run(main: Callable[[], int | None]) -> None:
     """Run a script's main; a Fault or a failing file becomes one sentence and exit status 2."""
     try:
-        sys.exit(main())
+        status = main()
+        print(end="", flush=True)  # or a reader that has left is noticed too late
+        sys.exit(status)
     except Fault as fault:
         sentence = str(fault)
     except BrokenPipeError:  # whoever read what this prints has left

@@ -19,10 +19,8 @@ DRAWN = "made from drawn data, not from photographs"
 
 def check(path: Path) -> None:
     """Raise Fault, before anything is drawn, where `save` could not write or would write what the name belies."""
-    suffix = path.suffix.lower()
-    kind = "PNG" if suffix in ("", ".png") else Image.registered_extensions().get(suffix, "PNG")
-    if kind != "PNG":
-        raise Fault(f"{path}: a name for {kind}, and pictures are written as PNG; end it in .png")
+    if path.suffix.lower() not in ("", ".png"):
+        raise Fault(f"{path}: pictures are written as PNG; end the name in .png")
     with options.writing(path, "choose another place"):
         options.writable(path)
 
@@ -36,8 +34,8 @@ def save(image: Image.Image, path: Path, text: dict[str, object]) -> None:
         image.save(beside, "PNG", pnginfo=info)
 
 
-def read(path: Path, size: int = 32) -> Tensor:
-    """Any picture's middle square as (1, 3, size, size) in [0, 1]. Raises Fault."""
+def read(path: Path) -> Tensor:
+    """Any picture's middle square as (1, 3, 32, 32) in [0, 1]. Raises Fault."""
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:  # of a large picture
             if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut off at 255
@@ -45,7 +43,7 @@ def read(path: Path, size: int = 32) -> Tensor:
             image = ImageOps.exif_transpose(image)
             if image.has_transparency_data:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            square = ImageOps.fit(image.convert("RGB"), (size, size))
+            square = ImageOps.fit(image.convert("RGB"), (32, 32))
     except FileNotFoundError:
         raise Fault(f"{path}: no such file; wanted a picture") from None
     except Exception as error:  # a file can hold anything, and makes the readers of pictures raise as much
@@ -95,7 +93,7 @@ def panel(page: Image.Image, box: tuple[int, int, int, int], rows: Sequence[dict
     finite = [value for values in series for value in values if math.isfinite(value)] or [0.0]
     low, high = min(finite), max(finite)
     room = (high - low) * 0.05 or max(abs(high) * 0.05, 1e-3)
-    (x0, x1), (y0, y1) = (min(epochs[0], 1), max(epochs[-1], epochs[0] + 1)), (low - room, high + room)
+    (x0, x1), (y0, y1) = (1, max(epochs[-1], epochs[0] + 1)), (low - room, high + room)
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(14)
 
     def point(x: float, y: float) -> tuple[float, float]:

@@ -26,12 +26,13 @@ class Options:
     prior: str | None = option(None, "of the latents: N(0, I); conditional on a code, a Gaussian for each value; or "
                                "learned after the autoencoder, the default for conv on a grid without --flow",
                                choices=("normal", "conditional", "learned"))
-    flow: int = option(0, "Householder reflections of the posterior's samples; 0 leaves it diagonal", least=0)
-    components: int = option(10, "values of the code, under --prior conditional", least=1)
+    flow: int = option(0, "Householder reflections of the posterior's samples; 0 leaves it diagonal", least=0,
+                       most=1000)
+    components: int = option(10, "values of the code, under --prior conditional", least=1, most=65_536)
     beta: float = option(1.0, "weight of the rate in the loss", least=0.0)
     schedule: str | None = option(None, "learning rate over the autoencoder's epochs; by default constant for mlp, "
                                   "onecycle for conv", choices=("constant", "onecycle"))
-    epochs: int = option(300, "passes over the training pictures", least=1)
+    epochs: int = option(300, "passes over the training pictures", least=1, most=10**9)
     autoencoder_epochs: int | None = option(None, "how many of them are the autoencoder's; by default all, with a "
                                             "learned prior a fifth, or up to 20 a third", least=1)
     batch_size: int = option(128, "pictures a step", least=1)
@@ -103,7 +104,7 @@ def settle(chosen: Options, given: set[str], state: dict | None) -> Options:
     stored = asdict(options.stored(Options, state["config"] | {"device": "auto"}))  # where it ran is of no matter
     for name in sorted(given - FREE - {"data"}):
         got = getattr(chosen, name)
-        if got not in (stored[name], "auto"):
+        if got != stored[name] and (name, got) != ("precision", "auto"):
             flag = name.replace("_", "-")
             raise Fault(f"--{flag}: got {got}, but the run in {chosen.run} has {stored[name]}; leave it, use another "
                         "--run, or --overwrite")

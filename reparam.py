@@ -117,13 +117,18 @@ def fake_backward(dz: Tensor, dkl: Tensor, mu: Tensor, logvar: Tensor, seed: Ten
 
 def save_inputs(ctx, inputs: tuple, output: tuple | None) -> None:
     """Keep the inputs and the seed for the backward, which draws the noise again; nothing else of z's size."""
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:3])
     ctx.row_offset = inputs[3]
 
 
-def gradients(ctx, dz: Tensor, dkl: Tensor) -> tuple:
-    """The gradients by mu and logvar; none by seed and row_offset."""
-    return *backward_op(dz, dkl, *ctx.saved_tensors, ctx.row_offset), None, None
+def gradients(ctx, dz: Tensor | None, dkl: Tensor | None) -> tuple:
+    """The gradients by mu and logvar; none by seed and row_offset. None: of an output that was not used."""
+    mu, logvar, seed = ctx.saved_tensors
+    dz = torch.zeros_like(mu) if dz is None else dz
+    if dkl is None:  # a zero in its place would be NaN where exp(logvar) is infinite
+        return dz, forward_op(torch.zeros_like(mu), logvar, seed, ctx.row_offset)[0] * dz / 2, None, None
+    return *backward_op(dz, dkl, mu, logvar, seed, ctx.row_offset), None, None
 
 
 def no_second_derivative(ctx, *gradients_of_gradients: Tensor) -> None:
@@ -191,8 +196,8 @@ def reparameterize_kl(mu: Tensor, logvar: Tensor, seed: Tensor, row_offset: int 
     mu, logvar: (B, D), float32, float64, bfloat16 or float16, any row stride. seed: int64, one element, same device.
     row_offset: index of row 0 in the global batch; rows computed apart equal those computed together.
     Returns z (B, D) in mu's dtype and kl (B,) in float32 (float64 for float64).
-    Raises ValueError or TypeError naming the argument that does not fit. A second derivative is an error, except under
-    torch.func, whose transforms are given the reference, as forward-mode derivatives are.
+    Raises ValueError or TypeError naming the argument that does not fit. A second derivative of kl is an error, but
+    under torch.func, whose transforms are given the reference, as forward-mode derivatives are.
     """
     if extension is None or not (mu.is_cpu or mu.is_meta or (mu.is_cuda and extension.cuda_architectures)):
         return fallback(mu, logvar, seed, row_offset)

@@ -76,7 +76,7 @@ class Trained:
 def trained(state: dict, model: vae.VAE, learned: prior.Learned | None) -> Trained:
     """A model with what a run's state says of it; the digest is that of equal models everywhere."""
     waits, learned = learned and state["phase"] != "prior", learned if state["phase"] == "prior" else None
-    config = {key: state["config"].get(key, 0) for key in ("arch", "likelihood", "latent", "flow")}
+    config = {key: state["config"][key] for key in ("arch", "likelihood", "latent", "flow")}
     config |= {"classes": state["classes"]}
     densities = {name: Gaussian(*fitted) for name, fitted in state["densities"].items()}
     fitted = {f"{part} of {name}": tensor for name, gaussian in densities.items()
@@ -291,7 +291,7 @@ def main(argv: list[str] | None = None) -> None:
     pictures.save(page(images, about, chosen.columns, scale), Path(chosen.out), about)
     what = f"the best {len(images)} of {chosen.n} pictures" if chosen.best else f"{len(images)} pictures"
     if chosen.mode == "pegasus" and found.learned and not found.bank:
-        what += " without wings (this checkpoint has no parts for them: train.py --resume adds them)"
+        what += " without wings (this checkpoint has no parts for them: train.py --resume --judge adds them)"
     print(f"{chosen.out}: {what}, {', '.join(f'{key} {value}' for key, value in list(about.items())[1:])}")
 
 

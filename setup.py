@@ -8,6 +8,7 @@ Needs a C++20 compiler. CUDA kernels are built where torch has CUDA and nvcc is 
 overrides, TORCH_CUDA_ARCH_LIST chooses architectures. PEGASUS_FLAGS adds compiler and linker flags (for sanitizers).
 Without a compiler nothing is built and reparam.py uses its PyTorch reference, which is slower and the same otherwise.
 """
+import hashlib
 import os
 import platform
 import re
@@ -27,13 +28,16 @@ KERNEL = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-Wno-maybe-uninitializ
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 # Tuned for no processor in particular, gcc's AVX-512 code runs 14 % longer on a Zen 4; tuning changes no bit.
 LEVELS = {"baseline": []} | ({"avx2": ["-mavx2"], "avx512": ["-mavx512f", "-mtune=icelake-server"]} if X86 else {})
+SOURCES = sorted(map(str, Path("csrc").iterdir()))
 ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0", "12.0")
 
 
 def settings() -> str:
-    """What the extension is built with, beside its sources."""
-    names = ("CXX", "PEGASUS_FLAGS", "PEGASUS_CUDA", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST")
-    return " ".join([f"torch {version('torch')}", *(f"{name}={os.environ.get(name, '')}" for name in names)])
+    """What the extension is built of and with."""
+    names = ("CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "PEGASUS_FLAGS", "PEGASUS_CUDA", "CUDA_HOME", "CUDA_PATH",
+             "TORCH_CUDA_ARCH_LIST")
+    digest = hashlib.sha256(b"".join(Path(name).read_bytes() for name in [*SOURCES, "setup.py"])).hexdigest()
+    return " ".join([digest, f"torch {version('torch')}", *(f"{name}={os.environ.get(name, '')}" for name in names)])
 
 
 def nvcc() -> str | None:
@@ -81,22 +85,23 @@ class BuildOp(build_ext):
 
     def build_extension(self, extension: Extension) -> None:
         target, made_with = Path(self.get_ext_fullpath(extension.name)), Path(self.build_temp) / "made-with"
-        newest, now = max(map(os.path.getmtime, extension.depends)), settings()
-        known = target.exists() and made_with.exists() and made_with.read_text() == now
-        if not self.force and known and newest <= target.stat().st_mtime:
+        now = settings()
+        if not self.force and target.exists() and made_with.exists() and made_with.read_text() == now:
             return
+        made_with.unlink(missing_ok=True)  # or what is cut off while it is linked would pass for whole
+        compiler = nvcc()
         print("the extension is built: a minute or two", flush=True)
         import pybind11
         from torch.utils.cpp_extension import include_paths, library_paths
 
         self.flags = ["-std=c++20", "-g0", *os.environ.get("PEGASUS_FLAGS", "").split()]
         # pybind11's own headers before those that come with torch, which refuse to be used beside the stable ABI
-        self.includes = [pybind11.get_include(), *include_paths(), *self.compiler.include_dirs]
+        self.includes = [pybind11.get_include(), *include_paths()]
         objects = [self.compile(source, level, [*KERNEL, f"-DPEGASUS_LEVEL={level}", *flags])[0]
                    for level, flags in LEVELS.items() for source in ("cpu.cpp", "step.cpp", "tiles.cpp")]
         macros = [TARGET, *(["-DPEGASUS_X86"] if X86 else [])]
         libraries, library_directories = ["torch", "torch_cpu", "c10"], library_paths()
-        if names := self.cuda_objects(objects, compiler := nvcc()):
+        if names := self.cuda_objects(objects, compiler):
             macros += ["-DPEGASUS_CUDA", "-DUSE_CUDA", f'-DPEGASUS_CUDA_ARCHITECTURES="{" ".join(names)}"']
             libraries += ["torch_cuda", "cudart"]
             library_directories += cuda_library_directories(compiler)
@@ -123,8 +128,8 @@ class BuildOp(build_ext):
             self.spawn([compiler, "-std=c++20", "-O3", "-Xcompiler", "-fPIC", *flags, "-c", "csrc/reparam.cu",
                         "-o", str(result)])
         except BaseError:
-            if "PEGASUS_CUDA" in os.environ:
-                raise
+            if os.environ.get("PEGASUS_CUDA"):
+                raise SystemExit(f"PEGASUS_CUDA=1: {compiler} failed, see above") from None
             go_without("CUDA kernels", f"{compiler} failed, see above")
             return []
         objects.append(str(result))
@@ -140,10 +145,10 @@ class BuildOp(build_ext):
             why = f"{compiler} failed, see above; a C++20 compiler is needed" if found else "no C++ compiler was found"
             go_without("the extension", why)
             self.extensions = []
-            for older in Path().glob("pegasus_op.*.so") if inplace else ():
-                older.unlink()  # or what is imported would not be what the sources say
+            for place in [self.build_lib, "."] if inplace else [self.build_lib]:
+                for older in Path(place).glob("pegasus_op.*.so"):
+                    older.unlink()  # or what is imported or packed would not be what the sources say
 
 
-sources = sorted(map(str, Path("csrc").iterdir()))
 setup(name="pegasus-op", version="0.1.0", py_modules=["reparam"], cmdclass={"build_ext": BuildOp},
-      ext_modules=[Extension("pegasus_op", ["csrc/module.cpp"], depends=[*sources, "setup.py"], language="c++")])
+      ext_modules=[Extension("pegasus_op", ["csrc/module.cpp"], depends=[*SOURCES, "setup.py"], language="c++")])

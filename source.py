@@ -68,7 +68,7 @@ def load(data: str, classes: str, known: dict[str, str] | None = None) -> Pictur
     known: of a checkpoint's data, their folder, which "auto" then is, and the digest that these are to have.
     """
     names = tuple(cifar10.CLASSES[i] for i in cifar10.class_indices(classes))  # before anything is downloaded
-    folder = locate(known["folder"] if known and data == "auto" else data)
+    folder = locate(known["folder"] if known and data == "auto" and Path(known["folder"]).is_dir() else data)
     train, test = cifar10.load(folder, classes, cifar10.TRAIN), cifar10.load(folder, classes, cifar10.TEST)
     digest = hashlib.sha256()
     for tensor in (*train, *test):

@@ -17,6 +17,7 @@ import checkpoint
 import evaluate
 import judge
 import pictures
+import recipe
 import sample
 import source
 import train
@@ -67,7 +68,7 @@ class Options:
     data: str = option("auto", "as for train.py")
     runs: str = option("runs/study", "folder of the runs")
     out: str = option("docs/study", "folder of the pictures; beside it the table, .md, and the figures, .jsonl")
-    n: int = option(1000, "pictures to draw in each mode", least=200)
+    n: int = option(1000, "pictures to draw in each mode; finished runs keep what they had", least=200)
 
 
 def blends(found: sample.Trained, data: source.Pictures, asked: judge.Judge, n: int) -> dict[str, dict]:
@@ -89,7 +90,8 @@ def run(name: str, seed: int, chosen: Options) -> dict:
         raise Fault(f"{folder}: stopped; the same command goes on")
     state, found = checkpoint.load(folder / "last.pt"), sample.load(folder / "last.pt")
     data, settings = source.load(state["data"]["folder"], ",".join(found.classes)), evaluate.Options(n=chosen.n)
-    judged = judge.get(Path(data.folder), settings.judge_seed)
+    place = recipe.resolve(recipe.Options())
+    judged = judge.get(Path(data.folder), settings.judge_seed, place.device, place.precision)
     if seed == 0:
         picture(found, Path(chosen.out) / f"{name}.png")
     figures = evaluate.report(found, data, judged, settings) | {

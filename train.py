@@ -56,7 +56,7 @@ class Training:
         self.begun, self.saved, self.cost = time.monotonic(), time.monotonic(), 0.0  # cost: seconds that saving took
         self.refit, self.fitted, self.fitted_at = 0.0, {}, None  # densities: when due, as last fitted, and where
         self.steps = math.ceil(self.images / chosen.batch_size)  # an epoch
-        self.judge = state.get("judge") if state else None  # its state: trained at the end, and only carried along
+        self.judge = state and state["judge"]  # its state: trained at the end, and only carried along
         self.bank = None  # what Pegasi are composed of: of one prior, and so not carried along when it learns more
         if state:
             self.restore(state)
@@ -229,8 +229,9 @@ class Training:
 
     def train(self) -> int:
         """All epochs that are left. Returns the exit status: 0, or 128 plus the signal that stopped it."""
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, self.ask_to_stop)
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # as under nohup
+                signal.signal(signum, self.ask_to_stop)
         while self.epoch < self.options.epochs and not self.stop:
             self.train_phase()
             if self.epoch < self.options.epochs and not self.stop:
@@ -264,13 +265,13 @@ class Training:
 
 def begin(chosen: Options, given: set[str], workers: Group) -> Training:
     """The run that is asked for, begun or about to go on. Raises Fault."""
+    torch.set_flush_denormal(True)  # numbers below 1e-38 take 5 to 40 times as long; threads do as who starts them
     state = workers.first(lambda: folder.open_run(chosen))
     last = Path(chosen.run) / "last.pt" if state else None
     with checkpoint.fitting(last):
         known = state and {key: str(state["data"][key]) for key in ("folder", "digest")}
         chosen = recipe.settle(chosen, given, state)
     torch.set_num_threads(chosen.threads)
-    torch.set_flush_denormal(True)  # numbers below 1e-38 can cost 5 to 40 times as long
     torch.backends.cudnn.deterministic = True  # a resumed run is to have the same bits
     data = workers.first(lambda: source.load(chosen.data, chosen.classes, known))
     with checkpoint.fitting(last):

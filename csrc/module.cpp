@@ -3,7 +3,6 @@
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <cstdlib>
 #include <tuple>

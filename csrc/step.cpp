@@ -118,7 +118,7 @@ static PEGASUS_INLINE void moments(const GroupNorm& a, const Element* x, float* 
       spread += square[c] - sum[c] * own + places * away * away;
     }
     mean[group] = static_cast<float>(middle);
-    inverse[group] = static_cast<float>(1 / sqrt(spread / values + a.epsilon));
+    inverse[group] = static_cast<float>(1 / sqrt((spread < 0 ? 0 : spread) / values + a.epsilon));
   }
 }
 

@@ -1,7 +1,6 @@
 // Registration of the training step's ops, for CPUs: they write into tensors that fused.py makes.
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
 #include <vector>
 
 #include "checks.h"

@@ -2,7 +2,6 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
 #include <cstdlib>
 #include <map>
 #include <mutex>
@@ -114,6 +113,7 @@ void winograd_backward(const Tensor& dy, const Tensor& x, const Tensor& kernels,
   std::map<int64_t, const float*> parts;  // by first image, so that they are added in the same order each time
   std::mutex adding;
   share(x, kernels, [&](int64_t first, int64_t last) {
+    // a thread's own: OpenMP, which torch uses wherever it has MKL, gives each thread one range
     Tensor part = room_of_sums.tensor(36, dy.size(1), x.size(1));
     torch::stable::zero_(part);
     for (int64_t i = first; i < last; i += block) {

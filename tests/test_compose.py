@@ -103,6 +103,18 @@ def test_the_bank_is_small_and_always_the_same(parts):
     assert all(torch.equal(bank[name], again[name]) for name in bank)
 
 
+def test_wings_are_drawn_as_a_birds_and_all_else_as_a_horse(parts, monkeypatch):
+    model, learned, _ = parts
+    given, cover = [], torch.zeros(1, 1, 32, 32)
+    cover[..., :16] = 1
+    monkeypatch.setattr(prior, "follow", lambda _, weights, z, *rest: given.append(weights) or z)
+    compose.redrawn(model, learned, torch.rand(1, 3, 32, 32), cover, torch.zeros(1, 128), 3)
+    (kind, horse_), (bird, wings) = given[0].items()
+    assert (kind, bird) == (3, 1)
+    assert wings.view(2, 8, 8)[..., :4].eq(2).all() and wings.view(2, 8, 8)[..., 4:].eq(0).all()
+    assert (horse_ + wings).eq(2).all()
+
+
 @pytest.mark.parametrize("first", [0, 2, 3])
 def test_a_pegasus_is_a_function_of_the_seed_and_its_number(parts, first):
     z = compose.pegasus(*parts, 9, 5, first)

@@ -13,7 +13,7 @@ from options import Fault
 import pytest
 import torch
 from test_checkpoint import Evil
-from test_faults import FLIPS, KILLS, command, fails, whole  # noqa: F401
+from test_faults import FLIPS, command, fails, whole  # noqa: F401
 from test_train import same
 
 

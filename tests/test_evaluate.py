@@ -128,7 +128,7 @@ def test_the_report(last, capsys):
     assert len(max(table.splitlines(), key=len)) <= 120
 
 
-def test_export_and_what_it_refuses(last, tmp_path, own_batches, complaint):
+def test_export_and_what_it_refuses(last, tmp_path, complaint):
     evaluate.main([str(last), "--export", "5", str(tmp_path / "out")])
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"{i:05}.png" for i in range(5)]
     size, about = png(tmp_path / "out" / "00003.png")
@@ -136,6 +136,7 @@ def test_export_and_what_it_refuses(last, tmp_path, own_batches, complaint):
     assert about["mode"] == "balanced"
     assert "N: got 4611686018427387904, wanted" in complaint(evaluate.main, last, "--export", 2**62, tmp_path / "out")
     assert "N: got many" in complaint(evaluate.main, last, "--export", "many", tmp_path / "out").replace("'", "")
+    assert "is not empty" in complaint(evaluate.main, last, "--export", 3, tmp_path / "out")
     (tmp_path / "file").write_text("")
     assert "file" in complaint(evaluate.main, last, "--export", 3, tmp_path / "file")
     train.source.drawn.write(tmp_path / "other", train=50, test=20, seed=5)

@@ -63,7 +63,7 @@ def whole(batches, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def fails(monkeypatch, capsys):
+def fails(capsys):
     """Run a script's main to its end with status 2 and one sentence with some words in it on stderr."""
     def call(main, argv: list, *words: str) -> None:
         capsys.readouterr()
@@ -209,7 +209,7 @@ def test_a_folder_that_may_not_be_written(nobodys, monkeypatch, fails):
     assert rows(run / "log.csv") == [row | {"data": "data"} for row in log]
 
 
-def test_a_folder_that_another_process_uses(whole, batches, tmp_path, fails, capsys):
+def test_a_folder_that_another_process_uses(whole, batches, tmp_path, fails):
     """The second is told who has it; a killed holder's lock is free."""
     place = tmp_path / "run"
     place.mkdir()

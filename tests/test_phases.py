@@ -158,7 +158,7 @@ def test_a_small_checkpoint_draws_nearly_the_same(run, tmp_path, complaint):
     assert "is the checkpoint itself" in complaint(checkpoint.main, run / "last.pt", run / "last.pt")
 
 
-def test_how_epochs_are_split(run, batches, tmp_path, complaint):
+def test_how_epochs_are_split(run, tmp_path, complaint):
     """A fifth, or up to 20 a third: until it is done it follows --epochs, later it stays; asked for, it is kept."""
     def parts(given: dict, state: dict | None) -> tuple[int, int]:
         chosen = train.recipe.settle(train.Options(**given), set(given), state)
@@ -213,7 +213,7 @@ def test_begin_from_a_picture(run, tmp_path, complaint):
     assert "none.png: no such file" in complaint(sample.main, run / "last.pt", out, "--from", tmp_path / "none.png")
 
 
-def test_parts_for_pegasi_come_at_the_end_and_are_drawn_from(run, batches, tmp_path, monkeypatch):
+def test_parts_for_pegasi_come_at_the_end_and_are_drawn_from(batches, tmp_path, monkeypatch):
     whole = compose.prepare
     monkeypatch.setattr(compose, "prepare", lambda *args: whole(*args, draws=12, horses=3, birds=4))
     argv = [word for word in COMMAND if word != "--no-judge"]

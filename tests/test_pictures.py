@@ -60,7 +60,7 @@ def test_curves_of_any_history():
     pictures.curves([{"epoch": 1, **dict.fromkeys(columns, float("nan"))}], "words")
 
 
-def test_pngs_carry_text_and_are_whole_or_not_there(tmp_path, monkeypatch):
+def test_pngs_carry_text_and_are_whole_or_not_there(tmp_path):
     image = Image.new("RGB", (4, 4))
     pictures.save(image, tmp_path / "a.png", {"seed": 3, "data": "drawn"})
     assert png(tmp_path / "a.png") == ((4, 4), {"seed": "3", "data": "drawn"})

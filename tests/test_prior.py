@@ -1,8 +1,11 @@
 """The learned prior: its sampler on fields with known solutions, its network, and a toy mixture it must recover."""
 import math
+from types import SimpleNamespace
 
 import density
+import phases
 import prior
+import recipe
 import reparam
 
 import pytest
@@ -130,14 +133,15 @@ def test_a_toy_mixture_its_modes_and_their_product():
     """N(-1.5, 0.5^2) and N(1.5, 0.5^2): each is found again, and so are both; together they meet between."""
     torch.manual_seed(0)
     net = Toy()
-    optimizer = torch.optim.Adam(net.parameters(), 5e-3)
+    optimizer, logvar = torch.optim.Adam(net.parameters(), 5e-3), torch.full((512, 1), math.log(0.25))
+    run = SimpleNamespace(learned=SimpleNamespace(normalised=lambda z: z),
+                          options=recipe.Options(device="cpu", precision="float32"))
     for step in range(1200):
         optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / 1200)
         kind = torch.arange(512) % 2
-        z1, z0 = 3.0 * kind[:, None] - 1.5 + 0.5 * torch.randn(512, 1), torch.randn(512, 1)
-        t = torch.randn(512).sigmoid()
         names = prior.hide(kind[:, None].repeat(1, 2), 2, torch.tensor(step), 0)
-        loss = (net(torch.lerp(z0, z1, t[:, None]), t, names) - (z1 - z0)).square().mean()
+        seeds = torch.tensor([3 * step, 3 * step + 1, 3 * step + 2])
+        loss = phases.Prior.loss(run, net, 3.0 * kind[:, None] - 1.5, logvar, names, seeds, 0).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

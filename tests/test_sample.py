@@ -171,10 +171,10 @@ def test_places_that_cannot_be_written(last, tmp_path, complaint, monkeypatch):
 def test_what_is_refused_before_anything_is_drawn(last, tmp_path, complaint, monkeypatch):
     monkeypatch.setattr(sample, "load", lambda path: pytest.fail("the checkpoint was loaded"))
     assert "can't be written" in complaint(sample.main, last, tmp_path / "none" / "out.png")
-    for name, kind in (("a.jpg", "JPEG"), ("a.WebP", "WEBP")):
-        assert f"{name}: a name for {kind}" in complaint(sample.main, last, tmp_path / name)
+    for name in ("a.jpg", "a.v2", last):
+        assert f"{name}: pictures are written as PNG" in complaint(sample.main, last, tmp_path / name)
     assert "--best: got 65 of the 64 of --n" in complaint(sample.main, last, tmp_path / "a.png", "--best", 65)
-    for name in ("a", "a.v2", "a.PNG"):
+    for name in ("a", "a.PNG"):
         pictures.check(tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 
@@ -185,4 +185,4 @@ def test_the_checkpoint_that_comes_along():
     for coat in ("any", "white"):
         images = sample.draw(found, sample.Options(n=32, coat=coat))
         horse = judge.classify(found.judge, images)[0].argmax(1) == cifar10.CLASSES.index("horse")
-        assert horse.double().mean() > 0.6
+        assert horse.double().mean() > 0.85  # without the prior 0.88 and, of white ones, 0.56

@@ -79,7 +79,7 @@ def test_kernels_that_nvcc_can_not_compile_are_left_out(script: ModuleType, tmp_
     assert build.cuda_objects(objects, str(compiler)) == [] == objects
     assert "Built without CUDA kernels" in capfd.readouterr().err
     monkeypatch.setenv("PEGASUS_CUDA", "1")
-    with pytest.raises(script.BaseError):
+    with pytest.raises(SystemExit, match="nvcc failed"):
         build.cuda_objects(objects, str(compiler))
 
 
