@@ -83,6 +83,7 @@ def no_data_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REAL_CIFAR10_DIR", os.environ.get("CIFAR10_DIR", ""))
     monkeypatch.delenv("CIFAR10_DIR", raising=False)
     monkeypatch.setenv("PEGASUS_CIFAR10_URL", "http://127.0.0.1:9/nothing-listens-here")
+    monkeypatch.setenv("no_proxy", "*")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -104,7 +105,7 @@ def own_float_state() -> Iterator[None]:
 
 @pytest.fixture
 def complaint(capsys: pytest.CaptureFixture) -> Callable[..., str]:
-    """Call a script's main that must fail: exit status 2 and one sentence on stderr, which is returned."""
+    """Call a script's main that must fail: exit status 2 and a sentence at the end of stderr, which is returned."""
     def call(main: Callable, *argv: object) -> str:
         capsys.readouterr()
         with pytest.raises(SystemExit) as left:

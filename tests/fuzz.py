@@ -4,9 +4,11 @@
 
 Needs atheris (`make fuzz` installs it); tests/test_fuzz.py gives the same functions hypothesis's inputs.
 """
+import atexit
 import contextlib
 import io
 import os
+import shutil
 import sys
 import tempfile
 import zipfile
@@ -30,6 +32,7 @@ with watched:
     from options import Fault
 
 PLACE = Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)) / "input"
+atexit.register(shutil.rmtree, PLACE.parent, ignore_errors=True)
 FIELDS = [f"--{name.replace('_', '-')}" for name in recipe.Options.__dataclass_fields__]
 WORDS = [*FIELDS, *(f"--no-{name[2:]}" for name in FIELDS), "mlp", "conv", "gaussian", "nan", "-inf", "1e999",
          "9" * 400, "-1", "0", "8x8x4", "128", "1x1x1", "horse,bird", "float32", "--help", "--", "-h", "=", "%s"]

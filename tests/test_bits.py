@@ -58,7 +58,8 @@ CHILD = """if True:
         return [y, dx, sums]
 
     steps = (torch.float32, torch.bfloat16)
-    all_of_them = {op: (*steps, torch.float16, torch.float64), layers: steps, adam: steps, winograd: [None]}
+    all_of_them = {op: (*steps, torch.float16, torch.float64), layers: steps, adam: steps,
+                   winograd: [None] * torch.backends.mkl.is_available()}
     for work, dtypes in all_of_them.items():
         for dtype in dtypes:
             for threads in (1, 2, 3):
@@ -78,7 +79,7 @@ def digests(level: str) -> list[set[str]]:
     if "which this processor lacks" in done.stderr:
         pytest.skip(f"this processor lacks {level}")
     assert done.returncode == 0, done.stderr
-    assert done.stderr.strip() == level
+    assert done.stderr.split()[-1] == level
     lines = done.stdout.splitlines()
     return [{line[2:] for line in lines if line[0] == threads} for threads in "123"]
 

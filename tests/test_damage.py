@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged or not what they seem; steps without a finite gradient."""
+"""Checkpoints that are damaged or not what they seem."""
 import os
 import random
 import shutil

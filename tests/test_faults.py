@@ -31,6 +31,8 @@ def slowly(state, file):
         file.write(whole.getvalue()[first:first + size])
         file.flush()
         time.sleep(0.025)
+step = train.Training.train_step
+train.Training.train_step = lambda *given: (time.sleep(0.01), step(*given))
 torch.save = slowly
 options.run(train.main)
 """
@@ -179,7 +181,8 @@ def nobodys(batches, whole):
     (place / "run").mkdir()
     root, log = os.geteuid() == 0, rows(whole / "log.csv")
     if root:
-        subprocess.run(["chown", "-R", "65534", place], check=True)
+        if subprocess.run(["chown", "-R", "65534", place]).returncode:
+            pytest.skip("root may not give files away here")
         os.seteuid(65534)
     yield place, log
     (place / "run").chmod(0o755)

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -6,9 +7,12 @@ import sys
 import options
 import bench
 import checkpoint
+import evaluate
+import judge
 import recipe
 import reparam
 import sample
+import study
 import train
 
 import pytest
@@ -69,11 +73,14 @@ def test_a_python_without_torch_is_told_which_one_to_use(script):
 
 
 def test_help_lists_the_options(capsys):
-    for main in (train.main, sample.main):
+    for script in (train, sample, evaluate, study, judge, checkpoint):
         with pytest.raises(SystemExit) as left:
-            main(["--help"])
+            script.main(["--help"])
         assert left.value.code == 0
-        assert "--seed" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        for field in dataclasses.fields(script.Options):
+            flag = field.name if field.metadata.get("positional") else "--" + field.name.strip("_").replace("_", "-")
+            assert f"  {flag}" in said or f", {flag}" in said, (script.__name__, flag)
 
 
 def test_a_full_gpu_is_told_in_one_sentence(capsys):
@@ -111,3 +118,12 @@ def test_stored_options_are_those_that_were_given():
                                   ("train", "--rounds", -1), ("train", "--images", 0)])
 def test_what_bench_refuses(complaint, argv):
     assert f"argument {argv[1]}: got" in complaint(bench.main, *argv)
+
+
+def test_bench_times_our_step_the_usual_loop_and_the_floor(batches, small_network, tmp_path, capsys):
+    bench.main(["train", "--data", str(batches), "--arch", "mlp", "prior", "--images", "150", "--rounds", "1",
+                "--threads", "1", "--json", str(tmp_path / "b.json")])
+    first, second = json.loads((tmp_path / "b.json").read_text())["rows"]
+    assert set(first) - set(second) == {"usual, 0 workers", "usual, 2 workers"}
+    assert all(row[name] > 0 for row in (first, second) for name in ("ours", "floor"))
+    assert f"{first['floor'] / first['ours']:.2f} times the floor's time" in capsys.readouterr().out

@@ -1,10 +1,13 @@
 import json
 import math
 
+import options
+import recipe
 import study
 
 import pytest
 import torch
+from conftest import ROOT
 
 
 def test_a_study_goes_on(batches, tmp_path, monkeypatch, complaint):
@@ -41,3 +44,10 @@ def test_a_cell():
     assert study.cell(runs[:1], "a b", "{:.2f}") == "0.10"
     with pytest.raises(KeyError):
         study.cell(runs, "a c", "{:.2f}")
+
+
+def test_the_papers_recipe_is_the_same_wherever_it_stands():
+    """In the Makefile, here, and what --arch mlp takes by default."""
+    assert study.PAPER in " ".join((ROOT / "Makefile").read_text().replace("\\\n", " ").split())
+    paper, _ = options.parse(recipe.Options, study.PAPER.split(), "")
+    assert recipe.resolve(paper) == recipe.resolve(recipe.Options(arch="mlp"))

@@ -169,10 +169,16 @@ def test_few_test_pictures(tmp_path):
     assert png(tmp_path / "r" / "reconstructions.png")[0] == png(tmp_path / "r" / "samples.png")[0]
 
 
-def test_overwrite_begins_anew(batches, tmp_path):
-    trained(tmp_path / "r", "--data", batches, "--epochs", 2)
-    trained(tmp_path / "r", "--data", batches, "--epochs", 1, "--overwrite", "--seed", 2)
-    assert len((tmp_path / "r" / "log.csv").read_text().splitlines()) == 2
+def test_beta_weighs_the_rate_in_what_is_trained_and_logged(batches, tmp_path):
+    rates = []
+    for beta in (0.25, 4.0):
+        trained(tmp_path / str(beta), "--data", batches, "--epochs", 1, "--beta", beta)
+        row = rows(tmp_path / str(beta) / "log.csv")[0]
+        for part in ("train", "test"):
+            loss, rate, distortion = (float(row[f"{part}_{name}"]) for name in ("loss", "rate", "distortion"))
+            assert loss == pytest.approx(distortion + beta * rate, rel=1e-6)
+        rates.append(rate)
+    assert rates[0] > rates[1]
 
 
 @pytest.mark.parametrize("wrong", [("--data", "/nowhere"), ("--latent", "foo"), ("--classes", "unicorn"),
