@@ -45,7 +45,7 @@ paper: build  ## the paper's recipe in runs/paper
 
 # before there is a run: the checkpoint that comes along
 CHECKPOINT = $(if $(shell test -e "$(RUN)/last.pt" && echo yes),$(RUN)/last.pt,pegasus.pt)
-sample: build  ## draw a sheet from the run in RUN to OUT
+sample: build  ## draw a sheet from the run in RUN, else from pegasus.pt, to OUT
 	$(PYTHON) sample.py "$(CHECKPOINT)" "$(OUT)" $(ARGS)
 
 evaluate: build  ## bits/dim, Frechet distance and how a judge classifies draws of the run in RUN

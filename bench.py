@@ -2,7 +2,7 @@
 
     python bench.py op                                        # all sizes, float32 and bfloat16, one thread and two
     python bench.py op --shapes 128x128 --dtypes float32      # a quick look
-    python bench.py op --json op.json                         # every figure, for a machine
+    python bench.py op --json op.json                         # the figures of the first pass, for a machine
     python bench.py op --device cuda                          # the same on a GPU; so for train
     python bench.py train --data auto                         # epochs of both networks and the prior
     python bench.py train --arch mlp --sizes                  # and against batch, data and latent size, and processes
@@ -224,7 +224,7 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("--threads", nargs="+", type=whole, default=(1, 2))
     command.add_argument("--seconds", type=float, default=3.0, help="a row takes about this long")
     command.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    command.add_argument("--json", metavar="FILE", help="write the first pass's figures to this file")
+    command.add_argument("--json", metavar="FILE", help="write figures to this file, but those with freed memory kept")
     command.set_defaults(run=bench_op.op)
     command = commands.add_parser("train", help="whole epochs against the usual loop and the step's floor")
     command.add_argument("--data", default="auto", help="as in train.py")

@@ -47,7 +47,7 @@ def save(path: Path, state: dict) -> None:
 
 
 def load(path: Path) -> dict:
-    """Read what `save` wrote, on the CPU. Raises Fault for anything else, and for a single damaged byte."""
+    """Read what `save` wrote, on the CPU. Raises Fault for anything else, and for damage to what it holds."""
     try:
         with zipfile.ZipFile(path) as archive:
             if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
@@ -70,7 +70,7 @@ def load(path: Path) -> dict:
         raise Fault(f"{path}: not a checkpoint of this project")
     if not OLDEST <= state["format"] <= FORMAT:
         raise Fault(f"{path}: checkpoint format {state['format']}, this program reads {OLDEST} to {FORMAT}; "
-                    "use another version")
+                    "use the version that wrote it")
     if bad:
         raise Fault(f"{path}: {bad} holds NaN or infinity; use an earlier copy, or train again with a lower --lr")
     return state

@@ -38,7 +38,7 @@ BY_HAND = f"download {URL} yourself, unpack it, and give the folder {FOLDER} as 
 
 
 class Unreachable(Fault):
-    """The download's server sent nothing at all."""
+    """The download's server gave no answer in HTTP."""
 
 
 def read(path: Path) -> tuple[Tensor, Tensor]:
@@ -132,7 +132,7 @@ def load(folder: Path, classes: str, files: tuple[str, ...]) -> tuple[Tensor, Te
 
 
 def chunks(url: str, timeout: float) -> Iterator[bytes]:
-    """The bytes behind an address, a MiB at a time. Raises Unreachable where not one byte arrives."""
+    """The bytes behind an address, a MiB at a time. Raises Unreachable where no answer in HTTP arrives."""
     begun = False
     try:
         with urllib.request.urlopen(url, timeout=timeout) as response:

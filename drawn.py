@@ -155,7 +155,7 @@ def write(folder: Path, train: int = 10_000, test: int = 2_000, seed: int = 0) -
     """
     folder = Path(folder).resolve()
     if folder.exists() and sorted(path.name for path in folder.iterdir()) != FILES:
-        raise Fault(f"{folder} holds something else than drawn batches; move it or name another folder")
+        raise Fault(f"{folder} holds something other than drawn batches; move it or name another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     spans = [range(part * (train // 5), train if part == 4 else (part + 1) * (train // 5)) for part in range(5)]
     with (options.writing(folder, "choose another place"),

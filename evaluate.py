@@ -44,7 +44,7 @@ class Options:
     seed: int = option(0, "decides everything drawn")
     threads: int = option(0, "CPU threads; 0 is torch's default, one a core", least=0, most=1024)
     json: bool = option(False, "print JSON")
-    export: list[str] | None = option(None, "only write N pictures to a folder, as PNGs", nargs=2, metavar=("N", "DIR"))
+    export: list[str] | None = option(None, "only write N PNGs to an empty folder", nargs=2, metavar=("N", "DIR"))
 
 
 def binned(x: Tensor, xhat: Tensor, variance: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ FREE = {"judge", "epochs", "run", "resume", "overwrite", "threads", "device", "s
 @dataclass(frozen=True)
 class Options:
     data: str = option("auto", "auto ($CIFAR10_DIR, data/cifar-10-batches-bin, the download, else drawn pictures), "
-                       "cifar10 (the download), drawn, or a folder of CIFAR-10's binary batches")
+                       "cifar10 (the second or third), drawn (the last), or a folder of CIFAR-10's binary batches")
     classes: str = option("horse,bird", "CIFAR-10 classes, separated by commas; the first two make the Pegasus")
     arch: str = option("conv", "network: a small residual one, or the paper's (mlp)", choices=tuple(vae.NETWORKS))
     likelihood: str | None = option(None, "distortion: the paper's squared error, or the calibrated Gaussian; by "
@@ -34,11 +34,11 @@ class Options:
                                   "onecycle for conv", choices=("constant", "onecycle"))
     epochs: int = option(300, "passes over the training pictures", least=1, most=10**9)
     autoencoder_epochs: int | None = option(None, "how many of them are the autoencoder's; by default all, with a "
-                                            "learned prior a fifth, or up to 20 a third", least=1)
+                                            "learned prior a third, at most 20, from 100 on a fifth", least=1)
     batch_size: int = option(128, "pictures a step", least=1)
     lr: float | None = option(None, "Adam's learning rate, under onecycle its peak; by default 1e-3 for mlp, 2e-3 "
                               "for conv", above=0.0)
-    prior_lr: float = option(1.5e-3, "the same for the learned prior, always onecycle", above=0.0)
+    prior_lr: float = option(1.5e-3, "peak learning rate of the learned prior, always onecycle", above=0.0)
     flip: bool | None = option(None, "mirror half of the pictures; the default for conv")
     seed: int = option(0, "decides everything random")
     run: str = option("runs/pegasus", "folder of the run")
@@ -73,10 +73,10 @@ def resolve(chosen: Options) -> Options:
     grid = chosen.arch == "conv" and "x" in (chosen.latent or "8x8x8") and not chosen.flow
     learned = chosen.prior == "learned" or chosen.prior is None and grid
     if learned and not grid:
-        raise Fault("--prior: learned needs --arch conv, a grid of latents (--latent 8x8x8) and --flow 0; leave it, or "
-                    "use --prior normal")
+        raise Fault("--prior: learned needs --arch conv, a grid of latents (--latent 8x8x8) and --flow 0; leave it "
+                    "out, or use --prior normal")
     if chosen.autoencoder_epochs and not learned:
-        raise Fault("--autoencoder-epochs: only a run with --prior learned has epochs of another kind; leave it")
+        raise Fault("--autoencoder-epochs: only a run with --prior learned has epochs of another kind; leave it out")
     latent = chosen.latent or ("8x8x8" if learned else "128")
     vae.latent_shape(latent)  # before anything is downloaded
     decided |= {"prior": "learned" if learned else chosen.prior or "normal", "latent": latent,
@@ -106,8 +106,8 @@ def settle(chosen: Options, given: set[str], state: dict | None) -> Options:
         got = getattr(chosen, name)
         if got != stored[name] and (name, got) != ("precision", "auto"):
             flag = name.replace("_", "-")
-            raise Fault(f"--{flag}: got {got}, but the run in {chosen.run} has {stored[name]}; leave it, use another "
-                        "--run, or --overwrite")
+            raise Fault(f"--{flag}: got {got}, but the run in {chosen.run} has {stored[name]}; leave it out, use "
+                        "another --run, or --overwrite")
     free = {name: getattr(chosen, name) for name in FREE & (given | {"run", "resume", "overwrite", "device"})}
     epochs, done = free.get("epochs", stored["epochs"]), state["epochs_done"]
     if epochs < done:

@@ -182,7 +182,7 @@ def fallback(mu: Tensor, logvar: Tensor, seed: Tensor, row_offset: int) -> tuple
         silent = True
         reason = missing or f"the extension has no kernels for {mu.device.type}"
         print(f"reparam: {reason}, so its slower PyTorch reference is used; `python setup.py build_ext --inplace "
-              "--force` builds it, for CUDA where there is an nvcc of torch's version.", file=sys.stderr)
+              "--force` builds it, for CUDA where there is an nvcc of torch's CUDA.", file=sys.stderr)
     check(mu, logvar, seed)
     return reference(mu, logvar, seed, row_offset)
 

@@ -3,7 +3,7 @@
     python sample.py runs/pegasus/last.pt out.png                  # 64 Pegasi
     python sample.py runs/pegasus/last.pt out.png --mode horse     # 64 horses
     python sample.py runs/pegasus/last.pt out.png --mode morph     # rows from a horse to a bird
-    python sample.py runs/pegasus/last.pt out.png --best 8 --coat white  # the 8 most Pegasus-like of 64, enlarged
+    python sample.py runs/pegasus/last.pt out.png --best 8 --coat white  # the 8 of 64 that the judge prefers, enlarged
     python sample.py runs/pegasus/last.pt out.png --from photo.png       # out of a picture of your own
 """
 import math
@@ -117,15 +117,15 @@ def check(found: Trained, chosen: Options) -> None:
         raise Fault(f"--mode: got {chosen.mode}, wanted one of {', '.join(modes(found))}, which is what this model "
                     f"of {', '.join(found.classes)} can draw")
     if chosen.from_ is not None and not found.learned:
-        raise Fault("--from: this model has no learned prior, and nothing else can go on from a picture; leave it")
+        raise Fault("--from: this model has no learned prior, and nothing else can go on from a picture; leave it out")
     if chosen.best and len(found.classes) < 2:
-        raise Fault(f"--best: a Pegasus needs two classes, this model knows {found.classes[0]} only; leave it")
+        raise Fault(f"--best: a Pegasus needs two classes, this model knows {found.classes[0]} only; leave it out")
     if chosen.best and not (found.judge or found.densities):
-        raise Fault("--best: this small checkpoint has no judge to ask; leave it, or use the run's last.pt")
+        raise Fault("--best: this small checkpoint has no judge to ask; leave it out, or use the run's last.pt")
     coated = ("pegasus", "morph", found.classes[0])
     if chosen.coat != "any" and chosen.mode not in coated:
-        raise Fault(f"--coat: got {chosen.coat} with --mode {chosen.mode}, which has no {found.classes[0]}; leave it, "
-                    f"or use one of the modes {', '.join(mode for mode in coated if mode in modes(found))}")
+        raise Fault(f"--coat: got {chosen.coat} with --mode {chosen.mode}, which has no {found.classes[0]}; leave it "
+                    f"out, or use one of the modes {', '.join(mode for mode in coated if mode in modes(found))}")
 
 
 def two_sides(found: Trained, coat: str) -> tuple[Gaussian, Gaussian]:
@@ -249,7 +249,7 @@ def ranking(found: Trained, z: Tensor, images: Tensor, chosen: Options) -> Tenso
 
 @torch.no_grad()
 def draw(found: Trained, chosen: Options = Options()) -> Tensor:  # noqa: B008  frozen
-    """Images (n or best, 3, 32, 32) in [0, 1]; with `best`, that many of the n, the most Pegasus-like first."""
+    """Images (n or best, 3, 32, 32) in [0, 1]; with `best`, that many of the n, the best by `ranking` first."""
     check(found, chosen)
     z, code = latents(found, chosen), codes(found, chosen)
     images = torch.cat([found.model.decode(z[rows].to(found.device), None if code is None else code[rows]).cpu()

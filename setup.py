@@ -4,8 +4,8 @@
     pip install --no-build-isolation .      # `import reparam` in another project, with the torch that is installed,
                                             # after `pip install -U setuptools pybind11`
 
-Needs a C++20 compiler. CUDA kernels are built where torch has CUDA and nvcc is of the same version; PEGASUS_CUDA=0 or 1
-overrides, TORCH_CUDA_ARCH_LIST chooses architectures. PEGASUS_FLAGS adds compiler and linker flags (for sanitizers).
+Needs a C++20 compiler. CUDA kernels are built where torch has CUDA and nvcc is of the same major version;
+PEGASUS_CUDA=0 or 1 overrides, TORCH_CUDA_ARCH_LIST chooses architectures. PEGASUS_FLAGS adds flags, for sanitizers.
 Without a compiler nothing is built and reparam.py uses its PyTorch reference, which is slower and the same otherwise.
 """
 import hashlib
@@ -41,7 +41,7 @@ def settings() -> str:
 
 
 def nvcc() -> str | None:
-    """The CUDA compiler to use, of torch's own version of CUDA; or None: then the extension has no CUDA kernels."""
+    """The CUDA compiler to use, of torch's major version of CUDA; or None: then the extension has no CUDA kernels."""
     import torch
 
     asked, home = os.environ.get("PEGASUS_CUDA", ""), os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")

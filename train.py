@@ -254,7 +254,7 @@ class Training:
             self.judge = judge.get(Path(self.data.folder), 0, self.options.device, self.options.precision)
             self.save()
         if self.options.judge and self.phase.name == "prior" and len(self.data.classes) > 1 and not self.bank:
-            print("parts for Pegasi are drawn, in a minute or several; without them --resume does it", flush=True)
+            print("drawing the parts of Pegasi, a minute or several; cut off, --resume does it", flush=True)
             self.bank = compose.prepare(self.model, self.learned, judge.from_state(self.judge), self.data.classes)
             self.save()
 

@@ -121,7 +121,7 @@ Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type, const Tensor
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   if (type != like.scalar_type()) dtype = aoti_torch_dtype_float32();
-  const int64_t strides[2] = {sizes.size() == 2 ? sizes.begin()[1] : 1, 1};
+  const int64_t strides[2] = {sizes.size() == 2 ? std::max<int64_t>(1, sizes.begin()[1]) : 1, 1};
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides, dtype, device_type,
                                                   like.get_device_index(), &handle));
