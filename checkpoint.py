@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 OLDEST, FORMAT = 3, 6  # 3 knew no channels innermost, 4 kept Adam's settings too, 5 the state of torch's generator
-TRAINING = ("optimizer", "velocity", "history", "totals", "skipped", "densities")  # what drawing can do without
+TRAINING = ("optimizer", "velocity", "history", "rng", "totals", "skipped", "densities")  # what drawing can do without
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,11 @@ def save(path: Path, state: dict) -> None:
         file.flush()
         os.fsync(file.fileno())
     with contextlib.suppress(OSError):  # which not every file system can do
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # the new name is on the disk too
-        os.close(folder)
+        folder = os.open(path.resolve().parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name is on the disk too
+        finally:
+            os.close(folder)
 
 
 def load(path: Path) -> dict:

@@ -67,7 +67,7 @@ class Progress:
         if self.terminal and now - self.shown > 0.2:
             self.shown, done = now, (epoch - 1) * self.images + images
             rate = (done - self.before) / max(self.training, 1e-9)
-            tell(BEGIN + self.line(epoch, done, rate, numbers()), END)
+            tell(BEGIN + self.line(epoch, done, rate, numbers()) + END, "")
 
     def end_epoch(self, epoch: int, numbers: dict[str, float]) -> None:
         """Print the epoch's line and add its speed up to the last step, and its seconds, to speed.csv."""
@@ -78,4 +78,4 @@ class Progress:
         write(self.speed, SPEED, [dict(zip(SPEED, (epoch, rate, now - self.epoch_start), strict=True))], "a")
         self.before, self.epoch_start = done, now
         end = "\n" if epoch == self.last or not self.terminal else ""
-        tell(BEGIN * self.terminal + self.line(epoch, done, rate, numbers), END * self.terminal + end)
+        tell(BEGIN * self.terminal + self.line(epoch, done, rate, numbers) + END * self.terminal, end)

@@ -131,19 +131,20 @@ def writing(path: Path, advice: str) -> Iterator[None]:
         raise Fault(f"{path}: can't be written ({error.strerror or error}); {advice}") from None
 
 
-def writable(path: Path) -> None:
-    """Raise OSError where no file can be written, or where it would take the place of a folder or a device."""
+def writable(path: Path) -> Path:
+    """The file behind a name, through links. Raises OSError where none can be written or there is something else."""
+    path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
         raise OSError("it is no file")
     tempfile.TemporaryFile(dir=path.parent).close()
+    return path
 
 
 @contextlib.contextmanager
 def replacing(path: Path, advice: str = "choose another place") -> Iterator[Path]:
     """A name to write to that becomes `path` at the end; until then `path` stays as it was. Raises Fault."""
     with writing(path, advice):
-        path = path.resolve()  # a link stays one
-        writable(path)
+        path = writable(path)
         beside = Path(f"{path}.part")
         try:
             yield beside

@@ -127,7 +127,9 @@ def gradients(ctx, dz: Tensor | None, dkl: Tensor | None) -> tuple:
     mu, logvar, seed = ctx.saved_tensors
     dz = torch.zeros_like(mu) if dz is None else dz
     if dkl is None:  # a zero in its place would be NaN where exp(logvar) is infinite
-        return dz, forward_op(torch.zeros_like(mu), logvar, seed, ctx.row_offset)[0] * dz / 2, None, None
+        wide = torch.promote_types(mu.dtype, torch.float32)
+        std_eps, _ = forward_op(torch.zeros_like(mu, dtype=wide), logvar.to(wide), seed, ctx.row_offset)
+        return dz, (std_eps * dz / 2).to(mu.dtype), None, None
     return *backward_op(dz, dkl, mu, logvar, seed, ctx.row_offset), None, None
 
 
@@ -196,8 +198,8 @@ def reparameterize_kl(mu: Tensor, logvar: Tensor, seed: Tensor, row_offset: int 
     mu, logvar: (B, D), float32, float64, bfloat16 or float16, any row stride. seed: int64, one element, same device.
     row_offset: index of row 0 in the global batch; rows computed apart equal those computed together.
     Returns z (B, D) in mu's dtype and kl (B,) in float32 (float64 for float64).
-    Raises ValueError or TypeError naming the argument that does not fit. A second derivative of kl is an error, but
-    under torch.func, whose transforms are given the reference, as forward-mode derivatives are.
+    Raises ValueError or TypeError naming the argument that does not fit. A second derivative is an error where kl
+    is used, but under torch.func, whose transforms are given the reference, as forward-mode derivatives are.
     """
     if extension is None or not (mu.is_cpu or mu.is_meta or (mu.is_cuda and extension.cuda_architectures)):
         return fallback(mu, logvar, seed, row_offset)

@@ -65,10 +65,12 @@ def locate(data: str) -> Path:
 def load(data: str, classes: str, known: dict[str, str] | None = None) -> Pictures:
     """All pictures of some classes. Raises Fault for whatever is wrong with them.
 
-    known: of a checkpoint's data, their folder, which "auto" then is, and the digest that these are to have.
+    known: of a checkpoint's data, their folder, which "auto" then is unless it was moved, and the digest to have.
     """
     names = tuple(cifar10.CLASSES[i] for i in cifar10.class_indices(classes))  # before anything is downloaded
-    folder = locate(known["folder"] if known and data == "auto" and Path(known["folder"]).is_dir() else data)
+    if known and data == "auto" and (os.path.isdir(known["folder"]) or Path(known["folder"]).name != cifar10.FOLDER):
+        data = known["folder"]
+    folder = locate(data)
     train, test = cifar10.load(folder, classes, cifar10.TRAIN), cifar10.load(folder, classes, cifar10.TEST)
     digest = hashlib.sha256()
     for tensor in (*train, *test):

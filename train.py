@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 PATIENCE = 10  # steps skipped in a row before a run stops
+STOP = [signal.SIGINT, signal.SIGTERM, *[signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) == signal.SIG_DFL)]  # nohup
 
 
 class Training:
@@ -229,9 +230,8 @@ class Training:
 
     def train(self) -> int:
         """All epochs that are left. Returns the exit status: 0, or 128 plus the signal that stopped it."""
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # as under nohup
-                signal.signal(signum, self.ask_to_stop)
+        for signum in STOP:
+            signal.signal(signum, self.ask_to_stop)
         while self.epoch < self.options.epochs and not self.stop:
             self.train_phase()
             if self.epoch < self.options.epochs and not self.stop:
@@ -245,8 +245,8 @@ class Training:
 
     def add(self) -> None:
         """Put judge and parts for Pegasi into the checkpoint of a finished run, which draws without them already."""
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for signum in STOP:
+            signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
         self.phase, self.replay, self.data = type(self.phase), None, self.shown  # the judge needs much memory
         self.optimizer.zero_grad()
         phases.trim()
@@ -260,7 +260,7 @@ class Training:
 
     def ask_to_stop(self, signum: int, _frame: object) -> None:
         self.asked = signum
-        signal.signal(signum, signal.SIG_DFL)  # a second one is not asked twice
+        signal.signal(signum, signal.SIG_IGN if signum == signal.SIGHUP else signal.SIG_DFL)  # terminals hang up twice
 
 
 def begin(chosen: Options, given: set[str], workers: Group) -> Training:

@@ -32,10 +32,10 @@ def workers(n: int, folder: Path, batches: Path, *argv: object) -> subprocess.Po
     """Start n processes that train together in float32, on batches of 38: uneven shares, and 2 rows in the last."""
     lean = folder.with_suffix(".py")
     lean.write_text(LEAN)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n,
-               "--max-restarts", 1, "--", lean, "--run", folder, "--data", batches, "--batch-size", 38,
-               "--arch", "conv", "--latent", "8x8x2", "--precision", "float32", "--threads", 1, "--no-judge",
-               *argv]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",
+               "--nproc-per-node", n, "--max-restarts", 1, "--", lean, "--run", folder, "--data", batches,
+               "--batch-size", 38, "--arch", "conv", "--latent", "8x8x2", "--precision", "float32", "--threads", 1,
+               "--no-judge", *argv]
     return subprocess.Popen([str(c) for c in command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                             text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "."})
 

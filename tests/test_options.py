@@ -120,6 +120,7 @@ def test_what_bench_refuses(complaint, argv):
     assert f"argument {argv[1]}: got" in complaint(bench.main, *argv)
 
 
+@pytest.mark.filterwarnings("ignore")  # of fewer cores than workers, of forks beside threads
 def test_bench_times_our_step_the_usual_loop_and_the_floor(batches, small_network, tmp_path, capsys):
     bench.main(["train", "--data", str(batches), "--arch", "mlp", "prior", "--images", "150", "--rounds", "1",
                 "--threads", "1", "--json", str(tmp_path / "b.json")])
