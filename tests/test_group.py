@@ -103,7 +103,7 @@ def test_what_fails_in_the_first_process_fails_alike_in_the_others():
 
 def test_a_lost_worker_is_replaced_and_the_curve_stays(batches, tmp_path):
     whole = workers(2, tmp_path / "whole", batches, "--epochs", 4, "--prior", "normal")
-    broken = workers(2, tmp_path / "broken", batches, "--epochs", 4, "--prior", "normal", "--save-seconds", 0)
+    broken = workers(2, tmp_path / "broken", batches, "--epochs", 4, "--prior", "normal", "--save-seconds", 0.1)
     log = tmp_path / "broken" / "log.csv"
     while not (log.exists() and len(log.read_text().splitlines()) > 1 and (log.parent / "last.pt").exists()):
         assert broken.poll() is None
