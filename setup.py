@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -97,24 +98,26 @@ class BuildOp(build_ext):
         self.flags = ["-std=c++20", "-g0", *os.environ.get("PEGASUS_FLAGS", "").split()]
         # pybind11's own headers before those that come with torch, which refuse to be used beside the stable ABI
         self.includes = [pybind11.get_include(), *include_paths()]
-        objects = [self.compile(source, level, [*KERNEL, f"-DPEGASUS_LEVEL={level}", *flags])[0]
-                   for level, flags in LEVELS.items() for source in ("cpu.cpp", "step.cpp", "tiles.cpp")]
-        macros = [TARGET, *(["-DPEGASUS_X86"] if X86 else [])]
+        objects, macros = [], [TARGET, *(["-DPEGASUS_X86"] if X86 else [])]
         libraries, library_directories = ["torch", "torch_cpu", "c10"], library_paths()
         if names := self.cuda_objects(objects, compiler):
             macros += ["-DPEGASUS_CUDA", "-DUSE_CUDA", f'-DPEGASUS_CUDA_ARCHITECTURES="{" ".join(names)}"']
             libraries += ["torch_cuda", "cudart"]
             library_directories += cuda_library_directories(compiler)
-        for source in ("module.cpp", "step_ops.cpp", "winograd.cpp"):
-            objects += self.compile(source, "module", ["-O2", "-fvisibility=hidden", *macros])
+        jobs = [(source, "module", ["-O2", "-fvisibility=hidden", *macros])
+                for source in ("module.cpp", "step_ops.cpp", "winograd.cpp")]
+        jobs += [(source, level, [*KERNEL, f"-DPEGASUS_LEVEL={level}", *flags])
+                 for level, flags in LEVELS.items() for source in ("cpu.cpp", "step.cpp", "tiles.cpp")]
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:  # a gigabyte each
+            objects += pool.map(lambda job: self.compile(*job), jobs)
         target.parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object(objects, str(target), libraries=libraries, library_dirs=library_directories,
                                          extra_postargs=self.flags[1:], target_lang="c++")
         made_with.write_text(now)
 
-    def compile(self, source: str, folder: str, flags: list[str]) -> list[str]:
+    def compile(self, source: str, folder: str, flags: list[str]) -> str:
         return self.compiler.compile([f"csrc/{source}"], output_dir=str(Path(self.build_temp) / folder),
-                                     include_dirs=self.includes, extra_postargs=[*self.flags, *flags])
+                                     include_dirs=self.includes, extra_postargs=[*self.flags, *flags])[0]
 
     def cuda_objects(self, objects: list[str], compiler: str | None) -> list[str]:
         """Add the CUDA kernels to the objects; the architectures they are for, none where that can't be done."""
