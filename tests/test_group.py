@@ -81,7 +81,7 @@ def test_leaving_ends_the_threads_of_the_group():
     env = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True).stdout
     before, after = (line for line in said.splitlines() if "python" in line)
-    assert "gloo" in before and "gloo" not in after
+    assert len(after.split()) < len(before.split()) and "gloo" not in after  # torch 2.10 gives them no name
 
 
 def test_what_fails_in_the_first_process_fails_alike_in_the_others():
