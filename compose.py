@@ -118,7 +118,7 @@ def prepare(model: vae.VAE, learned: prior.Learned, asked: judge.Judge | None, c
     `any` (2 horses, latent), then (horses, latent) of each of `density.COATS`, and `birds` (birds, latent): of `draws`
     of each, twice as many of any coat, those that the judge finds the best Pegasi once they have wings.
     """
-    flying = tuple(name for name in judge.LIKE.get(classes[1], classes[1:2]) if name != classes[0])
+    flying = judge.alike(classes[1], classes)
     liked = ((classes[:1], 1), (classes[:1] + flying, 1), (flying, 0.25))  # a horse above all
     options.show("parts for Pegasi: wings")
     wings = encode(model, learned, donors(drawn(model, learned, 1, draws), asked, flying, birds))

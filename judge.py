@@ -84,13 +84,17 @@ def classify(judge: Judge, images: Tensor, batch_size: int = 100) -> tuple[Tenso
     return tuple(torch.cat(part) for part in zip(*rows, strict=True))
 
 
+def alike(name: str, classes: tuple[str, ...]) -> tuple[str, ...]:
+    """What a picture of one of a run's first two classes may be taken for, the other of them left out."""
+    return tuple(like for like in LIKE.get(name, (name,)) if like == name or like not in classes[:2])
+
+
 def pegasus_score(probabilities: Tensor, classes: tuple[str, ...]) -> Tensor:
     """sqrt(p_horse (p_bird + p_airplane)), or what it is for a run's first two classes: (n, 10) to (n,), 0.5 at most.
 
     A mere blur scores too, so read it beside the Frechet distance.
     """
-    sides = [[cifar10.CLASSES.index(like) for like in LIKE.get(name, (name,))
-              if like == name or like not in classes[:2]] for name in classes[:2]]
+    sides = [[cifar10.CLASSES.index(like) for like in alike(name, classes)] for name in classes[:2]]
     first, second = (probabilities[:, side].sum(1) for side in sides)
     return (first * second).sqrt()
 

@@ -5,7 +5,6 @@ import dataclasses
 import math
 import os
 import sys
-import tempfile
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -131,12 +130,11 @@ def writing(path: Path, advice: str) -> Iterator[None]:
         raise Fault(f"{path}: can't be written ({error.strerror or error}); {advice}") from None
 
 
-def writable(path: Path) -> Path:
-    """The file behind a name, through links. Raises OSError where none can be written or there is something else."""
+def behind(path: Path) -> Path:
+    """The file behind a name, through links, which need not be there. Raises OSError where there is something else."""
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
         raise OSError("it is no file")
-    tempfile.TemporaryFile(dir=path.parent).close()
     return path
 
 
@@ -144,7 +142,7 @@ def writable(path: Path) -> Path:
 def replacing(path: Path, advice: str = "choose another place") -> Iterator[Path]:
     """A name to write to that becomes `path` at the end; until then `path` stays as it was. Raises Fault."""
     with writing(path, advice):
-        path = writable(path)
+        path = behind(path)
         beside = Path(f"{path}.part")
         try:
             yield beside

@@ -1,5 +1,6 @@
 """Sheets of images and curves of numbers, drawn with Pillow."""
 import math
+import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ def check(path: Path) -> None:
     if path.suffix.lower() not in ("", ".png"):
         raise Fault(f"{path}: pictures are written as PNG; end the name in .png")
     with options.writing(path, "choose another place"):
-        options.writable(path)
+        tempfile.TemporaryFile(dir=options.behind(path).parent).close()
 
 
 def save(image: Image.Image, path: Path, text: dict[str, object]) -> None:

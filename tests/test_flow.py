@@ -1,6 +1,7 @@
 import math
 
 import density
+import evaluate
 import flow
 import sample
 import train
@@ -97,3 +98,10 @@ def test_a_run_with_a_flow(batches, tmp_path, complaint):
     assert len(found.model.flow.layers) == 2
     assert sample.draw(found).shape == (64, 3, 32, 32)
     assert "--flow: got 1" in complaint(train.main, *argv, "--resume", "--flow", 1)
+    x = torch.rand(4, 3, 32, 32)
+    weights = evaluate.samples(found.model, x, 200, seed=0)[2]
+    with torch.no_grad():
+        terms = [found.model(x, torch.tensor(seed)) for seed in range(200)]
+    rate, sse = (torch.stack(part).double().mean(0) for part in zip(*terms, strict=True))
+    like = vae.gaussian(sse, found.model.variance.double()) + vae.PIXELS * math.log(255)  # bins of 1/255
+    torch.testing.assert_close(weights.mean(0), -rate - like, rtol=0.01, atol=0)

@@ -129,7 +129,9 @@ def test_modes_and_that_picture_i_depends_on_seed_and_i_alone(run, mode):
     options = {"mode": mode, "steps": 3, "columns": 4}
     z = sample.latents(found, sample.Options(n=70, seed=3, **options))
     assert z.shape == (70, 128) and z.isfinite().all()
-    torch.testing.assert_close(z[:8], sample.latents(found, sample.Options(n=8, seed=3, **options)), rtol=0, atol=0.05)
+    again = sample.latents(found, sample.Options(n=8, seed=3, **options))
+    exact = torch.backends.mkl.is_available()  # other libraries' products may depend on their size
+    assert z[:8].equal(again) if exact else z[:8].allclose(again, rtol=0, atol=0.05)
     assert not z.equal(sample.latents(found, sample.Options(n=70, seed=4, **options)))
 
 

@@ -95,6 +95,11 @@ def test_latents_that_make_no_sense(latent):
         vae.VAE("conv", "gaussian", latent)
 
 
+def test_a_grid_needs_the_convolutional_network():
+    with pytest.raises(Fault, match="--arch conv"):
+        vae.VAE("mlp", "mse", "8x8x8")
+
+
 @pytest.mark.parametrize("arch", ["mlp", "conv"])
 def test_a_copy_with_bfloat16_weights_encodes_with_them(arch, x):
     """Though the encoder is kept split in two beside itself."""
