@@ -1,8 +1,8 @@
 # make train EPOCHS=300, make test: they set up all they need. PYTHON=python3 uses an environment of your own.
-EPOCHS ?= 300
+EPOCHS ?=
 DATA ?= auto
 RUN ?= runs/pegasus
-SEED ?= 0
+SEED ?=
 ARGS ?=
 OUT ?= pegasus.png
 
@@ -14,7 +14,8 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-TRAIN = $(PYTHON) train.py --resume --data "$(DATA)" --epochs $(EPOCHS) --seed $(SEED)
+# where EPOCHS and SEED are not given, a run that is there keeps its own
+TRAIN = $(PYTHON) train.py --resume --data "$(DATA)" $(EPOCHS:%=--epochs %) $(SEED:%=--seed %)
 
 FUZZ ?= 100000
 KILLS ?= 30
@@ -24,7 +25,7 @@ FLIPS ?= 200
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
-	@echo "variables: EPOCHS=$(EPOCHS) DATA=$(DATA) RUN=$(RUN) SEED=$(SEED) OUT=$(OUT) ARGS= PYTHON="
+	@echo "variables: EPOCHS=$(or $(EPOCHS),300) DATA=$(DATA) RUN=$(RUN) SEED=$(or $(SEED),0) OUT=$(OUT) ARGS= PYTHON="
 
 $(VENV)/.ready: requirements.txt requirements-dev.txt
 	@echo "torch and other packages are installed into $(VENV): a minute or more"

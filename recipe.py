@@ -63,8 +63,14 @@ def device(chosen: Options) -> str:
 
 
 def computes_bfloat16(place: str) -> bool:
-    """Whether `cpu` or `cuda` multiplies matrices of bfloat16 faster than others."""
-    return torch.cuda.is_bf16_supported(False) if place == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """Whether `cpu` or `cuda` multiplies matrices of bfloat16 faster than others.
+
+    Of x86-64 processors those do that have AVX512_BF16: others that oneDNN counts emulate it, or have no gradients.
+    """
+    if place == "cuda":
+        return torch.cuda.is_bf16_supported(False)
+    known = torch.cpu._is_avx512_bf16_supported() or not torch.cpu._is_avx2_supported()
+    return known and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def resolve(chosen: Options) -> Options:
@@ -98,10 +104,10 @@ def split(chosen: Options) -> int:
 
 
 def settle(chosen: Options, given: set[str], state: dict | None) -> Options:
-    """The options of this start: on resume the run's own, except those that may change. Raises Fault for others."""
+    """The options of this start: on resume the run's own, but for those in FREE. Raises Fault where others change."""
     if state is None:
         return resolve(chosen)
-    stored = asdict(options.stored(Options, state["config"] | {"device": "auto"}))  # where it ran is of no matter
+    stored = asdict(options.stored(Options, state["config"] | {"device": "auto"}))  # it may move
     for name in sorted(given - FREE - {"data"}):
         got = getattr(chosen, name)
         if got != stored[name] and (name, got) != ("precision", "auto"):
@@ -110,12 +116,12 @@ def settle(chosen: Options, given: set[str], state: dict | None) -> Options:
                         "another --run, or --overwrite")
     free = {name: getattr(chosen, name) for name in FREE & (given | {"run", "resume", "overwrite", "device"})}
     epochs, done = free.get("epochs", stored["epochs"]), state["epochs_done"]
-    if epochs < done:
-        raise Fault(f"--epochs: got {epochs}, but {chosen.run} has done {done}; ask for {done} or more, --overwrite, "
-                    "or another --run")
+    if epochs < (least := done + (state["step"] > 0)):
+        raise Fault(f"--epochs: got {epochs}, but {chosen.run} has begun epoch {least}; ask for {least} or more, "
+                    "--overwrite, or another --run")
     under_way = state["phase"] != "prior" and done < (stored["autoencoder_epochs"] or 0)
     asked = "autoencoder_epochs" in given or stored["autoencoder_epochs"] != share(stored["epochs"])
-    if under_way and not asked:  # decided anew
+    if under_way and not asked:  # the default follows the new --epochs
         stored["autoencoder_epochs"] = max(share(epochs), done + (state["step"] > 0))
     return resolve(replace(Options(**stored), **free, **({"data": chosen.data} if chosen.data != "auto" else {})))
 

@@ -8,7 +8,6 @@ import options
 import bench
 import checkpoint
 import evaluate
-import judge
 import recipe
 import reparam
 import sample
@@ -58,6 +57,26 @@ def test_mlps_defaults_are_the_papers_recipe():
     assert (chosen.schedule, chosen.lr, chosen.batch_size, chosen.epochs) == ("constant", 1e-3, 128, 300)
 
 
+@pytest.mark.parametrize(("avx2", "avx512_bf16", "counted", "taken"), [
+    (True, True, True, True), (False, False, True, True),  # Zen 4 or Sapphire Rapids; ARM
+    (True, False, True, False), (True, False, False, False)])  # Skylake to Ice Lake, Arrow Lake; Zen 3
+def test_bfloat16_is_the_default_where_the_processor_computes_with_it(monkeypatch, avx2, avx512_bf16, counted, taken):
+    monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: avx2)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: counted)
+    chosen = recipe.resolve(recipe.Options(device="cpu"))
+    assert chosen.precision == ("bfloat16" if taken else "float32")
+
+
+def test_make_leaves_epochs_and_seed_to_the_run_where_they_are_not_given():
+    def said(*words: str) -> str:
+        command = ["make", "-n", "train", "PYTHON=python", *words]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True,
+                              env={"PATH": os.environ["PATH"]}).stdout
+    assert "--epochs" not in said() and "--seed" not in said()
+    assert "--epochs 5 --seed 3 " in said("EPOCHS=5", "SEED=3")
+
+
 def test_what_is_given_stands_beside_defaults():
     chosen = recipe.resolve(recipe.Options(arch="mlp", lr=0.5, flip=True))
     assert (chosen.lr, chosen.flip, chosen.schedule) == (0.5, True, "constant")
@@ -73,7 +92,7 @@ def test_a_python_without_torch_is_told_which_one_to_use(script):
 
 
 def test_help_lists_the_options(capsys):
-    for script in (train, sample, evaluate, study, judge, checkpoint):
+    for script in (train, sample, evaluate, study, checkpoint):
         with pytest.raises(SystemExit) as left:
             script.main(["--help"])
         assert left.value.code == 0

@@ -185,6 +185,8 @@ def test_how_epochs_are_split(run, tmp_path, complaint):
     assert parts({"epochs": 100}, early) == (20, 100)
     assert parts({"epochs": 100, "autoencoder_epochs": 60}, early) == (60, 100)
     assert parts({"epochs": 100}, early | {"epochs_done": 50, "step": 1}) == (51, 100)  # not back to before
+    with pytest.raises(train.Fault, match="--epochs: got 50, but .* has begun epoch 51"):
+        parts({"epochs": 50}, early | {"epochs_done": 50, "step": 1})
     asked = early | {"config": early["config"] | {"autoencoder_epochs": 100}}
     assert parts({"epochs": 400}, asked) == (100, 400)
     assert "--autoencoder-epochs: only a run with" in complaint(
