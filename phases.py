@@ -1,8 +1,8 @@
-"""The two parts of a run, and what a step of each minimises: the autoencoder's ELBO, then its learned prior's.
+"""The two phases of a run, and what a step of each minimises: the autoencoder's -ELBO, then the prior's flow matching.
 
-Each phase has `optimizer`, `schedule` and `lr`, `longest` (to which gradients are clipped), `first` and `epochs` (its
-part of the run's), `backward` (gradients of some rows of a batch and their sums), `purposes` (of its seeds),
-`numbers` (for the terminal) and `end_epoch` (the log's columns).
+Each phase has `optimizer`, `schedule` and `lr`, `max_norm` (to which gradients are clipped), `first` and `epochs` (its
+part of the run's), `backward` (gradients of some rows of a batch, and sums of their losses), `purposes` (of its
+seeds), `metrics` (for the terminal) and `end_epoch` (tests, and gives the log's columns).
 """
 import contextlib
 import ctypes
@@ -48,7 +48,7 @@ def autocast(chosen: Options) -> torch.autocast:
 
 
 def to_device(numbers: list, device: str) -> Tensor:
-    """A tensor on a device, for which a GPU need not finish first what it is at."""
+    """A tensor on a device, copied without waiting for what a GPU still has to do."""
     return torch.tensor(numbers, pin_memory=device == "cuda").to(device, non_blocking=True)
 
 
@@ -64,7 +64,7 @@ def pace(phase: "Autoencoder | Prior", done: int, steps: int) -> Tensor:
 
 
 def forward_batch(chosen: Options, pictures: int) -> int:
-    """How many pictures go through a network together where nothing is learned: more on a GPU, as fast for many."""
+    """How many pictures to take at once without gradients: `pictures`; on a GPU 1000, which take hardly longer."""
     return 1000 if chosen.device == "cuda" else pictures
 
 
@@ -76,7 +76,7 @@ def trim() -> None:
 
 class Autoencoder:
     """The first phase: encoder and decoder, from photographs."""
-    name, flag, longest, purposes = "autoencoder", "--lr", None, (NOISE,)
+    name, flag, max_norm, purposes = "autoencoder", "--lr", None, (NOISE,)
 
     def __init__(self, chosen: Options, data: source.Pictures, model: vae.VAE, workers: Group):
         self.options, self.model, self.workers = chosen, model, workers
@@ -87,10 +87,10 @@ class Autoencoder:
 
     def backward(self, rows: Tensor, mirrored: Tensor | None, batch: int, first: int, seeds: Tensor,
                  progress: Tensor) -> Tensor:
-        """Gradients from this process's rows of the photographs, rows `first` on of a batch of so many.
+        """Gradients from this process's rows of a batch of `batch` photographs, its rows from `first` on.
 
-        progress: of the phase, 0 to 1. Returns their sums of distortion, rate and squared error. The squared error of
-        all processes sets the variance, else they would train another objective.
+        progress: of the phase, 0 to 1. Returns the rows' sums of distortion, rate and squared error. The variance is
+        the mean squared error of all processes' rows: by its own, each would train another objective.
         """
         x = gather(self.images, rows, mirrored)
         with autocast(self.options):
@@ -102,17 +102,17 @@ class Autoencoder:
         ((distortion + self.options.beta * terms.rate).sum() / batch).backward()
         return torch.stack([distortion.detach().sum(), terms.rate.detach().sum(), terms.sse.detach().sum()])
 
-    def numbers(self, means: list[float]) -> dict[str, float]:
+    def metrics(self, means: list[float]) -> dict[str, float]:
         """What the progress line shows, of an epoch's means over its images."""
         distortion, rate, _ = means
         return {"loss": distortion + self.options.beta * rate, "rate": rate, "distortion": distortion}
 
     @torch.no_grad()
     def end_epoch(self, means: list[float]) -> dict[str, float]:
-        """Measure the variance, test with the same noise every time; the log's columns."""
+        """Set the variance to the epoch's mean squared error, and test; the log's columns."""
         variance = self.model.variance.fill_(means[2] / vae.PIXELS).double()
         share, totals = self.workers.share(len(self.test_images)), self.test_images.new_zeros(2, dtype=torch.float64)
-        seed = purpose_seeds(Options(device=self.options.device), 0, TEST)
+        seed = purpose_seeds(Options(device=self.options.device), 0, TEST)  # of seed 0: all runs test alike
         size = forward_batch(self.options, 500 if self.options.arch == "mlp" else 128)  # 64 KB a picture and layer
         for first in range(share.start, share.stop, size):
             part = self.test_images[first:min(first + size, share.stop)]
@@ -123,13 +123,13 @@ class Autoencoder:
         distortion = self.model.distortion(sse, variance)
         tested = {"test_loss": distortion + self.options.beta * rate, "test_rate": rate, "test_distortion": distortion,
                   "test_sse": sse, "bits_per_dim": vae.bits_per_dim(sse, rate, variance)}
-        return ({f"train_{name}": value for name, value in self.numbers(means).items()}
+        return ({f"train_{name}": value for name, value in self.metrics(means).items()}
                 | {name: value.item() for name, value in tested.items()})
 
 
 class Prior:
-    """The second phase: a flow in the latent space of the autoencoder, which stays as it is."""
-    name, flag, longest, purposes = "prior", "--prior-lr", 1.0, (START, NOISE, TIME, NAME)
+    """The second phase: flow matching in the latent space of the autoencoder, whose weights are frozen."""
+    name, flag, max_norm, purposes = "prior", "--prior-lr", 1.0, (START, NOISE, TIME, NAME)
 
     def __init__(self, chosen: Options, data: source.Pictures, model: vae.VAE, learned: prior.Learned, workers: Group):
         self.options, self.model, self.learned, self.workers = chosen, model, learned, workers
@@ -141,13 +141,13 @@ class Prior:
         self.test_mu, self.test_logvar = self.posteriors(data.test_images)
         self.test_names = data.test_labels.to(chosen.device)
         if not learned.mean.any():  # else as it was when the phase began
-            learned.normalise(self.mu, self.logvar)
+            learned.measure(self.mu, self.logvar)
 
     @torch.no_grad()
     def posteriors(self, images: Tensor, flip: bool = False) -> tuple[Tensor, Tensor]:
-        """Mean and logvar (n, latent) of images of bytes; with `flip` (2n, latent), those of mirror images behind.
+        """Mean and logvar (n, latent) of images of bytes; with `flip` (2n, latent), mirror images in the second half.
 
-        Half precision, and in place at once, or 60,000 of them would take a gigabyte.
+        float16, and written in place: 60,000 images would take a gigabyte otherwise.
         """
         both = torch.empty(2, 1 + flip, len(images), self.model.latent, dtype=torch.half, device=self.options.device)
         size = forward_batch(self.options, 100)
@@ -175,13 +175,13 @@ class Prior:
         """As `Autoencoder.backward`; returns the sum of squared errors."""
         here = rows if len(rows) else rows.new_zeros(1)
         at = here if mirrored is None or not len(rows) else here + mirrored * (len(self.mu) // 2)
-        names = prior.hide(self.names[here], self.learned.none, seeds[3], first)
+        names = prior.drop_labels(self.names[here], self.learned.none, seeds[3], first)
         loss = self.loss(self.optimizer.trained, self.mu[at], self.logvar[at], names, seeds[:3], first)
         loss = loss[:len(rows)].sum()
         (loss / batch).backward()
         return torch.stack([loss.detach(), *loss.new_zeros(SUMS - 1)])
 
-    def numbers(self, means: list[float]) -> dict[str, float]:
+    def metrics(self, means: list[float]) -> dict[str, float]:
         return {"prior loss": means[0]}
 
     @torch.no_grad()

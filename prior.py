@@ -3,8 +3,8 @@
 A trained autoencoder stays as it is. Its latents z_1, normalised per channel, and noise z_0 ~ N(0, I) are joined by
 straight lines z_t = (1 - t) z_0 + t z_1, and a network v(z_t, t, class) learns their direction z_1 - z_0 by mean
 squares (flow matching: Lipman et al. 2023, Liu et al. 2023). Following v from noise at t = 0 to t = 1 draws a latent.
-Now and then the class is hidden in training, so that classes can be weighed against "any" (Ho and Salimans 2022) and
-against each other (Liu et al. 2022): v_none + sum over classes k of w_k (v_k - v_none).
+Now and then the class is hidden in training, so that classes can be weighed against "any" (classifier-free guidance:
+Ho and Salimans 2022) and against each other (Liu et al. 2022): v_none + sum over classes k of w_k (v_k - v_none).
 """
 import copy
 import math
@@ -26,7 +26,7 @@ CHUNK = 64  # latents that are drawn at a time
 
 
 class Block(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))) scaled and shifted)), (B, channels, h, w): the condition sets both."""
+    """x + conv(silu(scale * norm(conv(silu(norm(x)))) + shift)), (B, channels, h, w); the condition gives both."""
 
     def __init__(self, channels: int, condition: int):
         super().__init__()
@@ -111,8 +111,8 @@ class Learned(nn.Module):
         self.register_buffer("std", torch.ones(math.prod(shape)))
 
     @torch.no_grad()
-    def normalise(self, mu: Tensor, logvar: Tensor) -> None:
-        """Take mean and standard deviation of each channel from posteriors (n, latent)."""
+    def measure(self, mu: Tensor, logvar: Tensor) -> None:
+        """Set mean and standard deviation of each channel to those of samples of posteriors (n, latent)."""
         cells, sums = math.prod(self.velocity.shape[1:]), mu.new_zeros(2, mu.shape[1], dtype=torch.float64)
         for m, v in zip(mu.split(1000), logvar.split(1000), strict=True):
             sums += torch.stack([m.double().sum(0), (m.float().square() + v.float().exp()).double().sum(0)])
@@ -137,25 +137,25 @@ class Learned(nn.Module):
         return z * self.std + self.mean
 
     @torch.no_grad()
-    def follow(self, steps: Tensor, decay: float = 0.995) -> None:
-        """After so many steps take the averaged weights, which draw better pictures, nearer to the trained ones."""
+    def update_average(self, steps: Tensor, decay: float = 0.995) -> None:
+        """After so many steps move the weights' exponential moving average, which draws better pictures."""
         nearer = 1 - (steps / (9 + steps)).clamp(max=decay)  # at first faster
         for average, weight in zip(self.average.parameters(), self.velocity.parameters(), strict=True):
             average.lerp_(weight, nearer)
 
 
-def hide(names: Tensor, none: int, seed: Tensor, first: int) -> Tensor:
-    """Of each row's two names (B, 2) one, or for 15 % `none`; int64 (B,). Row i depends on (seed, first + i) alone."""
+def drop_labels(names: Tensor, none: int, seed: Tensor, first: int) -> Tensor:
+    """One of a row's two class numbers (B, 2), or for 15 % `none`; int64 (B,). Row i depends on (seed, first + i)."""
     chance = reparam.words(len(names), 1, seed, first)[:, 0, 0] / 2**32
     return torch.where(chance < 0.15, none, torch.where(chance < 0.575, names[:, 0], names[:, 1]))
 
 
 def step_seconds(velocity: Velocity, batch_size: int, precision: torch.autocast, captured: bool) -> float:
-    """What a training step takes, the median of five after one, or after it is captured."""
+    """Seconds of a training step, the median of five after a warm-up or, `captured`, after a CUDA graph's capture."""
     z, times = velocity.enter.weight.new_zeros(batch_size, math.prod(velocity.shape)), []
 
     def step(z: Tensor) -> Tensor:
-        with precision:  # here, since it keeps weights until it ends, and a capture takes none from outside
+        with precision:  # inside: autocast keeps cast weights until it ends, and a capture may use none from before
             v = velocity(z, z[:, 0], z[:, 0].long())
         v.sum().backward()
         return velocity.enter.bias.grad.sum()
@@ -173,13 +173,13 @@ Field = Callable[[Tensor, float], Tensor]  # velocities (B, latent) of latents (
 
 
 def integrate(field: Field, z: Tensor, times: Sequence[float]) -> Tensor:
-    """Follow dz/dt = field(z, t) through the times, to second order, with one look at the field a step but the first.
+    """Follow dz/dt = field(z, t) through the times, to second order; one evaluation a step, two in the first.
 
     Adams and Bashforth's two-step method for steps of any length, after a first step of Heun's.
     """
     v_before, step_before = None, 0.0
     for t, after in zip(times, times[1:], strict=False):
-        if after == t:
+        if after == t:  # nothing is left to follow
             continue
         step, v = after - t, field(z, t)
         if v_before is None:
@@ -191,9 +191,9 @@ def integrate(field: Field, z: Tensor, times: Sequence[float]) -> Tensor:
 
 
 def composed(velocity: nn.Module, none: int, weights: dict[int, float | Tensor]) -> Field:
-    """v_none + sum_k w_k (v_k - v_none); a class alone at weight 1, and no class at all, need one look each.
+    """v_none + sum_k w_k (v_k - v_none); a class alone at weight 1, and no class at all, need one evaluation each.
 
-    weights: of class numbers; a number, or (B, 1) where pictures differ, or (latent,) where places of the grid do.
+    weights: of class numbers; a number, or (B, 1) where pictures differ, or (B, latent) where places of the grid do.
     """
     alone = len(weights) < 2 and all(isinstance(w, float) and w == 1 for w in weights.values())
     names = list(weights) if weights and alone else [none, *weights]

@@ -29,14 +29,14 @@ import source
 import vae
 from options import Fault
 from group import Group
-from log import COLUMNS
 from recipe import Options
 
 import torch
 from torch import Tensor
 
 PATIENCE = 10  # steps skipped in a row before a run stops
-STOP = [signal.SIGINT, signal.SIGTERM, *[signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) == signal.SIG_DFL)]  # nohup
+NOHUP = signal.getsignal(signal.SIGHUP) != signal.SIG_DFL
+STOP = [signal.SIGINT, signal.SIGTERM] + ([] if NOHUP else [signal.SIGHUP])
 
 
 class Training:
@@ -51,26 +51,26 @@ class Training:
         self.learned = prior.Learned(self.model.shape, len(data.classes)).to(chosen.device) if learned else None
         self.epoch, self.step, self.history = 0, 0, []  # step: of the epoch that is under way
         self.totals = torch.zeros(phases.SUMS, dtype=torch.float64, device=chosen.device)  # of that epoch so far
-        self.ahead = False  # of what is saved: a run that is killed again and again takes a step before each save
-        self.asked, self.stop = 0, 0  # the signal that asks this process to leave; once all of them know, to all
+        self.ahead = False  # whether a step was taken since the last save: a run killed again and again gets on
+        self.asked, self.stop = 0, 0  # the signal that this process got; the one at which all have agreed to stop
         self.skipped = torch.zeros(3, dtype=torch.int64, device=chosen.device)  # steps, their images; steps in a row
         self.begun, self.saved, self.cost = time.monotonic(), time.monotonic(), 0.0  # cost: seconds that saving took
-        self.refit, self.fitted, self.fitted_at = 0.0, {}, None  # densities: when due, as last fitted, and where
+        self.refit, self.fitted, self.fitted_at = 0.0, {}, None  # densities: time of the next fit; the last; its place
         self.steps = math.ceil(self.images / chosen.batch_size)  # an epoch
-        self.judge = state and state["judge"]  # its state: trained at the end, and only carried along
-        self.bank = None  # what Pegasi are composed of: of one prior, and so not carried along when it learns more
+        self.judge = state and state["judge"]  # its state; None until it is trained, when the run ends
+        self.bank = None  # parts of Pegasi, drawn by the finished prior, and drawn anew once it has learned more
         if state:
             self.restore(state)
         else:
             self.enter()
 
     def enter(self, begun: bool = False) -> None:
-        """Begin the phase that the epoch is of; begun: the prior's is under way."""
-        chosen, self.replay = self.options, None  # a GPU keeps memory for the step of the phase before
+        """Begin the phase of `self.epoch`; begun: the prior's had begun when the run was saved."""
+        chosen, self.replay = self.options, None  # the graph of the last phase's step holds a GPU's memory
         if self.learned and (begun or recipe.split(chosen) <= self.epoch < chosen.epochs):
             self.densities(now=True)
             self.phase = phases.Prior(chosen, self.data, self.model, self.learned, self.workers)
-            self.data = self.shown  # of the other photographs nothing is asked any more
+            self.data = self.shown  # frees the other photographs: the prior trains on their posteriors
         else:
             self.phase = phases.Autoencoder(chosen, self.data, self.model, self.workers)
         self.optimizer = self.phase.optimizer
@@ -82,9 +82,9 @@ class Training:
         """Go on from there; what does not fit raises one of the errors that `checkpoint.fitting` knows."""
         self.model.load_state_dict(state["model"])
         self.epoch, self.step, self.history = state["epochs_done"], state["step"], state["history"]
-        known = all(set(row) <= set(COLUMNS) for row in self.history)
+        known = all(set(row) <= set(log.COLUMNS) for row in self.history)
         if not known or len(self.history) != self.epoch or self.step not in range(self.steps):
-            raise ValueError(f"{self.epoch} epochs and {self.step} steps, of which the history knows others")
+            raise ValueError(f"{self.epoch} epochs and {self.step} steps do not fit a history of {len(self.history)}")
         if self.learned:
             self.learned.load(state["prior"], state["velocity"])
         self.bank = state["bank"] if self.epoch == self.options.epochs else None
@@ -93,7 +93,8 @@ class Training:
             self.optimizer.load_state_dict(state["optimizer"])
         self.totals.copy_(state["totals"])
         self.skipped.copy_(state["skipped"])
-        sample.trained(state, self.model, self.learned)  # what the next save draws from
+        self.skipped[2] %= PATIENCE  # or, saved just before it gave up, a run would never take a step again
+        sample.trained(state, self.model, self.learned)  # for its checks: the next save draws from the same
 
     def state(self) -> dict:
         """All that a resume and `sample.py` need, as plain types."""
@@ -107,7 +108,7 @@ class Training:
                 "densities": self.densities(), "judge": self.judge, "bank": self.bank}
 
     def densities(self, now: bool = False) -> dict[str, list[Tensor]]:
-        """The classes' latents: at the end, or now, of the model as it is, else anew at a cost of 0.5 % of the time."""
+        """Gaussians of the classes' latents: fitted anew if `now`, stopping or done, else for 0.5 % of the time."""
         begun, place = time.monotonic(), min((self.epoch, self.step), (recipe.split(self.options), 0))
         if place != self.fitted_at and (now or self.stop or self.epoch == self.options.epochs or begun >= self.refit):
             with phases.autocast(self.options):
@@ -131,10 +132,10 @@ class Training:
         if (self.step % PATIENCE == 0 or self.step == self.steps) and (in_a_row := int(self.skipped[2])) >= PATIENCE:
             epoch, step = (i + 1 for i in divmod(self.epoch * self.steps + self.step - in_a_row, self.steps))
             raise Fault(f"{self.folder}: gradient or loss not finite in {PATIENCE} steps in a row, from epoch {epoch}, "
-                        f"step {step} on; what was saved last is still there; take a lower {phase.flag}")
+                        f"step {step} on; what was saved last is still there; begin again with a lower {phase.flag}")
 
     def compute(self, rows: Tensor, mirrored: Tensor | None, seeds: Tensor, scalars: Tensor) -> Tensor:
-        """What the device does in a step; scalars: as `phases.pace`. Returns the sums and who asked to stop."""
+        """The device's part of a step; scalars: as `phases.pace`. Returns sums and how many processes want to stop."""
         phase, share = self.phase, self.workers.share(len(rows))
         self.optimizer.lr, progress = scalars
         self.optimizer.zero_grad()
@@ -144,27 +145,27 @@ class Training:
         self.workers.total_gradients([trained for _, trained in self.optimizer.pairs])
         self.update(sums[:-1], len(rows))
         if phase.name == "prior":
-            self.learned.follow(self.optimizer.steps)
+            self.learned.update_average(self.optimizer.steps)
         return sums
 
     def update(self, sums: Tensor, images: int) -> None:
         """Adam's step and the epoch's totals: neither where the gradient's norm or the loss is not finite.
 
         Decided on the device, so that nothing waits for it, and from what all processes share, so that all do the
-        same. After PATIENCE such steps in a row none is taken: it does not matter when `train_step` looks.
+        same. After PATIENCE such steps in a row none is taken any more, so that `train_step` may look late.
         """
         norm = self.optimizer.norm()
         bad = ~(norm + sums.sum()).isfinite() | (self.skipped[2] >= PATIENCE)
         self.optimizer.found_inf = bad.float()  # fused Adam then leaves weights, moments and its count of steps alone
-        if self.phase.longest:  # fused Adam divides gradients by its grad_scale
-            self.optimizer.grad_scale = (norm / self.phase.longest).clamp(min=1.0)
+        if self.phase.max_norm:  # fused Adam divides gradients by its grad_scale
+            self.optimizer.grad_scale = (norm / self.phase.max_norm).clamp(min=1.0)
         self.optimizer.step()
         self.totals += torch.where(bad, 0, sums)
         self.skipped[:2] += torch.stack([bad, bad * images])
         self.skipped[2].add_(1).mul_(bad)
 
     def means(self, images: int) -> list[float]:
-        """The sums of the epoch's first so many images for each of them, those of skipped steps left out."""
+        """Means over the epoch's first `images` images, without those of skipped steps."""
         return (self.totals / (images - self.skipped[1])).tolist()
 
     def train_epoch(self, progress: log.Progress) -> None:
@@ -178,7 +179,7 @@ class Training:
             part = slice(self.step * chosen.batch_size, (self.step + 1) * chosen.batch_size)
             self.train_step(order[part], None if mirrored is None else mirrored[part])
             done = min(part.stop, n)
-            progress.show(self.epoch + 1, done, lambda done=done: self.phase.numbers(self.means(done)))
+            progress.show(self.epoch + 1, done, lambda done=done: self.phase.metrics(self.means(done)))
 
     def end_epoch(self, progress: log.Progress) -> None:
         """Test, add a row to the history and to log.csv, begin the next epoch."""
@@ -191,12 +192,12 @@ class Training:
                "data": self.data.name}
         self.history.append(row)
         if self.workers.leads:
-            log.write(self.folder / "log.csv", COLUMNS, [row], "a")
+            log.write(self.folder / "log.csv", log.COLUMNS, [row], "a")
         self.epoch, self.step = self.epoch + 1, 0
         self.totals.zero_()
         self.skipped[:2] = 0
         extra = {"bits/dim": values["bits_per_dim"]} if "bits_per_dim" in values else {}
-        progress.end_epoch(self.epoch, self.phase.numbers(means) | {"test loss": values["test_loss"]} | extra)
+        progress.end_epoch(self.epoch, self.phase.metrics(means) | {"test loss": values["test_loss"]} | extra)
 
     def pause(self) -> float:
         """Seconds between checkpoints: as asked, else 1 to 10 minutes, such that saving takes 0.5 % of a long run."""
@@ -238,16 +239,15 @@ class Training:
                 self.enter()
         self.save()
         if self.workers.leads:
-            epoch = min(self.epoch + 1, self.options.epochs)
-            left = f"stopped in epoch {epoch}; --resume goes on" if self.stop else f"{self.epoch} epochs done"
-            print(f"{left}: {self.folder}/last.pt and pictures")
+            print(f"{self.epoch} epochs done{', then stopped; --resume goes on' if self.stop else ''}: "
+                  f"{self.folder}/last.pt and pictures")
         return 128 + self.stop if self.stop else 0
 
     def add(self) -> None:
         """Put judge and parts for Pegasi into the checkpoint of a finished run, which draws without them already."""
         for signum in STOP:
             signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
-        self.phase, self.replay, self.data = type(self.phase), None, self.shown  # the judge needs much memory
+        self.phase, self.replay, self.data = type(self.phase), None, self.shown  # its name is enough; frees memory
         self.optimizer.zero_grad()
         phases.trim()
         if self.options.judge and not self.judge:
@@ -259,13 +259,13 @@ class Training:
             self.save()
 
     def ask_to_stop(self, signum: int, _frame: object) -> None:
-        self.asked = signum
-        signal.signal(signum, signal.SIG_IGN if signum == signal.SIGHUP else signal.SIG_DFL)  # terminals hang up twice
+        self.asked = signum  # a second SIGINT or SIGTERM ends the process at once; but terminals hang up twice
+        signal.signal(signum, signal.SIG_IGN if signum == signal.SIGHUP else signal.SIG_DFL)
 
 
 def begin(chosen: Options, given: set[str], workers: Group) -> Training:
     """The run that is asked for, begun or about to go on. Raises Fault."""
-    torch.set_flush_denormal(True)  # numbers below 1e-38 take 5 to 40 times as long; threads do as who starts them
+    torch.set_flush_denormal(True)  # denormals take 5 to 40 times as long; threads inherit it from who starts them
     state = workers.first(lambda: folder.open_run(chosen))
     last = Path(chosen.run) / "last.pt" if state else None
     with checkpoint.fitting(last):
@@ -284,7 +284,7 @@ def main(argv: list[str] | None = None) -> int:
     if workers.restarts and folder.ours(Path(chosen.run)):
         chosen = replace(chosen, resume=True, overwrite=False)
     with folder.lock(Path(chosen.run)) if workers.leads else contextlib.nullcontext():
-        try:  # who goes without leaving may abort, and say nothing of why
+        try:  # a process that ends without leaving its group may abort, and hide why
             training = begin(chosen, given, workers)
             if workers.leads:
                 folder.describe(training.options, training.data, training.images, training.history)

@@ -81,7 +81,7 @@ def test_normalised_latents_have_mean_zero_and_variance_one_in_each_channel():
     g = torch.Generator().manual_seed(1)
     scale = torch.tensor([3.0, 0.2]).repeat_interleave(64)
     mu, logvar = (scale * torch.randn(3000, 128, generator=g) + 5).half(), (scale.log() - 1).expand(3000, -1).half()
-    learned.normalise(mu, logvar)
+    learned.measure(mu, logvar)
     z, _ = reparam.reparameterize_kl(mu.float(), logvar.float(), torch.tensor(3))
     channels = learned.normalised(z).view(-1, 2, 64)
     torch.testing.assert_close(channels.mean((0, 2)), torch.zeros(2), atol=0.01, rtol=0)
@@ -92,11 +92,11 @@ def test_normalised_latents_have_mean_zero_and_variance_one_in_each_channel():
 def test_names_hidden():
     """15 % are none, the others in equal parts class and coat; a function of seed and row alone."""
     both = torch.tensor([[0, 2]]).repeat(20_000, 1)
-    names = prior.hide(both, 4, torch.tensor(9), 0)
+    names = prior.drop_labels(both, 4, torch.tensor(9), 0)
     shares = [(names == name).double().mean().item() for name in (4, 0, 2)]
     assert shares == pytest.approx([0.15, 0.425, 0.425], abs=0.01)
-    assert names[100:].equal(prior.hide(both[100:], 4, torch.tensor(9), 100))
-    assert not names.equal(prior.hide(both, 4, torch.tensor(10), 0))
+    assert names[100:].equal(prior.drop_labels(both[100:], 4, torch.tensor(9), 100))
+    assert not names.equal(prior.drop_labels(both, 4, torch.tensor(10), 0))
 
 
 def test_names_of_photographs():
@@ -111,9 +111,9 @@ def test_averaged_weights_follow():
     before = learned.average.enter.weight.clone()
     with torch.no_grad():
         learned.velocity.enter.weight.add_(1)
-    learned.follow(torch.tensor(10**6))
+    learned.update_average(torch.tensor(10**6))
     assert (learned.average.enter.weight - before).allclose(torch.tensor(0.005), atol=1e-6)
-    learned.follow(torch.tensor(1))
+    learned.update_average(torch.tensor(1))
     assert (learned.average.enter.weight - before).mean().item() == pytest.approx(0.9, abs=0.01)
 
 
@@ -139,7 +139,7 @@ def test_a_toy_mixture_its_modes_and_their_product():
     for step in range(1200):
         optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / 1200)
         kind = torch.arange(512) % 2
-        names = prior.hide(kind[:, None].repeat(1, 2), 2, torch.tensor(step), 0)
+        names = prior.drop_labels(kind[:, None].repeat(1, 2), 2, torch.tensor(step), 0)
         seeds = torch.tensor([3 * step, 3 * step + 1, 3 * step + 2])
         loss = phases.Prior.loss(run, net, 3.0 * kind[:, None] - 1.5, logvar, names, seeds, 0).mean()
         optimizer.zero_grad()

@@ -77,6 +77,18 @@ def test_ten_in_a_row_stop_a_run(batches, tmp_path, spoil, fails):  # noqa: F811
     assert (run / "last.pt").read_bytes() == before
 
 
+def test_a_run_saved_just_before_it_gave_up_goes_on(batches, tmp_path, spoil, monkeypatch, fails):  # noqa: F811
+    """Between the tenth bad step and the next look at their number a checkpoint may be written."""
+    argv, backward = [*command(tmp_path / "run", batches, 2), "--batch-size", 10], phases.Autoencoder.backward
+    monkeypatch.setattr(train.Training, "pause", lambda self: 0.0 if self.skipped[2] > 10 else 99.0)
+    spoil(set(range(26, 40)))
+    fails(train.main, argv, "not finite in 10 steps in a row")
+    assert train.checkpoint.load(tmp_path / "run" / "last.pt")["skipped"][2] > 10
+    monkeypatch.setattr(phases.Autoencoder, "backward", backward)
+    assert train.main([str(a) for a in argv]) == 0
+    assert [row["skipped"] for row in rows(tmp_path / "run" / "log.csv")] == ["0", "13"]
+
+
 def test_nine_in_a_row_do_not(batches, tmp_path, spoil):
     spoil(set(range(1, 10)))
     assert train.main([*command(tmp_path / "run", batches, 1), "--batch-size", "10"]) == 0
