@@ -18,7 +18,7 @@ COATS = ("white", "dark")
 
 
 def coated(name: str, coat: str) -> str:
-    """What a class of a coat is called among the fitted ones; of any coat it is the class itself."""
+    """The key of a class with a coat among the Gaussians; with coat "any" it is the class's own name."""
     return name if coat == "any" else f"{coat} {name}"
 
 
@@ -55,13 +55,13 @@ def class_rows(images: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict
     return rows | {coated(classes[0], "white"): white, coated(classes[0], "dark"): dark}
 
 
-def check(densities: dict[str, Gaussian], classes: tuple[str, ...], latent: int, spare: bool) -> None:
+def check(densities: dict[str, Gaussian], classes: tuple[str, ...], latent: int, optional: bool) -> None:
     """Raise ValueError for classes that are none of CIFAR-10's, and for Gaussians that are not theirs.
 
-    spare: nothing is drawn from the Gaussians, and there may be none.
+    optional: nothing is drawn from the Gaussians, and there may be none.
     """
     wanted = {*classes, *(coated(classes[0], coat) for coat in COATS)}
-    if not set(classes) <= set(cifar10.CLASSES) or set(densities) != wanted and not (spare and not densities):
+    if not set(classes) <= set(cifar10.CLASSES) or set(densities) != wanted and not (optional and not densities):
         raise ValueError(f"classes {', '.join(classes)} with densities of {', '.join(densities)}")
     for name, (mean, covariance) in densities.items():
         if mean.shape != (latent,) or covariance.shape != (latent, latent):
@@ -69,7 +69,7 @@ def check(densities: dict[str, Gaussian], classes: tuple[str, ...], latent: int,
 
 
 def names(images: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Tensor:
-    """Each image's class, and of the first class's coats the one it has or again the class: int64 (n, 2).
+    """Two class numbers for each image, int64 (n, 2): its class, and its coat if it has one of COATS, else its class.
 
     The coats of COATS are numbered after the classes.
     """
@@ -85,7 +85,7 @@ def fit_classes(model: vae.VAE, images: Tensor, labels: Tensor, classes: tuple[s
                 batch_size: int = 100) -> dict[str, list[Tensor]]:
     """Mean and covariance, float32, of each class, and of the first class's "white" and "dark" quarters.
 
-    images: bytes (n, 3, 32, 32); labels: (n,), positions in `classes`. One after the other: it takes less memory.
+    images: bytes (n, 3, 32, 32); labels: (n,), positions in `classes`. One class at a time, for memory.
     """
     fitted = {}
     for name, rows in class_rows(images, labels, classes).items():
@@ -122,10 +122,3 @@ def draw(gaussian: Gaussian, eps: Tensor, temperature: float = 1.0) -> Tensor:
     In float64, so that how many rows are multiplied together does not reach the bits that are kept.
     """
     return (gaussian.mean.double() + temperature * (eps.double() @ root(gaussian).T)).float()
-
-
-def log_density(gaussian: Gaussian, z: Tensor) -> Tensor:
-    """log N(z; mean, covariance) up to a constant of d alone, for z (n, d); float64 (n,)."""
-    lower = root(gaussian)
-    white = torch.linalg.solve_triangular(lower, (z.double() - gaussian.mean.double()).T, upper=False)
-    return -white.square().sum(0) / 2 - lower.diagonal().log().sum()

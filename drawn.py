@@ -151,11 +151,11 @@ def _picture(seed, split, index):
 def write(folder: Path, train: int = 10_000, test: int = 2_000, seed: int = 0) -> None:
     """Fill `folder`, whole or not at all, with CIFAR-10's five training batches and its test batch of drawn pictures.
 
-    `train` is 5 or more, `test` 1 or more; raises Fault if the folder holds anything but such batches.
+    `train` is 5 or more, `test` 1 or more; raises Fault if the folder holds anything.
     """
     folder = Path(folder).resolve()
-    if folder.exists() and sorted(path.name for path in folder.iterdir()) != FILES:
-        raise Fault(f"{folder} holds something other than drawn batches; move it or name another folder")
+    if folder.exists() and next(folder.iterdir(), None):
+        raise Fault(f"{folder} is not empty; move it or name another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     spans = [range(part * (train // 5), train if part == 4 else (part + 1) * (train // 5)) for part in range(5)]
     with (options.writing(folder, "choose another place"),
@@ -165,6 +165,4 @@ def write(folder: Path, train: int = 10_000, test: int = 2_000, seed: int = 0) -
             labels, pictures = zip(*(_picture(seed, done // 6, index) for index in span), strict=True)
             cifar10.write(fresh / name, np.stack(pictures).transpose(0, 3, 1, 2), np.array(labels))
             options.show(f"drawn: {done} of 6 files", done == 6)
-        if folder.exists():
-            folder.rename(Path(workshop, "old"))
         fresh.rename(folder)

@@ -1,6 +1,5 @@
 """A run's folder: who works there, what is there to go on with, and what is written when a run begins."""
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -37,40 +36,25 @@ def lock(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = take(folder / "lock")
+        file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise Fault(f"{folder}: can't be written ({error.strerror}); choose another --run") from None
-    with contextlib.suppress(OSError):  # a full disk: the lock holds without a word
-        os.ftruncate(file, 0)
-        os.write(file, f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}".encode())
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            (folder / "lock").unlink()  # while it is still ours
-        os.close(file)
-
-
-def take(path: Path) -> int:
-    """A file descriptor that has the lock of a file. Raises Fault where somebody has it, and OSError."""
-    while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    with os.fdopen(file, "r+b", buffering=0) as held:  # closing it frees the lock
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(file), os.stat(path)):
-                return file
-        except FileNotFoundError:  # between the two its last holder left and took the file along
-            pass
-        except OSError as error:
-            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # a file system without flock
-                print(f"{path}: no locks on this file system; start no second run there", file=sys.stderr)
-                return file
-            holder = os.read(file, 200).decode(errors="replace") or "another process"
-            os.close(file)
-            if isinstance(error, BlockingIOError):
-                raise Fault(f"{path.parent}: {holder} trains there; wait for it, or choose another --run") from None
-            raise
-        os.close(file)
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = held.read(200).decode(errors="replace") or "another process"
+            raise Fault(f"{folder}: {holder} trains there; wait for it, or choose another --run") from None
+        except OSError as error:  # a file system without locks
+            print(f"{folder}: can't be locked ({error.strerror}); start no second run there", file=sys.stderr)
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without a word
+            held.truncate(0)
+            held.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}".encode())
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                held.truncate(0)
 
 
 def open_run(chosen: Options) -> dict | None:

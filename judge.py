@@ -1,15 +1,12 @@
 """A small classifier of all classes of the data: how Pegasus-like a picture is, and features to compare sets of them.
 
-    python judge.py data/cifar-10-batches-bin     # trains it, or finds it where it was kept, and tests it
-
-A residual network of 540,000 weights, kept as float16 (1.1 MB) beside the data and in each checkpoint. `sample.py
+A residual network of 540,000 weights, kept as float16 (1.1 MB) beside the data and in finished checkpoints. `sample.py
 --best` chooses by the one of seed 0, `evaluate.py` reports by another: who chooses is not asked how good the choice is.
 """
 import contextlib
 import hashlib
 import sys
 import time
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,8 +14,7 @@ import options
 import checkpoint
 import cifar10
 import fused
-import recipe
-from options import Fault, option
+from options import Fault
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +23,6 @@ from torch.nn import functional
 FEATURES, EPOCHS, BATCH, PEAK = 112, 10, 256, 0.2
 VERSION = 1  # of network and training: what an earlier one made is made anew
 LIKE = {"bird": ("bird", "airplane")}  # wings spread against the sky are an airplane to most classifiers
-
-
-@dataclass(frozen=True)
-class Options:
-    folder: str = option("", "a folder of CIFAR-10's binary batches", positional=True)
-    seed: int = option(0, "which judge", least=0)
 
 
 def layers(before: int, after: int) -> list[nn.Module]:
@@ -211,15 +201,3 @@ def get(folder: Path, seed: int = 0, device: str = "cpu", precision: str = "floa
     print(f"judge: {100 * state['accuracy']:.1f} % of test pictures right, "
           f"{timedelta(seconds=round(time.monotonic() - begun))}, {where}", file=sys.stderr, flush=True)
     return state
-
-
-def main(argv: list[str] | None = None) -> None:
-    chosen, _ = options.parse(Options, argv, __doc__)
-    place = recipe.resolve(recipe.Options())
-    torch.set_flush_denormal(True)
-    state = get(Path(chosen.folder).resolve(), chosen.seed, place.device, place.precision)
-    print(f"{100 * state['accuracy']:.2f} % of test pictures right")
-
-
-if __name__ == "__main__":
-    options.run(main)

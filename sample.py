@@ -40,11 +40,12 @@ class Options:
     out: str = option("", "the PNG to write", positional=True)
     mode: str = option("pegasus", "pegasus: both horse and bird; morph: rows from a horse to a bird; the name of one "
                        "of the run's classes; prior: whatever the model makes of noise")
-    best: int = option(0, "keep this many, the best by the judge, enlarged; 0 keeps all", least=0)
+    best: int = option(0, "keep this many, enlarged: in a class's mode the surest of it by the judge, else the most "
+                       "Pegasus-like; 0 keeps all", least=0)
     n: int = option(64, "how many pictures to draw", least=1, most=65_536)
     blend: float = option(0.5, "how much of the first class a Pegasus has, 0 to 1", least=0.0, most=1.0)
     coat: str = option("any", "of the horse", choices=("any", *density.COATS))
-    guidance: float = option(2.0, "with a learned prior, weight of a class against any; 1: as it occurs", least=0.0)
+    guidance: float = option(2.0, "with a learned prior, weight of a class against any; 1: no guidance", least=0.0)
     from_: str | None = option(None, "with a learned prior, a picture to begin from; a whole horse gets wings")
     keep: float = option(0.4, "how much of that picture to keep, 0 to 1", least=0.0, most=1.0)
     composed: bool = option(True, "Pegasi of a horse's body and a bird's wings, where the model has the parts and "
@@ -53,7 +54,7 @@ class Options:
     temperature: float = option(1.0, "standard deviation of the noise", least=0.0)
     columns: int = option(8, "pictures in a row", least=1, most=65_536)
     scale: int = option(4, "pixels for each pixel of a picture", least=1, most=64)
-    seed: int = option(0, "picture i is a function of the model, the seed and i alone")
+    seed: int = option(0, "picture i is a function of the model, the seed and i alone, to rounding")
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ class Trained:
 
 
 def trained(state: dict, model: vae.VAE, learned: prior.Learned | None) -> Trained:
-    """A model with what a run's state says of it; the digest is that of equal models everywhere."""
+    """A model with what a run's state says of it; its digest is of weights and settings, so equal models share it."""
+    # until its phase begins the prior is untrained: draws come from the classes' Gaussians, as pictures then say
     waits, learned = learned and state["phase"] != "prior", learned if state["phase"] == "prior" else None
     config = {key: state["config"][key] for key in ("arch", "likelihood", "latent", "flow")}
     config |= {"classes": state["classes"]}
@@ -89,9 +91,9 @@ def trained(state: dict, model: vae.VAE, learned: prior.Learned | None) -> Train
     about = {"Software": "Pegasus VAE", "model": checkpoint.digest(weights, config),
              "epochs": f"{state['epoch']:g}", "data": state["data"]["name"]}
     about |= {"prior": BEFORE if waits else "learned"} if learned or waits else {}
-    asked = judge.from_state(state["judge"]) if state["judge"] else None
+    classifier = judge.from_state(state["judge"]) if state["judge"] else None
     data = {key: str(state["data"][key]) for key in ("folder", "digest")}
-    return Trained(model, densities, tuple(state["classes"]), about, asked, learned, state["bank"], data)
+    return Trained(model, densities, tuple(state["classes"]), about, classifier, learned, state["bank"], data)
 
 
 def load(path: Path) -> Trained:
@@ -112,16 +114,14 @@ def modes(found: Trained) -> tuple[str, ...]:
 
 
 def check(found: Trained, chosen: Options) -> None:
-    """Raise Fault for a mode or a coat that the model doesn't have."""
+    """Raise Fault for options that this model can't serve."""
     if chosen.mode not in modes(found):
         raise Fault(f"--mode: got {chosen.mode}, wanted one of {', '.join(modes(found))}, which is what this model "
                     f"of {', '.join(found.classes)} can draw")
     if chosen.from_ is not None and not found.learned:
         raise Fault("--from: this model has no learned prior, and nothing else can go on from a picture; leave it out")
-    if chosen.best and len(found.classes) < 2:
-        raise Fault(f"--best: a Pegasus needs two classes, this model knows {found.classes[0]} only; leave it out")
-    if chosen.best and not (found.judge or found.densities):
-        raise Fault("--best: this small checkpoint has no judge to ask; leave it out, or use the run's last.pt")
+    if chosen.best and not found.judge:
+        raise Fault("--best: this checkpoint has no judge to ask; train.py --resume --judge adds one to a finished run")
     coated = ("pegasus", "morph", found.classes[0])
     if chosen.coat != "any" and chosen.mode not in coated:
         raise Fault(f"--coat: got {chosen.coat} with --mode {chosen.mode}, which has no {found.classes[0]}; leave it "
@@ -140,7 +140,7 @@ def codes(found: Trained, chosen: Options) -> Tensor | None:
 
 
 def latents(found: Trained, chosen: Options) -> Tensor:
-    """Latents (n, latent). Row i depends on (seed, i) alone; in `morph` on its place in a row of the sheet instead."""
+    """Latents (n, latent). Row i depends on (seed, i) alone; in `morph` on the seed, and on its row and column."""
     if found.learned:
         with told(found.learned.average, chosen):
             return learned_latents(found, chosen)
@@ -186,13 +186,13 @@ def weights(found: Trained, chosen: Options) -> dict[int, float | Tensor]:
 
 
 def told(average: torch.nn.Module, chosen: Options) -> AbstractContextManager:
-    """Keep a line on the terminal up to date of how far the drawing is, whenever the averaged velocity is asked."""
+    """While inside, tell on a terminal how far the drawing is, by a hook on the averaged velocity."""
     done, before = 0, 0.0
 
     def tell(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
         nonlocal done, before
         t = inputs[1][0].item()
-        done, before = done + prior.CHUNK * (t < before), t
+        done, before = done + prior.CHUNK * (t < before), t  # time went back: the next chunk has begun
         share = (done + t * min(prior.CHUNK, chosen.n - done)) / chosen.n
         print(f"\r{chosen.mode}: {share:.0%} of {chosen.n} drawn", end="\033[K\r", file=sys.stderr, flush=True)
     return average.register_forward_pre_hook(tell) if sys.stderr.isatty() else nullcontext()
@@ -204,7 +204,7 @@ def learned_latents(found: Trained, chosen: Options) -> Tensor:
     photo = pictures.read(Path(chosen.from_)) if chosen.from_ is not None else None
     if composes(found, chosen):
         return compose.pegasus(found.model, found.learned, found.bank, chosen.n, chosen.seed, kind(found, chosen.coat),
-                               math.ceil((1 - compose.START) * chosen.steps), photo).cpu()
+                               math.ceil(round((1 - compose.START) * chosen.steps, 9)), photo).cpu()
     row = torch.arange(chosen.n) // chosen.columns if chosen.mode == "morph" else torch.arange(chosen.n)
     eps = chosen.temperature * vae.noise(int(row[-1]) + 1, found.model.latent, chosen.seed)[row]
     begin = 0.0
@@ -229,18 +229,17 @@ def morph(found: Trained, chosen: Options) -> Tensor:
     return z
 
 
-def ranking(found: Trained, z: Tensor, images: Tensor, chosen: Options) -> Tensor:
-    """What `--best` goes by, (n,), for latents and their images: the judge's score, and the coat.
+def ranking(found: Trained, images: Tensor, chosen: Options) -> Tensor:
+    """What `--best` goes by, (n,): the judge's score of images, and the coat.
 
-    Without a judge, their density under whichever of the two classes gives less. With a coat, the sum of an image's
-    ranks by score and by brightness: neither has a unit that the other knows.
+    The score is how sure the judge is of a mode's class, or of the horse that composed Pegasi, which have wings, may
+    lack; else `judge.pegasus_score`. With a coat, the sum of an image's ranks by score and by brightness: neither has
+    a unit that the other knows.
     """
-    if found.judge:
-        seen = judge.classify(found.judge, images)[0]
-        horse = seen[:, cifar10.CLASSES.index(found.classes[0])]  # what composed Pegasi, which have wings, may lack
-        score = horse if composes(found, chosen) else judge.pegasus_score(seen, found.classes)
-    else:
-        score = torch.minimum(*(density.log_density(side, z) for side in two_sides(found, chosen.coat)))
+    seen, name = judge.classify(found.judge, images)[0], chosen.mode
+    if composes(found, chosen) or len(found.classes) < 2:
+        name = found.classes[0]
+    score = seen[:, cifar10.CLASSES.index(name)] if name in found.classes else judge.pegasus_score(seen, found.classes)
     if chosen.coat == "any":
         return score
     light = density.brightness(images) * (1 if chosen.coat == "white" else -1)
@@ -254,7 +253,7 @@ def draw(found: Trained, chosen: Options = Options()) -> Tensor:  # noqa: B008  
     z, code = latents(found, chosen), codes(found, chosen)
     images = torch.cat([found.model.decode(z[rows].to(found.device), None if code is None else code[rows]).cpu()
                         for rows in torch.arange(chosen.n).split(500)])
-    order = ranking(found, z, images, chosen).argsort(descending=True, stable=True) if chosen.best else slice(None)
+    order = ranking(found, images, chosen).argsort(descending=True, stable=True) if chosen.best else slice(None)
     return images[order][:chosen.best or None]
 
 
@@ -287,7 +286,7 @@ def main(argv: list[str] | None = None) -> None:
     if found.learned:
         about |= {"steps": chosen.steps, "guidance": chosen.guidance, "composed": composes(found, chosen)}
         about |= {"from": chosen.from_, "keep": chosen.keep} if chosen.from_ is not None else {}
-    about |= {"best": f"of {chosen.n} by {'judge' if found.judge else 'density'}"} if chosen.best else {}
+    about |= {"best": f"of {chosen.n} by judge"} if chosen.best else {}
     pictures.save(page(images, about, chosen.columns, scale), Path(chosen.out), about)
     what = f"the best {len(images)} of {chosen.n} pictures" if chosen.best else f"{len(images)} pictures"
     if chosen.mode == "pegasus" and found.learned and not found.bank:

@@ -83,15 +83,6 @@ def test_draws_have_the_moments_and_rows_their_own_noise():
     assert density.draw(gaussian, eps[:3]).equal(density.draw(gaussian, eps[:1000])[:3])
 
 
-def test_log_density():
-    gaussian = random(6, 4)
-    z = torch.randn(9, 6, dtype=torch.float64)
-    difference = density.log_density(gaussian, z) - normal(gaussian).log_prob(z)
-    torch.testing.assert_close(difference, difference[:1].expand(9))
-    other = gaussian._replace(covariance=gaussian.covariance * 4)  # one constant whatever the covariance
-    torch.testing.assert_close(density.log_density(other, z) - normal(other).log_prob(z), difference)
-
-
 def test_a_model_that_diverged_is_said_to_have():
     with pytest.raises(Fault, match="--lr"):
         density.root(Gaussian(torch.zeros(3), torch.full((3, 3), float("nan"))))

@@ -42,8 +42,8 @@ def test_descent_is_torchs_sgd():
 
 
 def test_a_picture_and_its_mirror_image_are_judged_alike(state, pictures):
-    asked, some = judge.from_state(state), pictures[0][:20]
-    straight, mirrored = judge.classify(asked, some, batch_size=7), judge.classify(asked, some.flip(3) / 255)
+    classifier, some = judge.from_state(state), pictures[0][:20]
+    straight, mirrored = judge.classify(classifier, some, batch_size=7), judge.classify(classifier, some.flip(3) / 255)
     for a, b in zip(straight, mirrored, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -131,10 +131,3 @@ def test_learning_rate_goes_up_and_down():
     rates = [judge.learning_rate(p / 100) for p in range(101)]
     assert max(rates) == rates[20] == pytest.approx(judge.PEAK, rel=1e-3)
     assert rates[0] == rates[100] == pytest.approx(1e-4)
-
-
-def test_command_line(batches, complaint, capsys):
-    judge.main([str(batches)])
-    assert "of test pictures right" in capsys.readouterr().out
-    assert "arguments are required: folder" in complaint(judge.main)
-    assert "--seed: got" in complaint(judge.main, batches, "--seed", 10**20)
