@@ -87,7 +87,7 @@ def samples(model: vae.VAE, x: Tensor, k: int, seed: int = 0, likelihood=binned)
 
 
 def importance_weighted(weights: Tensor) -> Tensor:
-    """log 1/K sum_k w_k, (K, B) to (B,): a lower bound on log p(x) (Burda et al. 2016, equation 8)."""
+    """log 1/K sum_k w_k, from log w (K, B) to (B,): a lower bound on log p(x) (Burda et al. 2016, equation 8)."""
     return weights.logsumexp(0) - math.log(len(weights))
 
 
@@ -114,7 +114,7 @@ def draw_mode(found: sample.Trained, mode: str, n: int, seed: int, guidance: flo
 
 
 def draw_balanced(found: sample.Trained, n: int, seed: int) -> Tensor:
-    """n images in turn one of each class, as each occurs: without guidance."""
+    """n images in turn one of each class, without guidance."""
     each = math.ceil(n / len(found.classes))
     return balanced([draw_mode(found, name, each, seed, guidance=1.0) for name in found.classes], n)
 
@@ -144,7 +144,7 @@ def turns(images: Tensor, labels: Tensor, n: int) -> Tensor:
 
 
 @torch.no_grad()
-def impressions(found: sample.Trained, data: source.Pictures, asked: judge.Judge, n: int, seed: int,
+def impressions(found: sample.Trained, data: source.Pictures, classifier: judge.Judge, n: int, seed: int,
                 guidance: float) -> dict[str, dict]:
     """What a judge makes of n pictures of each mode but `morph`, of the test photographs and of their reconstructions.
 
@@ -158,8 +158,8 @@ def impressions(found: sample.Trained, data: source.Pictures, asked: judge.Judge
     sets |= {mode: draw_mode(found, mode, n, seed, guidance) for mode in sample.modes(found) if mode != "morph"}
     turn = balanced([sets[name] for name in found.classes], n)
     sets |= {"balanced": draw_balanced(found, n, seed), "guided": turn} if found.learned else {"balanced": turn}
-    seen = {name: judge.classify(asked, images) for name, images in sets.items()}
-    known, real = judge.classify(asked, data.images)[1], seen["photographs"][1]
+    seen = {name: judge.classify(classifier, images) for name, images in sets.items()}
+    known, real = judge.classify(classifier, data.images)[1], seen["photographs"][1]
     shown = tuple(dict.fromkeys((*data.classes, *(("airplane",) if "bird" in data.classes else ()))))
     result = {"called": {name: called(p, shown) for name, (p, _) in seen.items()},
               "nearest": {name: nearest(features, known) for name, (_, features) in seen.items()},
@@ -194,7 +194,7 @@ def table(figures: dict) -> str:
     settings, names = figures["settings"], list(figures["called"]["photographs"])
     bits, judged = settings["bits_per_dim"], settings["frechet"]
     lines = [f"bits/dim    {figures['bits_per_dim_elbo']:.3f} (ELBO), {figures['bits_per_dim_iw']:.3f} "
-             f"(importance-weighted, K = {bits['k']}), {bits['images']} test photographs",
+             f"(importance-weighted, K = {bits['k']}), {bits['images']} test photographs, under {bits['prior']}",
              f"nats        rate {figures['rate']:.1f}, distortion {figures['distortion']:.1f}",
              f"Frechet     {figures['frechet']:.2f} ({judged['mode']}, N = {judged['n']}), "
              f"{figures['frechet_floor']:.2f} for {judged['floor_n']} training photographs", "",

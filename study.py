@@ -1,4 +1,4 @@
-"""Train the paper's model and one piece after the other, and compare them by the same figures.
+"""Train the paper's model, and others that add or exchange a piece, and compare them by the same figures.
 
     python study.py                           # all that docs/study.jsonl lacks, then docs/study.md and pictures
     python study.py --rows paper,gaussian     # only these
@@ -45,19 +45,22 @@ COLUMNS = {"bits/dim": ("bits_per_dim_elbo", "{:.3f}"), "IW": ("bits_per_dim_iw"
            "prior's": ("frechet_of prior", "{:.2f}"), "rebuilt": ("frechet_of reconstructions", "{:.2f}"),
            "floor": ("frechet_floor", "{:.2f}"), "horse": ("called horse horse", "{:.1%}"),
            "bird": ("called bird bird", "{:.1%}"), "Pegasus": ("pegasus_share pegasus", "{:.1%}"),
-           "of horses": ("pegasus_share horse", "{:.1%}"), "of birds": ("pegasus_share bird", "{:.1%}")}
+           "of horses": ("pegasus_share horse", "{:.1%}"), "of birds": ("pegasus_share bird", "{:.1%}"),
+           "of the prior's": ("pegasus_share prior", "{:.1%}")}
 BLENDED = {f"{name} {blend}": (f"blends {blend} {key}", "{:.1%}") for blend in BLENDS
            for name, key in (("horse", "called horse"), ("bird", "called bird"), ("Pegasus", "pegasus_share"))}
 WORDS = """# Pieces
 
 `python study.py` trains these, from {data}, and judges them. Figures are of one run, or of several the mean ±
 standard deviation.
-bits/dim: ELBO and importance-weighted (IW, K = {k}), of {images} test photographs. Rate: nats. Fréchet distance in the
-features of judge {judge_seed}, not FID, to the test photographs: of {n} draws from the class densities, of as many
-from the prior, of rebuilt test photographs; floor: of {n} training photographs. Horse, bird: the share of that mode's
-draws that the judge gives that class. Pegasus: the share more Pegasus-like than 99 % of the test photographs, of
-pegasus, horse and bird mode. The learned prior's Fréchet distance is without guidance; its modes have guidance
-{guidance}, its Pegasi are composed, and by `--blend` they are sums of velocities (`--no-composed`).
+bits/dim: ELBO and importance-weighted (IW, K = {k}), of {images} test photographs, integrated over the bins of their
+bytes, under N(0, I), which stays the autoencoder's prior where another is learned to draw, or under the conditional
+one. Rate: nats. Fréchet distance in the features of judge {judge_seed}, not FID, to the test photographs: of {n} draws
+from the class densities, of as many from the prior, of rebuilt test photographs; floor: of {n} training photographs.
+Horse, bird: the share of that mode's draws that the judge gives that class. Pegasus: the share more Pegasus-like than
+99 % of the test photographs, of pegasus, horse, bird and prior mode. The learned prior's Fréchet distance is without
+guidance; its classes and Pegasi have guidance {guidance}, its Pegasi are composed, and by `--blend` they are sums of
+velocities (`--no-composed`).
 """
 
 
@@ -71,19 +74,19 @@ class Options:
     n: int = option(1000, "pictures to draw in each mode; finished runs keep what they had", least=200)
 
 
-def blends(found: sample.Trained, data: source.Pictures, asked: judge.Judge, n: int) -> dict[str, dict]:
+def blends(found: sample.Trained, data: source.Pictures, classifier: judge.Judge, n: int) -> dict[str, dict]:
     """What the judge makes of n Pegasi for each share of the first class."""
-    real = judge.pegasus_score(judge.classify(asked, data.test_images)[0], data.classes)
+    real = judge.pegasus_score(judge.classify(classifier, data.test_images)[0], data.classes)
     result = {}
     for blend in BLENDS:
-        p = judge.classify(asked, sample.draw(found, sample.Options(n=n, blend=blend, seed=1, composed=False)))[0]
+        p = judge.classify(classifier, sample.draw(found, sample.Options(n=n, blend=blend, seed=1, composed=False)))[0]
         share = (judge.pegasus_score(p, data.classes) > real.quantile(0.99)).double().mean().item()
         result[str(blend)] = {"called": evaluate.called(p, data.classes), "pegasus_share": share}
     return result
 
 
 def run(name: str, seed: int, chosen: Options) -> dict:
-    """A line of the figures: a row's run, trained now or as far as it is, and judged. Raises Fault."""
+    """A line of the figures: one run of a row, trained or resumed to its end, and judged. Raises Fault."""
     words, folder = f"{ROWS[name]} --seed {seed}", Path(chosen.runs) / f"{name}-{seed}"
     parts = [] if "autoencoder" in words else ["--no-judge"]  # with the judge come the parts of Pegasi
     if train.main([*words.split(), "--data", chosen.data, "--run", str(folder), *parts, "--resume"]):
@@ -109,11 +112,11 @@ def picture(found: sample.Trained, path: Path) -> None:
     pictures.save(sample.page(torch.cat(draws), about, 8, 2), path, about)
 
 
-def cell(runs: list[dict], path: str, shape: str) -> str:
+def cell(runs: list[dict], key: str, form: str) -> str:
     """Mean and standard deviation of a figure of some runs."""
-    values = [functools.reduce(dict.__getitem__, path.split(), figures) for figures in runs]
-    spread = f" ± {shape.format(statistics.stdev(values))}" if len(values) > 1 else ""
-    return shape.format(statistics.mean(values)) + spread
+    values = [functools.reduce(dict.__getitem__, key.split(), figures) for figures in runs]
+    spread = f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 else ""
+    return form.format(statistics.mean(values)) + spread
 
 
 def table(done: list[dict], columns: dict[str, tuple[str, str]]) -> str:
@@ -149,13 +152,17 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(chosen.out)
     lines = Path(f"{out}.jsonl")
     done = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
-    for seed in range(chosen.seeds):
-        for name in names:
-            if f"{ROWS[name]} --seed {seed}" not in [line["command"] for line in done]:
-                done.append(run(name, seed, chosen))
-                with options.replacing(lines) as beside:
-                    beside.write_text("".join(json.dumps(line) + "\n" for line in done))
-                write(done, out)
+    have = {line["command"] for line in done}
+    missing = [(name, seed) for seed in range(chosen.seeds) for name in names
+               if f"{ROWS[name]} --seed {seed}" not in have]
+    known = done[0]["figures"]["settings"]["data"] if done else ""
+    if missing and done and (got := source.load(chosen.data, "horse,bird").name) != known:
+        raise Fault(f"--data: got {got}, but {lines} is of {known}; give that, or another --out")
+    for name, seed in missing:
+        done.append(run(name, seed, chosen))
+        with options.replacing(lines) as beside:
+            beside.write_text("".join(json.dumps(line) + "\n" for line in done))
+        write(done, out)
     if done:
         write(done, out)
 

@@ -2,6 +2,7 @@ import json
 import math
 
 import options
+import drawn
 import recipe
 import study
 
@@ -35,6 +36,9 @@ def test_a_study_goes_on(batches, tmp_path, monkeypatch, complaint):
     out.with_suffix(".md").unlink()
     study.main([*argv, "--rows", "none"])
     assert out.with_suffix(".md").read_text() == table
+    drawn.write(tmp_path / "other", train=25, test=10)
+    assert f"got other, but {out}.jsonl is of {batches.name}" in complaint(
+        study.main, "--data", tmp_path / "other", "--out", out, "--seeds", 2)
     assert "got three, wanted names out of one, two" in complaint(study.main, *argv, "--rows", "three")
 
 
