@@ -1,4 +1,4 @@
-"""Wings of birds on backs of horses, in pixels: silhouettes, outlines, shapes laid over pictures. No network is asked.
+"""Wings of birds on backs of horses, in pixels: silhouettes, outlines, shapes laid over pictures. Without a network.
 
 All horses and birds are images (n, 3, 32, 32) in [0, 1]; a wing is (n, 4, 32, 32), its mask and its colors, upright
 with the root at the middle of the lower edge. Points are x, y between -1 and 1, as in `grid_sample`.
@@ -13,7 +13,7 @@ from torch.nn import functional
 
 SIZE = vae.IMAGE[1]
 SKY = (0.36, 0.58, 0.86)  # before which light wings and most horses stand out
-# the far wing and the near one: brightness, x of the root, lean to the tail, length and width; a picture is 2 wide
+# the far wing, the near one: brightness, x of the root, lean (radians) to the tail, length, width; pictures are 2 wide
 PAIR = ((0.75, 0.0, 0.0, 1.0, 0.7), (0.95, 0.06, 0.75, 1.15, 0.85))
 
 
@@ -24,7 +24,7 @@ def places(like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def warped(images: Tensor, turn: Tensor, shift: Tensor) -> Tensor:
-    """Images (n, c, 32, 32) that show at p what lay at turn p + shift, (n, 2, 2) and (n, 2); zero from outside."""
+    """Images (n, c, 32, 32) that show at p what was at turn @ p + shift, (n, 2, 2) and (n, 2); zero from outside."""
     where = functional.affine_grid(torch.cat([turn, shift[..., None]], 2), list(images.shape), align_corners=False)
     return functional.grid_sample(images, where, align_corners=False)
 
@@ -70,7 +70,7 @@ def ideal(like: Tensor) -> Tensor:
 
 
 def wings(birds: Tensor) -> tuple[Tensor, Tensor]:
-    """Birds stretched along their axes into wings (n, 4, 32, 32), and how near each silhouette is to the ideal."""
+    """Birds stretched along their axes into wings (n, 4, 32, 32), and each mask's soft IoU with the ideal, (n,)."""
     masks, wanted = silhouettes(birds), ideal(birds)
     centre, axis = axes(masks)
     upright = warped(torch.cat([masks, birds], 1), 1.75 * axis, centre)
@@ -91,7 +91,7 @@ def outline(horses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def raised(horses: Tensor) -> Tensor:
-    """How many pixels above the back, at the left and at the right, are more like the coat than the sky, (n, 2).
+    """How many pixels of rows 5 to 14, at the left and at the right, are more like the coat than the sky, (n, 2).
 
     A raised head makes the difference.
     """
@@ -129,7 +129,7 @@ def with_room(horses: Tensor) -> Tensor:
 
 
 def blue(horses: Tensor) -> Tensor:
-    """The horses before a blue sky, but those before a dark background, which shows light wings as well."""
+    """The horses with their sky painted blue, but for a dark one, before which light wings show as they are."""
     sky = horses[:, :, :6].flatten(2).median(2).values
     above = ((16 - torch.arange(SIZE, device=horses.device)) / 2).sigmoid()[:, None]
     share = ((0.14 - unlike(horses, sky)) / 0.04).sigmoid() * above * (sky.mean(1) > 0.3)[:, None, None]

@@ -2,8 +2,8 @@
 
 `prepare` draws many of both, once, after training, and keeps the best as latents: horses seen whole from the side with
 room above the back, and birds whose silhouettes make wings. `pegasus` lays a bird twice over a horse's back, upright
-and light, in pixels (sums of latents or of velocities leave no wings), goes back from there to t = START on the way
-from noise, and follows the prior again, as a bird in the cells that wings cover and as a horse in all others.
+and light, in pixels (sums of latents or of velocities leave no wings), mixes its latents with noise as at t = START
+(SDEdit: Meng et al. 2022), and follows the prior from there, as a bird where wings are and as a horse elsewhere.
 """
 import functools
 
@@ -44,11 +44,11 @@ def noise(model: vae.VAE, n: int, seed: int) -> Tensor:
     return vae.noise(n, model.latent, seed).to(model.variance.device)
 
 
-def belief(asked: judge.Judge | None, images: Tensor, names: tuple[str, ...]) -> Tensor:
-    """Log of how probable the judge finds some classes, (n,); all alike where there is no judge."""
-    if asked is None:
+def belief(classifier: judge.Judge | None, images: Tensor, names: tuple[str, ...]) -> Tensor:
+    """Log of the judge's probability of any of some classes, (n,), at least log 1e-3; zeros without a judge."""
+    if classifier is None:
         return images.new_zeros(len(images))
-    seen = judge.classify(asked, images.cpu())[0][:, [cifar10.CLASSES.index(name) for name in names]]
+    seen = judge.classify(classifier, images.cpu())[0][:, [cifar10.CLASSES.index(name) for name in names]]
     return seen.sum(1).clamp(min=1e-3).log().to(images.device)
 
 
@@ -62,12 +62,12 @@ def drawn(model: vae.VAE, learned: prior.Learned, kind: int, n: int) -> Tensor:
     return decode(model, learned, prior.follow(learned, {kind: 2.0}, eps, 0.0, 10))
 
 
-def donors(birds: Tensor, asked: judge.Judge | None, names: tuple[str, ...], n: int) -> Tensor:
+def donors(birds: Tensor, classifier: judge.Judge | None, names: tuple[str, ...], n: int) -> Tensor:
     """The n birds (n, 3, 32, 32) of some whose silhouettes are most like wings, on plain backgrounds."""
     edge = collage.border(birds)
     plain = (edge - edge.median(2, keepdim=True).values).abs().mean((1, 2))
     like = torch.cat([collage.wings(part)[1] for part in birds.split(100)])  # 64 KB a bird
-    return birds[best(like + 0.05 * belief(asked, birds, names) - plain, n)]
+    return birds[best(like + 0.05 * belief(classifier, birds, names) - plain, n)]
 
 
 def faced(horses: Tensor) -> Tensor:
@@ -76,16 +76,16 @@ def faced(horses: Tensor) -> Tensor:
     return torch.where((right > left)[:, None, None, None], horses.flip(3), horses)
 
 
-def mounts(horses: Tensor, asked: judge.Judge | None, names: tuple[str, ...], n: int) -> Tensor:
+def mounts(horses: Tensor, classifier: judge.Judge | None, names: tuple[str, ...], n: int) -> Tensor:
     """The n horses (n, 3, 32, 32) of some seen whole from the side, made smaller and put before a sky.
 
     Heads to the left. Chosen twice, before that and after it.
     """
-    low = (collage.outline(horses)[2] - 10).abs()
-    score = belief(asked, horses, names) + collage.calm(horses) + collage.whole(horses) - 0.1 * low
+    off = (collage.outline(horses)[2] - 10).abs()  # rows from where a back should be
+    score = belief(classifier, horses, names) + collage.calm(horses) + collage.whole(horses) - 0.1 * off
     horses = collage.blue(collage.with_room(horses[best(score, 3 * n // 2)]))
-    low = (collage.outline(horses)[2] - 15).abs()
-    score = 3 * belief(asked, horses, names) + collage.calm(horses) + collage.whole(horses) - 0.2 * low
+    off = (collage.outline(horses)[2] - 15).abs()
+    score = 3 * belief(classifier, horses, names) + collage.calm(horses) + collage.whole(horses) - 0.2 * off
     return faced(horses[best(score, n)])
 
 
@@ -97,11 +97,11 @@ def joined(horses: Tensor, birds: Tensor, mirrored: Tensor) -> tuple[Tensor, Ten
 
 def redrawn(model: vae.VAE, learned: prior.Learned, images: Tensor, cover: Tensor, eps: Tensor, kind: int,
             steps: int = 5) -> Tensor:
-    """Normalised latents (n, latent) of what `joined` gave, by the prior from START on; eps: noise (n, latent)."""
+    """Normalised latents (n, latent) of `joined` images and cover, by the prior from START on; eps: (n, latent)."""
     channels, side, _ = learned.velocity.shape
-    above = (1.5 * functional.adaptive_avg_pool2d(cover, side)).clamp(max=1).expand(-1, channels, -1, -1).flatten(1)
+    covered = (1.5 * functional.adaptive_avg_pool2d(cover, side)).clamp(max=1).expand(-1, channels, -1, -1).flatten(1)
     z = torch.lerp(eps, encode(model, learned, images), START)
-    return prior.follow(learned, {kind: 2 * (1 - above), 1: 2 * above}, z, START, steps)
+    return prior.follow(learned, {kind: 2 * (1 - covered), 1: 2 * covered}, z, START, steps)
 
 
 def crossed(model: vae.VAE, learned: prior.Learned, horses: Tensor, birds: Tensor, eps: Tensor, kind: int,
@@ -111,26 +111,26 @@ def crossed(model: vae.VAE, learned: prior.Learned, horses: Tensor, birds: Tenso
     return redrawn(model, learned, *parts, eps, kind, steps)
 
 
-def prepare(model: vae.VAE, learned: prior.Learned, asked: judge.Judge | None, classes: tuple[str, ...],
+def prepare(model: vae.VAE, learned: prior.Learned, classifier: judge.Judge | None, classes: tuple[str, ...],
             draws: int = 1500, horses: int = 32, birds: int = 24) -> dict[str, Tensor]:
     """The bank that `pegasus` draws from, a function of its arguments alone: normalised latents, float16.
 
-    `any` (2 horses, latent), then (horses, latent) of each of `density.COATS`, and `birds` (birds, latent): of `draws`
-    of each, twice as many of any coat, those that the judge finds the best Pegasi once they have wings.
+    `birds` (birds, latent): the best `donors` of `draws`. `any` (2 * horses, latent), of twice as many draws, and of
+    each of `density.COATS` (horses, latent): the `mounts` that the judge finds the best Pegasi once they have wings.
     """
     flying = judge.alike(classes[1], classes)
     liked = ((classes[:1], 1), (classes[:1] + flying, 1), (flying, 0.25))  # a horse above all
     options.show("parts for Pegasi: wings")
-    wings = encode(model, learned, donors(drawn(model, learned, 1, draws), asked, flying, birds))
+    wings = encode(model, learned, donors(drawn(model, learned, 1, draws), classifier, flying, birds))
     bank = {"birds": wings.half().cpu()}
     for name, kind, times in (("any", 0, 2), *((coat, len(classes) + i, 1) for i, coat in enumerate(density.COATS))):
         options.show(f"parts for Pegasi: horses, {name}", last=kind == len(classes) + 1)
-        images = mounts(drawn(model, learned, kind, times * draws), asked, classes[:1], times * 2 * horses)
+        images = mounts(drawn(model, learned, kind, times * draws), classifier, classes[:1], times * 2 * horses)
         z, score = encode(model, learned, images), 0.0
         for turn in range(2):
             eps = noise(model, len(z), reparam.derive_seed(0, turn, TRIAL))
             tried = decode(model, learned, crossed(model, learned, z, order(wings, len(z), turn, TRIAL), eps, kind))
-            score += sum(weight * belief(asked, tried, names) for names, weight in liked)
+            score += sum(weight * belief(classifier, tried, names) for names, weight in liked)
         bank[name] = z[best(score, times * horses)].half().cpu()
     return bank
 
@@ -145,19 +145,21 @@ def check(bank: dict[str, Tensor] | None, latent: int) -> None:
 
 def order(of: Tensor, n: int, seed: int, purpose: int) -> Tensor:
     """n rows of a tensor (m, ...), each once before any comes again; row i is a function of (of, seed, i) alone."""
+    # one further each time round, or 64 horses and 24 birds would meet in the same 192 pairs again and again
     generator, turns = torch.Generator().manual_seed(reparam.derive_seed(seed, 0, purpose)), torch.arange(n)
     rows = torch.randperm(len(of), generator=generator)[(turns + turns // len(of)) % len(of)]
     return of[rows.to(of.device)]
 
 
 @torch.no_grad()
-def pegasus(model: vae.VAE, learned: prior.Learned, bank: dict[str, Tensor], n: int, seed: int, first: int = 0,
+def pegasus(model: vae.VAE, learned: prior.Learned, bank: dict[str, Tensor], n: int, seed: int, kind: int = 0,
             steps: int = 5, photo: Tensor | None = None) -> Tensor:
     """Latents (n, latent) for the decoder. Row i is a function of (bank, seed, i) alone.
 
-    first: the horse's class number. photo: an image (1, 3, 32, 32) of the horse to take for all instead of the bank's.
+    kind: the class number of the horse, or of its coat. photo: an image (1, 3, 32, 32) of a horse to take for all
+    instead of the bank's.
     """
-    coat = density.COATS[first - learned.none] if first else "any"  # coats' class numbers are the last before none
+    coat = density.COATS[kind - learned.none] if kind else "any"  # coats' class numbers are the last before none
     horses, birds = (order(bank[name], n, seed, purpose).float().to(learned.mean.device)
                      for name, purpose in ((coat, HORSE), ("birds", BIRD)))
     if photo is not None:
@@ -165,7 +167,7 @@ def pegasus(model: vae.VAE, learned: prior.Learned, bank: dict[str, Tensor], n: 
         horses = encode(model, learned, horse).expand_as(horses)
     eps = noise(model, n, reparam.derive_seed(seed, 0, NOISE))
     parts = zip(*(rows.split(prior.CHUNK) for rows in (horses, birds, eps)), strict=True)
-    return learned.latents(torch.cat([crossed(model, learned, *part, first, steps) for part in parts]))
+    return learned.latents(torch.cat([crossed(model, learned, *part, kind, steps) for part in parts]))
 
 
 @functools.lru_cache(maxsize=1)  # a run shows the same ones whenever it saves

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-CODES = 2**62  # the rows of the noise from here on are the codes'; the latents' have the same seed and those below
+CODES = 2**62  # rows of noise from here on are the codes', those below the latents', which have the same seed
 
 
 class Given(NamedTuple):
@@ -42,7 +42,7 @@ class Conditional(nn.Module):
     def __init__(self, components: int, hidden: int, latent: int):
         """components: K; hidden: the numbers in h, the encoder's last hidden layer."""
         super().__init__()
-        # A code that moves z before it means anything is noise, from which the encoder flees to a single code.
+        # Small at first: a code that moves z before it means anything is noise, and q(c|x) collapses onto one code.
         self.mean = nn.Parameter(0.1 * torch.randn(components, latent))
         self.logvar = nn.Parameter(torch.zeros(components, latent))  # log s_k^2
         self.shift = nn.Parameter(torch.zeros(components, 2 * latent))  # W_c'
@@ -58,34 +58,34 @@ class Conditional(nn.Module):
         """Codes (B, K) drawn from q(c|x), relaxed: softmax((log q + Gumbel) / temperature) (Jang et al. 2017)."""
         return ((log_share + gumbel(*log_share.shape, seed, row_offset)) / temperature).softmax(1)
 
-    def posterior(self, joint: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
+    def posterior(self, mu_logvar: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
         """mu and logvar, (B, latent), of q(z|x,c) for one code, hard or relaxed, for each row, (B, K).
 
-        joint: W_h h + b, mu's beside logvar's, (B, 2 latent).
+        mu_logvar: W_h h + b, mu's beside logvar's, (B, 2 latent).
         """
-        return (joint + (code @ self.shift).float()).chunk(2, 1)
+        return (mu_logvar + (code @ self.shift).float()).chunk(2, 1)
 
-    def whiten(self, joint: Tensor) -> tuple[Tensor, Tensor]:
+    def whiten(self, mu_logvar: Tensor) -> tuple[Tensor, Tensor]:
         """mu and logvar of q(z|x,k) for all k, (B, K, latent), in coordinates where p(z|k) is N(0, I)."""
-        mu, logvar = (joint[:, None] + self.shift).chunk(2, 2)
+        mu, logvar = (mu_logvar[:, None] + self.shift).chunk(2, 2)
         return (mu - self.mean) * (-self.logvar / 2).exp(), logvar - self.logvar
 
-    def rate(self, log_share: Tensor, joint: Tensor) -> Tensor:
+    def rate(self, log_share: Tensor, mu_logvar: Tensor) -> Tensor:
         """sum_k q(k|x) KL_k + log K + sum_k q(k|x) log q(k|x), the divergence from the prior, exact, in nats (B,)."""
-        mu, logvar = self.whiten(joint)
+        mu, logvar = self.whiten(mu_logvar)
         divergences = (logvar.exp() + mu.square() - 1 - logvar).sum(2) / 2
         return (log_share.exp() * (divergences + log_share)).sum(1) + math.log(log_share.shape[1])
 
-    def given(self, h: Tensor, joint: Tensor, decode: Callable[[Tensor, Tensor], Tensor]) -> list[Given]:
-        """For each code what images with these h and `joint` are coded as. decode: of z and codes (B, K)."""
-        codes = torch.eye(len(self.mean), device=joint.device)
-        parts = zip(*(part.unbind(1) for part in (self.log_shares(h), *self.whiten(joint))), strict=True)
+    def given(self, h: Tensor, mu_logvar: Tensor, decode: Callable[[Tensor, Tensor], Tensor]) -> list[Given]:
+        """For each code what images with these h and `mu_logvar` are coded as. decode: of z and codes (B, K)."""
+        codes = torch.eye(len(self.mean), device=mu_logvar.device)
+        parts = zip(*(part.unbind(1) for part in (self.log_shares(h), *self.whiten(mu_logvar))), strict=True)
         return [Given(*part, lambda z, k=k: decode(self.mean[k] + (self.logvar[k] / 2).exp() * z,
                                                    codes[k].expand(len(z), -1))) for k, part in enumerate(parts)]
 
-    def likeliest(self, h: Tensor, joint: Tensor) -> tuple[Tensor, Tensor]:
+    def likeliest(self, h: Tensor, mu_logvar: Tensor) -> tuple[Tensor, Tensor]:
         """mu and logvar, (B, latent), of q(z|x,c) with the likeliest c."""
-        return self.posterior(joint, functional.one_hot(self.log_shares(h).argmax(1), len(self.mean)).float())
+        return self.posterior(mu_logvar, functional.one_hot(self.log_shares(h).argmax(1), len(self.mean)).float())
 
     def infer(self, z: Tensor) -> Tensor:
         """The likeliest code for latents (B, latent), p(c|z) ~ p(z|c), one-hot (B, K)."""

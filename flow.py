@@ -41,10 +41,10 @@ def mean_covariance(variance: Tensor, units: Tensor) -> Tensor:
 
 
 class Householder(nn.Module):
-    """From the encoder's last hidden layer, whose own last layer is `head`, to T unit vectors (B, T, d)."""
+    """The encoder's last hidden layer h to T unit vectors (B, T, d)."""
 
     def __init__(self, steps: int, head: nn.Linear | nn.Conv2d, latent: int):
-        """head: the layer to mu and logvar; v_1 comes from one like it of half its outputs."""
+        """head: the encoder's last layer, h to mu and logvar; h to v_1 is one like it with half as many outputs."""
         super().__init__()
         if isinstance(head, nn.Linear):
             first = nn.Linear(head.in_features, latent)
@@ -53,5 +53,5 @@ class Householder(nn.Module):
         self.layers = nn.ModuleList([first, *(nn.Linear(latent, latent, bias=False) for _ in range(steps - 1))])
 
     def forward(self, v: Tensor) -> Tensor:
-        # the next vector's direction does not know this one's length
+        # only the first layer has a bias, so the length of a vector does not change the direction of the next
         return torch.stack([v := unit(layer(v).float()) for layer in self.layers], 1)

@@ -62,7 +62,7 @@ class Residual(nn.Module):
 def conv(shape: tuple[int, ...], fine: int = 64, coarse: int = 64) -> tuple[nn.Module, nn.Module]:
     """A small residual network with `fine` channels at 16 x 16 and `coarse` at 8 x 8, where a grid of latents lies.
 
-    A vector of latents is one linear layer away from 8 x 8 x 8 numbers at each end.
+    A vector of latents adds a linear layer at each end: 8 x 8 x 16 numbers to mu and logvar, z to 8 x 8 x 8 numbers.
     """
     channels = shape[0] if len(shape) == 3 else 8
     encoder = [nn.PixelUnshuffle(2), nn.Conv2d(12, fine, 3, padding=1), Residual(fine),
@@ -79,7 +79,7 @@ def conv(shape: tuple[int, ...], fine: int = 64, coarse: int = 64) -> tuple[nn.M
 def gaussian(sse: Tensor, variance: Tensor) -> Tensor:
     """-log N(x; xhat, variance I) in nats an image, (B,), with one variance for all pixels.
 
-    At the batch's mean squared error, the optimum, this is sigma-VAE's objective (Rybkin et al. 2021, section 3).
+    With the batch's mean squared error as variance, its optimum, this is sigma-VAE's (Rybkin et al. 2021, section 3).
     """
     return sse / (2 * variance) + PIXELS / 2 * torch.log(2 * math.pi * variance)
 
@@ -90,7 +90,7 @@ def bits_per_dim(sse: Tensor, rate: Tensor, variance: Tensor) -> Tensor:
 
 
 NETWORKS = {"mlp": mlp, "conv": conv}
-LIKELIHOODS = {"mse": lambda sse, variance: sse, "gaussian": gaussian}  # the paper's fixes the variance at 1/2
+LIKELIHOODS = {"mse": lambda sse, variance: sse, "gaussian": gaussian}  # mse: a variance of 1/2, up to a constant
 
 
 class VAE(nn.Module):
@@ -106,7 +106,7 @@ class VAE(nn.Module):
         self.shape = latent_shape(latent)
         self.latent = math.prod(self.shape)
         self.encoder, self.decoder = NETWORKS[arch](self.shape)
-        self.split = self.encoder[:-1], self.encoder[-1]  # once, since slicing takes 30 us; a tuple has no new names
+        self.split = self.encoder[:-1], self.encoder[-1]  # slicing takes 30 us; a tuple adds nothing to state_dict
         self.distortion = LIKELIHOODS[likelihood]  # (sse, variance) to nats
         self.register_buffer("variance", torch.tensor(0.5))  # of a pixel, as last measured on the training set
         self.flow = flow.Householder(reflections, self.encoder[-1], self.latent) if reflections else None
@@ -118,11 +118,11 @@ class VAE(nn.Module):
             raise Fault("--prior: conditional needs a vector of latents and no --flow, whose divergence from it has no "
                         "closed form; leave one of them out")
         self.decoder[0] = nn.Linear(self.latent + components, self.decoder[0].out_features)
-        nn.init.zeros_(self.decoder[0].weight.data[:, self.latent:])  # as in `Conditional`
+        nn.init.zeros_(self.decoder[0].weight.data[:, self.latent:])  # a code is noise at first: see `Conditional`
         return Conditional(components, self.encoder[-1].in_features, self.latent)
 
     def hidden(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The encoder's last hidden layer h, and of it mu beside logvar, float32 (B, 2 latent)."""
+        """The encoder's last hidden layer h, and mu beside logvar made of it, float32 (B, 2 latent)."""
         body, head = self.split
         h = body(x)
         return h, head(h).float().flatten(1)
@@ -133,8 +133,8 @@ class VAE(nn.Module):
         A sample of N(mu, exp(logvar)), reflected at the unit vectors, is one of the posterior. Under a conditional
         prior it is that of the likeliest code.
         """
-        h, joint = self.hidden(x)
-        mu, logvar = self.conditional.likeliest(h, joint) if self.conditional else joint.chunk(2, 1)
+        h, mu_logvar = self.hidden(x)
+        mu, logvar = self.conditional.likeliest(h, mu_logvar) if self.conditional else mu_logvar.chunk(2, 1)
         return mu, logvar, self.flow(h) if self.flow else mu.new_zeros(len(mu), 0, self.latent)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,25 +155,25 @@ class VAE(nn.Module):
         return self.decoder(z if len(self.shape) == 1 else z.unflatten(1, self.shape)).contiguous()
 
     def given(self, x: Tensor) -> list[Given]:
-        """What is left when the code is known, for each code; without a conditional prior there is one."""
+        """For each code the plain VAE that is left when it is known; without a conditional prior the only one."""
         if self.conditional:
             return self.conditional.given(*self.hidden(x), self.decode)
         mu, logvar, units = self.posterior(x)
         return [Given(mu.new_zeros(len(mu)), mu, logvar, lambda z: self.decode(flow.reflect(z, units)))]
 
     def coded(self, x: Tensor, seed: Tensor, row_offset: int, progress: Tensor | float | None) -> Terms:
-        """`forward` under a conditional prior: one relaxed code an image, or without progress the sum over all."""
-        h, joint = self.hidden(x)
+        """`forward` under a conditional prior: by one relaxed code an image, or without progress summed over codes."""
+        h, mu_logvar = self.hidden(x)
         log_share, sse = self.conditional.log_shares(h), x.new_zeros(len(x))
         if progress is None:
-            for part in self.conditional.given(h, joint, self.decode):
+            for part in self.conditional.given(h, mu_logvar, self.decode):
                 z, _ = reparam.reparameterize_kl(part.mu, part.logvar, seed, row_offset)
                 sse = sse + part.log_share.exp() * (x - part.decode(z)).square().flatten(1).sum(1)
         else:
             code = self.conditional.relax(log_share, seed, row_offset, 1 - progress / 2)  # temperatures from 1 to 1/2
-            z, _ = reparam.reparameterize_kl(*self.conditional.posterior(joint, code), seed, row_offset)
+            z, _ = reparam.reparameterize_kl(*self.conditional.posterior(mu_logvar, code), seed, row_offset)
             sse = fused.squared_error(self.logits(z, code), x)
-        return Terms(self.conditional.rate(log_share, joint), sse)
+        return Terms(self.conditional.rate(log_share, mu_logvar), sse)
 
     def forward(self, x: Tensor, seed: Tensor, row_offset: int = 0,
                 progress: Tensor | float | None = None) -> Terms:
