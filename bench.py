@@ -2,7 +2,7 @@
 
     python bench.py op                                        # all sizes, float32 and bfloat16, one thread and two
     python bench.py op --shapes 128x128 --dtypes float32      # a quick look
-    python bench.py op --json op.json                         # the figures of the first pass, for a machine
+    python bench.py op --json op.json                         # its first pass as JSON
     python bench.py op --device cuda                          # the same on a GPU; so for train
     python bench.py train --data auto                         # epochs of both networks and the prior
     python bench.py train --arch mlp --sizes                  # and against batch, data and latent size, and processes
@@ -133,7 +133,7 @@ def floor_step(training: train.Training, batch: int) -> Callable[[], Tensor]:
 
 
 def time_training(chosen: recipe.Options, data: source.Pictures, rounds: int, against: bool = True) -> dict:
-    """Images a second of our epochs and, with `against`, of the usual loop and of the floor."""
+    """Images a second of train.py's epochs and, with `against`, of the usual loop and of the floor."""
     training = train.Training(chosen, data, None, Group(chosen.device))
     training.epoch = chosen.epochs - 1  # of the learned prior where there is one
     training.enter()
@@ -164,12 +164,12 @@ def processes_speed(base: recipe.Options, data: str, processes: int) -> float:
     """Images a second of so many processes of one thread each: the better of two epochs on all pictures, after one."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, "--",
                Path(__file__).with_name("train.py"), "--data", data, "--arch", base.arch, "--latent", base.latent,
-               "--prior", base.prior,
-               "--epochs", 3, "--threads", 1, "--run", base.run, "--overwrite", "--no-judge", "--device", "cpu"]
+               "--prior", base.prior, "--epochs", 3, "--threads", 1, "--run", base.run, "--overwrite", "--no-judge",
+               "--device", "cpu"]
     subprocess.run([str(word) for word in command], check=True, capture_output=True)
     with open(Path(base.run) / "speed.csv") as file:
-        return max(float(row["images_per_second"]) for row in list(csv.DictReader(file))[1:])  # 1 is the autoencoder's
-
+        epochs = [float(row["images_per_second"]) for row in csv.DictReader(file)]
+    return max(epochs[1:])  # the first is the autoencoder's
 
 def time_network(name: str, chosen: argparse.Namespace, data: source.Pictures, place: str) -> Iterator[dict]:
     """Rows of figures of one network, which are printed as they come. place: a folder to train in."""

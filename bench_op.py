@@ -40,7 +40,7 @@ def tensors(shape: tuple[int, int], dtype: torch.dtype, device: str) -> tuple[Te
 
 
 def gradients(function: Callable, mu: Tensor, logvar: Tensor, seed: Tensor, dz: Tensor, dkl: Tensor) -> tuple:
-    """The outputs' gradients by mu and logvar, which must require them."""
+    """Gradients of z and kl with respect to mu and logvar, which must require them."""
     z, kl = function(mu, logvar, seed)
     return torch.autograd.grad((z, kl), (mu, logvar), (dz, dkl.to(kl.dtype)))
 

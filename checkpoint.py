@@ -36,7 +36,7 @@ def save(path: Path, state: dict) -> None:
     with options.replacing(path, "what was saved before is still there") as beside, open(beside, "wb") as file:
         try:
             torch.save(state | {"format": FORMAT}, file)
-        except RuntimeError as error:  # where a write fails half way, torch makes a riddle of it
+        except RuntimeError as error:  # torch's own for a failed write; the OSError before it says why
             raise error.__context__ or error from None
         file.flush()
         os.fsync(file.fileno())
@@ -57,7 +57,7 @@ def load(path: Path) -> dict:
             if damaged := archive.testzip():
                 raise zipfile.BadZipFile(f"damaged at {damaged}")
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # torch warns of nothing in a file of ours
+            warnings.simplefilter("error")  # torch warns of nothing in a file that `save` wrote
             state = torch.load(path, map_location="cpu", weights_only=True)
         bad = not_finite(state)
     except FileNotFoundError:
@@ -88,7 +88,7 @@ def not_finite(state: object, name: str = "") -> str:
 
 @contextlib.contextmanager
 def fitting(path: Path | None) -> Iterator[None]:
-    """What goes wrong when a whole file's state does not fit this program, as a Fault; without a file as it is."""
+    """Make a Fault of the errors of a state that does not fit this program; with no file to name let them pass."""
     try:
         yield
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -77,9 +77,9 @@ def missing(folder: Path) -> list[str]:
 
 
 def collect(folder: Path, files: tuple[str, ...], position: Tensor) -> tuple[Tensor, Tensor]:
-    """Images of some batch files, uint8 (n, 3, 32, 32), and labels (n,): what `position` (10,) has for CIFAR-10's ten.
+    """Images and labels of some batch files, uint8 (n, 3, 32, 32) and (n,); `position` (10,) maps CIFAR-10's labels.
 
-    Where that is -1 the image is left out. Raises Fault for a damaged file.
+    Where it is -1 the image is left out. Raises Fault for a damaged file.
     """
     most = sum((folder / name).stat().st_size for name in files) // RECORD
     whole, labels, n = torch.empty(most, 3, 32, 32, dtype=torch.uint8), [], 0  # what is never written takes no memory

@@ -68,7 +68,7 @@ def check(densities: dict[str, Gaussian], classes: tuple[str, ...], latent: int,
             raise ValueError(f"the density of {name} has shapes {tuple(mean.shape)} and {tuple(covariance.shape)}")
 
 
-def names(images: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Tensor:
+def labels_and_coats(images: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Tensor:
     """Two class numbers for each image, int64 (n, 2): its class, and its coat if it has one of COATS, else its class.
 
     The coats of COATS are numbered after the classes.

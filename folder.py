@@ -42,7 +42,9 @@ def lock(folder: Path) -> Iterator[None]:
     with os.fdopen(file, "r+b", buffering=0) as held:  # closing it frees the lock
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            if not os.path.samestat(os.fstat(file), os.stat(folder / "lock")):
+                raise FileNotFoundError  # between the two its holder took the file along, and somebody made another
+        except (BlockingIOError, FileNotFoundError):
             holder = held.read(200).decode(errors="replace") or "another process"
             raise Fault(f"{folder}: {holder} trains there; wait for it, or choose another --run") from None
         except OSError as error:  # a file system without locks
@@ -54,7 +56,7 @@ def lock(folder: Path) -> Iterator[None]:
             yield
         finally:
             with contextlib.suppress(OSError):
-                held.truncate(0)
+                (folder / "lock").unlink()  # while it is still locked
 
 
 def open_run(chosen: Options) -> dict | None:
@@ -71,7 +73,7 @@ def open_run(chosen: Options) -> dict | None:
     return None
 
 
-def ours(folder: Path) -> bool:
+def same_job(folder: Path) -> bool:
     """Whether this torchrun was at work on a run before it lost a process."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         return json.loads((folder / "config.json").read_text())["torchrun"] == os.environ[JOB]

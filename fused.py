@@ -1,8 +1,8 @@
 """What the extension does in one pass of a training step on a CPU, in plain PyTorch elsewhere.
 
-SiLU behind a group norm for images with channels innermost, the layout in which convolutions are fastest; the squared
+SiLU after a group norm for images with channels innermost, the layout in which convolutions are fastest; the squared
 error; and Adam on float32 weights with the bfloat16 copies that matrix products read, and whose bfloat16 gradients it
-takes as they are. Beside them, convolutions that are matrix products, or become some.
+takes as they are. Besides, convolutions that are matrix products, or become some.
 """
 import copy
 import math
@@ -16,11 +16,11 @@ from torch.nn import functional
 from torch.utils._python_dispatch import _disable_current_modes
 
 PRODUCTS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
-BLOCK = 2**17  # numbers of a convolution's tiles that a thread takes at a time, and then are still in its cache
+BLOCK = 2**17  # floats of Winograd planes, 0.5 MB, that a thread takes at a time, so that they stay in its cache
 G = torch.tensor([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]) / 24  # Winograd's
 G2 = torch.kron(G, G)  # in both directions, kernels (9, ...) to (36, ...); csrc/tiles.cpp has the other two matrices
-ROOMS = threading.local()  # what `room` gave
-BUILT = reparam.extension is not None and hasattr(torch.ops.pegasus, "winograd")  # one built before has none
+SCRATCH = threading.local()  # what `scratch` gave
+BUILT = reparam.extension is not None and hasattr(torch.ops.pegasus, "winograd")  # an older build has none
 
 
 def usable(x: Tensor) -> bool:
@@ -91,7 +91,7 @@ def squared_error(logits: Tensor, x: Tensor) -> Tensor:
 
 
 class Sequence(nn.Sequential):
-    """nn.Sequential that takes a group norm and the SiLU behind it in one pass."""
+    """nn.Sequential that computes a group norm and the SiLU after it in one pass."""
 
     def forward(self, x: Tensor) -> Tensor:
         layers = list(self)
@@ -109,7 +109,7 @@ class Shrink(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         k = self.stride[0]
         patches = x.permute(0, 2, 3, 1).unflatten(2, (-1, k)).unflatten(1, (-1, k)).transpose(2, 3).flatten(3)
-        weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # contiguous patches, or each row has a copy of it
+        weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # contiguous patches, or `linear` copies it for every row
         return functional.linear(patches.contiguous(), weight, self.bias).permute(0, 3, 1, 2)
 
 
@@ -123,18 +123,18 @@ class Grow(nn.ConvTranspose2d):
         return patches.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 
-def room(name: str, *shape: int) -> Tensor:
-    """Memory that a thread uses for one thing, again and again: new pieces leave gaps, 30 MB of them in the end."""
-    if name not in vars(ROOMS) or vars(ROOMS)[name].numel() < math.prod(shape):
+def scratch(name: str, *shape: int) -> Tensor:
+    """A thread's float32 scratch memory for one purpose, reused: fresh pieces leave gaps, 30 MB of them in the end."""
+    if name not in vars(SCRATCH) or vars(SCRATCH)[name].numel() < math.prod(shape):
         with torch.inference_mode(False), _disable_current_modes():  # which its next user may not be in
-            vars(ROOMS)[name] = torch.empty(math.prod(shape), dtype=torch.float32, device="cpu")
-    return vars(ROOMS)[name][:math.prod(shape)].view(shape)
+            vars(SCRATCH)[name] = torch.empty(math.prod(shape), dtype=torch.float32, device="cpu")
+    return vars(SCRATCH)[name][:math.prod(shape)].view(shape)
 
 
 def transformed(weight: Tensor, g: Tensor) -> Tensor:
     """A weight (K, C, 3, 3) by g (36, 9), (36, K, C)."""
-    rows = room("rows", 3, 3, *weight.shape[:2]).copy_(weight.permute(2, 3, 0, 1)).view(9, -1)
-    return torch.mm(g, rows, out=room("kernels", 36, rows.shape[1])).view(36, *weight.shape[:2])
+    rows = scratch("rows", 3, 3, *weight.shape[:2]).copy_(weight.permute(2, 3, 0, 1)).view(9, -1)
+    return torch.mm(g, rows, out=scratch("kernels", 36, rows.shape[1])).view(36, *weight.shape[:2])
 
 
 def block(x: Tensor, weight: Tensor) -> int:
@@ -161,9 +161,9 @@ class Winograd(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         dy, dx = dy.contiguous(memory_format=torch.channels_last), torch.empty_like(x)
-        turned, dkernels = transformed(weight, G2.flip(1)), room("dkernels", 36, weight[:, :, 0, 0].numel())
+        turned, dkernels = transformed(weight, G2.flip(1)), scratch("dkernels", 36, weight[:, :, 0, 0].numel())
         torch.ops.pegasus.winograd_backward(dy, x, turned, dx, dkernels, block(x, weight))
-        rows, dweight = room("rows", 3, 3, *weight.shape[:2]), torch.empty_like(weight)
+        rows, dweight = scratch("rows", 3, 3, *weight.shape[:2]), torch.empty_like(weight)
         torch.mm(G2.T, dkernels, out=rows.view(9, -1))
         dbias = dy.sum((0, 2, 3)) if ctx.bias else weight.new_empty(0)
         return dx, dweight.copy_(rows.permute(2, 3, 0, 1)), dbias
@@ -188,27 +188,27 @@ class Convolution(nn.Conv2d):
         return Winograd.apply(x.contiguous(memory_format=torch.channels_last), self.weight, bias)
 
 
-def halved(network: nn.Module) -> nn.Module:
-    """A network whose layers that multiply matrices have bfloat16 copies of the weights; it shares all the others."""
+def bfloat16_copy(network: nn.Module) -> nn.Module:
+    """A copy of a network with bfloat16 weights in its linear layers and convolutions, sharing all other tensors."""
     shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
     halves = {id(p): nn.Parameter(p.detach().bfloat16())
               for layer in network.modules() if isinstance(layer, PRODUCTS) for p in layer.parameters(recurse=False)}
-    return copy.deepcopy(network, shared | halves)
+    return copy.deepcopy(network, shared | halves)  # its memo: what to take instead of a copy
 
 
 class Adam:
-    """Adam (Kingma and Ba 2015) for a network's weights, by gradients of `trained`, which is that network or `halved`.
+    """Adam (Kingma and Ba 2015) for a network's weights, by gradients of `trained`: that network or `bfloat16_copy`.
 
-    As torch's fused one, whose checkpoints it reads, without the second and the 70 MB that importing torch's compiler
-    takes, as any of torch.optim does. `found_inf` and `grad_scale` are tensors of one number, `lr` a number or one:
-    where `found_inf` is 1 nothing changes, and gradients are divided by `grad_scale`.
+    Steps and checkpoints are those of torch.optim.Adam(fused=True), but any use of torch.optim imports torch's
+    compiler, which takes a second and 70 MB. `lr`: a number or a tensor of one. `found_inf`, `grad_scale`: tensors of
+    one number, or None; where `found_inf` is 1 nothing changes, and gradients are divided by `grad_scale`.
     """
     lr, beta1, beta2, epsilon = 1e-3, 0.9, 0.999, 1e-8
     found_inf = grad_scale = None
 
     def __init__(self, network: nn.Module, bfloat16: bool):
-        self.ours = BUILT and all(p.is_cpu for p in network.parameters())
-        self.trained = halved(network) if self.ours and bfloat16 else network
+        self.built = BUILT and all(p.is_cpu for p in network.parameters())
+        self.trained = bfloat16_copy(network) if self.built and bfloat16 else network
         self.pairs = list(zip(network.parameters(), self.trained.parameters(), strict=True))
         self.copies = [trained.detach() for _, trained in self.pairs]
         self.steps = torch.zeros((), device=self.copies[0].device)
@@ -234,7 +234,7 @@ class Adam:
     def norm(self) -> Tensor:
         """The length of all gradients together, a tensor of one number."""
         grads = [trained.grad for _, trained in self.pairs]
-        if not self.ours:
+        if not self.built:
             return torch.nn.utils.get_total_norm(grads)
         total, add_squares = torch.zeros(()), torch.ops.pegasus.add_squares.default
         for grad in grads:
@@ -244,7 +244,7 @@ class Adam:
     @torch.no_grad()
     def step(self) -> None:
         """The step that torch.optim.Adam(fused=True) takes."""
-        if self.ours:
+        if self.built:
             if not self.found_inf:
                 self.one_pass()
             return

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 -- train.py --run runs/two      # without `--` torchrun takes --run for its own
 
-Each process takes its contiguous rows of every batch. What one process computes for all comes as plain sums, so any
-number of processes, also uneven shares of a batch, follow the same curve up to float rounding.
+Each process takes its contiguous rows of every batch. Processes add up sums, never means, so any number of them, with
+uneven shares of a batch too, follows the same curve up to float rounding.
 """
 import os
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from options import Fault
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # before there is a group: its functions would keep it, and its threads, past its end
+import torch.distributed.nn  # before a group exists: its default arguments would keep the group and its threads alive
 from torch import Tensor
 
 T = TypeVar("T")
@@ -30,7 +30,7 @@ class Group:
             self.join("nccl" if device == "cuda" else "gloo")
 
     def join(self, backend: str) -> None:
-        """Meet the others; apart from the addresses that a lost group left in a store that torchrun keeps.
+        """Form the group; after a restart under a prefix of its own: torchrun's store keeps the lost one's addresses.
 
         Raises Fault where processes outnumber the machine's GPUs.
         """

@@ -12,7 +12,7 @@ import options
 
 COLUMNS = ("epoch", "phase", "train_loss", "train_rate", "train_distortion", "test_loss", "test_rate",
            "test_distortion", "test_sse", "bits_per_dim", "skipped", "data")  # of log.csv
-BEGIN, END = "\r\033[?7l", "\033[K\033[?7h"  # of a line to rewrite: one that wrapped would be two
+BEGIN, END = "\r\033[?7l", "\033[K\033[?7h"  # around a line that is rewritten: one that wrapped would be two
 SPEED = ("epoch", "images_per_second", "seconds")  # of speed.csv
 
 
@@ -46,7 +46,7 @@ class Progress:
 
     def __init__(self, last: int, epochs: int, images: int, begun: float, later: float, speed: Path,
                  quiet: bool = False):
-        """last: the phase's last epoch; begun: images of all epochs done before this start; later: seconds after it."""
+        """last: the phase's last epoch; begun: images done in all epochs before; later: seconds, guessed, after it."""
         self.last, self.epochs, self.images, self.later, self.speed = last, epochs, images, later, speed
         self.begun = self.before = begun
         self.start = self.epoch_start = time.monotonic()
@@ -70,7 +70,7 @@ class Progress:
             tell(BEGIN + self.line(epoch, done, rate, numbers()) + END, "")
 
     def end_epoch(self, epoch: int, numbers: dict[str, float]) -> None:
-        """Print the epoch's line and add its speed up to the last step, and its seconds, to speed.csv."""
+        """Print the epoch's line; add images a second up to its last step, and seconds with its test, to speed.csv."""
         if self.quiet:
             return
         now, done = time.monotonic(), epoch * self.images

@@ -1,4 +1,7 @@
-"""What every script shares: options made from a dataclass, faults told in one sentence, files written whole."""
+"""What every script shares: options made from a dataclass, faults told in one sentence, files written whole.
+
+Scripts import this first, before torch and what needs it, so that a missing package is told in one sentence.
+"""
 import argparse
 import contextlib
 import dataclasses

@@ -20,7 +20,7 @@ from recipe import Options
 import torch
 from torch import Tensor
 
-ORDER, FLIP, NOISE, TEST, START, TIME, NAME = range(7)  # purposes of the seeds derived from the run's
+ORDER, FLIP, NOISE, TEST, START, TIME, LABEL = range(7)  # purposes of the seeds derived from the run's
 SUMS = 3  # how many sums a phase keeps of an epoch
 
 
@@ -129,7 +129,7 @@ class Autoencoder:
 
 class Prior:
     """The second phase: flow matching in the latent space of the autoencoder, whose weights are frozen."""
-    name, flag, max_norm, purposes = "prior", "--prior-lr", 1.0, (START, NOISE, TIME, NAME)
+    name, flag, max_norm, purposes = "prior", "--prior-lr", 1.0, (START, NOISE, TIME, LABEL)
 
     def __init__(self, chosen: Options, data: source.Pictures, model: vae.VAE, learned: prior.Learned, workers: Group):
         self.options, self.model, self.learned, self.workers = chosen, model, learned, workers
@@ -137,9 +137,9 @@ class Prior:
         self.first, self.epochs = recipe.split(chosen), chosen.epochs - recipe.split(chosen)
         self.optimizer = fused.Adam(learned.velocity, chosen.precision == "bfloat16")
         self.mu, self.logvar = self.posteriors(data.images, chosen.flip)
-        self.names = density.names(data.images, data.labels, data.classes).to(chosen.device)
+        self.labels = density.labels_and_coats(data.images, data.labels, data.classes).to(chosen.device)
         self.test_mu, self.test_logvar = self.posteriors(data.test_images)
-        self.test_names = data.test_labels.to(chosen.device)
+        self.test_labels = data.test_labels.to(chosen.device)
         if not learned.mean.any():  # else as it was when the phase began
             learned.measure(self.mu, self.logvar)
 
@@ -159,7 +159,7 @@ class Prior:
                 both[:, view, first:first + size] = torch.stack(found)
         return both.flatten(1, 2).unbind()
 
-    def loss(self, velocity: prior.Velocity, mu: Tensor, logvar: Tensor, names: Tensor, seeds: Tensor,
+    def loss(self, velocity: prior.Velocity, mu: Tensor, logvar: Tensor, labels: Tensor, seeds: Tensor,
              first: int) -> Tensor:
         """Flow matching's squared error of each latent, mean over its dimensions, (B,)."""
         start, end, clock = seeds
@@ -167,7 +167,7 @@ class Prior:
         z0 = reparam.normals(*z1.shape, start, first)
         t = reparam.normals(len(z1), 1, clock, first).sigmoid()
         with autocast(self.options):
-            v = velocity(torch.lerp(z0, z1, t), t[:, 0], names)
+            v = velocity(torch.lerp(z0, z1, t), t[:, 0], labels)
         return (v - (z1 - z0)).square().mean(1)
 
     def backward(self, rows: Tensor, mirrored: Tensor | None, batch: int, first: int, seeds: Tensor,
@@ -175,8 +175,8 @@ class Prior:
         """As `Autoencoder.backward`; returns the sum of squared errors."""
         here = rows if len(rows) else rows.new_zeros(1)
         at = here if mirrored is None or not len(rows) else here + mirrored * (len(self.mu) // 2)
-        names = prior.drop_labels(self.names[here], self.learned.none, seeds[3], first)
-        loss = self.loss(self.optimizer.trained, self.mu[at], self.logvar[at], names, seeds[:3], first)
+        labels = prior.drop_labels(self.labels[here], self.learned.none, seeds[3], first)
+        loss = self.loss(self.optimizer.trained, self.mu[at], self.logvar[at], labels, seeds[:3], first)
         loss = loss[:len(rows)].sum()
         (loss / batch).backward()
         return torch.stack([loss.detach(), *loss.new_zeros(SUMS - 1)])
@@ -192,6 +192,6 @@ class Prior:
         size = forward_batch(self.options, 100)  # on a CPU less room than a step of training takes
         for first in range(share.start, share.stop, size):
             part = slice(first, min(first + size, share.stop))
-            total += self.loss(self.learned.average, self.test_mu[part], self.test_logvar[part], self.test_names[part],
+            total += self.loss(self.learned.average, self.test_mu[part], self.test_logvar[part], self.test_labels[part],
                                seeds, first).sum()
         return {"train_loss": means[0], "test_loss": (self.workers.total(total) / len(self.test_mu)).item()}

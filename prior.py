@@ -144,10 +144,10 @@ class Learned(nn.Module):
             average.lerp_(weight, nearer)
 
 
-def drop_labels(names: Tensor, none: int, seed: Tensor, first: int) -> Tensor:
+def drop_labels(labels: Tensor, none: int, seed: Tensor, first: int) -> Tensor:
     """One of a row's two class numbers (B, 2), or for 15 % `none`; int64 (B,). Row i depends on (seed, first + i)."""
-    chance = reparam.words(len(names), 1, seed, first)[:, 0, 0] / 2**32
-    return torch.where(chance < 0.15, none, torch.where(chance < 0.575, names[:, 0], names[:, 1]))
+    chance = reparam.words(len(labels), 1, seed, first)[:, 0, 0] / 2**32
+    return torch.where(chance < 0.15, none, torch.where(chance < 0.575, labels[:, 0], labels[:, 1]))
 
 
 def step_seconds(velocity: Velocity, batch_size: int, precision: torch.autocast, captured: bool) -> float:

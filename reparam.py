@@ -123,7 +123,7 @@ def save_inputs(ctx, inputs: tuple, output: tuple | None) -> None:
 
 
 def gradients(ctx, dz: Tensor | None, dkl: Tensor | None) -> tuple:
-    """The gradients by mu and logvar; none by seed and row_offset. None: of an output that was not used."""
+    """Gradients with respect to mu and logvar; None for seed and row_offset. dz, dkl: None where z, kl is unused."""
     mu, logvar, seed = ctx.saved_tensors
     dz = torch.zeros_like(mu) if dz is None else dz
     if dkl is None:  # a zero in its place would be NaN where exp(logvar) is infinite
@@ -198,8 +198,8 @@ def reparameterize_kl(mu: Tensor, logvar: Tensor, seed: Tensor, row_offset: int 
     mu, logvar: (B, D), float32, float64, bfloat16 or float16, any row stride. seed: int64, one element, same device.
     row_offset: index of row 0 in the global batch; rows computed apart equal those computed together.
     Returns z (B, D) in mu's dtype and kl (B,) in float32 (float64 for float64).
-    Raises ValueError or TypeError naming the argument that does not fit. A second derivative is an error where kl
-    is used, but under torch.func, whose transforms are given the reference, as forward-mode derivatives are.
+    Raises ValueError or TypeError naming the argument that does not fit. A second derivative through kl is an error,
+    except under torch.func, which gets the reference, as forward-mode derivatives do.
     """
     if extension is None or not (mu.is_cpu or mu.is_meta or (mu.is_cuda and extension.cuda_architectures)):
         return fallback(mu, logvar, seed, row_offset)

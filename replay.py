@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-WARM_UP = 3  # calls that are launched kernel by kernel, while libraries choose these
+WARM_UP = 3  # calls that run kernel by kernel first, while cuDNN and cuBLAS choose theirs
 
 
 def capture(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """The kernels that a function launches, to run when what is returned is called; now they do not run."""
+    """Capture the kernels that a function launches, without running them; what is returned runs them."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = function()
@@ -23,9 +23,10 @@ def capture(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 
 class Replay:
-    """Calls of one function of tensors on a GPU, of the same shapes each time; it may look at no number there.
+    """Calls of one function on a GPU, captured as a graph in the fourth and replayed from then on.
 
-    What it changes it changes in place. Its result is one tensor, which the next call writes again.
+    Its tensors keep their shapes, it reads no number back (`.item()`), and changes state in place. It returns one
+    tensor, which the next call overwrites.
     """
 
     def __init__(self):

@@ -67,7 +67,7 @@ def go_without(what: str, reason: str) -> None:
 
 
 def architectures(compiler: str) -> list[str]:
-    """Compute capabilities such as "90" or "90a": TORCH_CUDA_ARCH_LIST's, else ours that the toolkit knows."""
+    """Compute capabilities such as "90" or "90a": TORCH_CUDA_ARCH_LIST's, else those of ARCHITECTURES nvcc knows."""
     wanted = [a for a in re.split(r"[ ;]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "")) if a]
     if wanted:
         return [a.removesuffix("+PTX").replace(".", "") for a in wanted]
@@ -89,7 +89,7 @@ class BuildOp(build_ext):
         now = settings()
         if not self.force and target.exists() and made_with.exists() and made_with.read_text() == now:
             return
-        made_with.unlink(missing_ok=True)  # or what is cut off while it is linked would pass for whole
+        made_with.unlink(missing_ok=True)  # or an interrupted link would pass for up to date
         compiler = nvcc()
         print("the extension is built: a minute or two", flush=True)
         import pybind11
@@ -108,7 +108,7 @@ class BuildOp(build_ext):
                 for source in ("module.cpp", "step_ops.cpp", "winograd.cpp")]
         jobs += [(source, level, [*KERNEL, f"-DPEGASUS_LEVEL={level}", *flags])
                  for level, flags in LEVELS.items() for source in ("cpu.cpp", "step.cpp", "tiles.cpp")]
-        with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:  # a gigabyte each
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:  # a compiler takes a gigabyte
             objects += pool.map(lambda job: self.compile(*job), jobs)
         target.parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object(objects, str(target), libraries=libraries, library_dirs=library_directories,

@@ -1,4 +1,4 @@
-"""Where the pictures come from: a folder, the download, or drawn by ourselves."""
+"""Where the pictures come from: a folder, the download, or drawn by drawn.py."""
 import hashlib
 import os
 import sys
@@ -65,7 +65,7 @@ def locate(data: str) -> Path:
 def load(data: str, classes: str, known: dict[str, str] | None = None) -> Pictures:
     """All pictures of some classes. Raises Fault for whatever is wrong with them.
 
-    known: of a checkpoint's data, their folder, which "auto" then is unless it was moved, and the digest to have.
+    known: a checkpoint's `folder`, which "auto" then means unless it was moved, and the `digest` that it must have.
     """
     names = tuple(cifar10.CLASSES[i] for i in cifar10.class_indices(classes))  # before anything is downloaded
     if known and data == "auto" and (os.path.isdir(known["folder"]) or Path(known["folder"]).name != cifar10.FOLDER):

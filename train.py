@@ -281,7 +281,7 @@ def begin(chosen: Options, given: set[str], workers: Group) -> Training:
 def main(argv: list[str] | None = None) -> int:
     chosen, given = options.parse(Options, argv, __doc__)
     workers = Group(recipe.device(chosen))
-    if workers.restarts and folder.ours(Path(chosen.run)):
+    if workers.restarts and folder.same_job(Path(chosen.run)):
         chosen = replace(chosen, resume=True, overwrite=False)
     with folder.lock(Path(chosen.run)) if workers.leads else contextlib.nullcontext():
         try:  # a process that ends without leaving its group may abort, and hide why

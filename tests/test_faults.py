@@ -228,8 +228,26 @@ def test_a_folder_that_another_process_uses(whole, batches, tmp_path, fails):
     assert (place / "lock").read_text().startswith(f"process {holder.pid} ")
     assert "somebody" not in (place / "lock").read_text()
     assert train.main(command(place, batches, 4)) == 0
-    assert (place / "lock").read_text() == ""
+    assert not (place / "lock").exists()
     same(whole, place)
+
+
+@pytest.mark.parametrize("another", [False, True])
+def test_a_lock_that_goes_with_its_holder(tmp_path, monkeypatch, another):
+    """Between opening and locking, the last holder leaves and takes the file along; somebody may make another."""
+    flock = fcntl.flock
+
+    def late(file, how):
+        (tmp_path / "lock").unlink()
+        if another:
+            (tmp_path / "lock").touch()
+        flock(file, how)
+    with monkeypatch.context() as patch, pytest.raises(train.Fault, match="another process trains there"):
+        patch.setattr(fcntl, "flock", late)
+        folder.lock(tmp_path).__enter__()
+    with folder.lock(tmp_path), pytest.raises(train.Fault, match=f"process {os.getpid()} "), folder.lock(tmp_path):
+        pass
+    assert not (tmp_path / "lock").exists()
 
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):

@@ -211,9 +211,9 @@ def test_gradients_of_all_processes_keep_the_weights_layout(bfloat16, monkeypatc
 
 
 @built
-def test_halved_shares_what_multiplies_no_matrices():
+def test_the_bfloat16_copy_shares_what_multiplies_no_matrices():
     model = network()
-    half = fused.halved(model)
+    half = fused.bfloat16_copy(model)
     kept = [name for name, p in half.named_parameters() if p is dict(model.named_parameters())[name]]
     assert kept == ["1.weight", "1.bias"]
     assert {p.dtype for name, p in half.named_parameters() if name not in kept} == {torch.bfloat16}
@@ -226,11 +226,11 @@ def test_room_is_used_again_in_other_modes():
     with torch.no_grad():
         wanted = torch.nn.functional.conv2d(x, layer.weight, layer.bias, padding=1)
     for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
-        vars(fused.ROOMS).clear()
+        vars(fused.SCRATCH).clear()
         with mode():
             torch.testing.assert_close(layer(x), wanted)
         layer(x).sum().backward()
-    vars(fused.ROOMS).clear()
+    vars(fused.SCRATCH).clear()
     torch.set_default_dtype(torch.float64)
     try:
         torch.testing.assert_close(layer(x), wanted)

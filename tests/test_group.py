@@ -16,7 +16,7 @@ from test_train import rows, trained
 
 
 def curves(folder: Path) -> list[list[float]]:
-    return [[float(row[key] or 0) for key in train.COLUMNS[2:-1]] for row in rows(folder / "log.csv")]
+    return [[float(row[key] or 0) for key in train.log.COLUMNS[2:-1]] for row in rows(folder / "log.csv")]
 
 
 # train.py with small networks, and without pictures, which would take most of the time

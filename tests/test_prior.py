@@ -101,7 +101,7 @@ def test_names_hidden():
 
 def test_names_of_photographs():
     images = torch.arange(8, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 32, 32) * 20
-    both = density.names(images, torch.tensor([0, 1] * 4), ("horse", "bird"))
+    both = density.labels_and_coats(images, torch.tensor([0, 1] * 4), ("horse", "bird"))
     assert both[:, 0].tolist() == [0, 1] * 4
     assert both[:, 1].tolist() == [3, 1, 0, 1, 0, 1, 2, 1]  # the darkest horse is dark, the lightest white
 

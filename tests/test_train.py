@@ -53,7 +53,7 @@ def test_a_runs_folder(run, batches):
     names = {"last.pt", "log.csv", "speed.csv", "config.json", *PICTURES}
     assert {p.name for p in run.iterdir()} == names
     table = rows(run / "log.csv")
-    assert list(table[0]) == list(train.COLUMNS)
+    assert list(table[0]) == list(train.log.COLUMNS)
     assert [row["epoch"] for row in table] == ["1", "2", "3", "4"]
     assert float(table[3]["train_loss"]) < float(table[0]["train_loss"])
     for row in table:

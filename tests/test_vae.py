@@ -103,7 +103,7 @@ def test_a_grid_needs_the_convolutional_network():
 @pytest.mark.parametrize("arch", ["mlp", "conv"])
 def test_a_copy_with_bfloat16_weights_encodes_with_them(arch, x):
     """Though the encoder is kept split in two beside itself."""
-    half = vae.fused.halved(vae.VAE(arch, latent="8"))
+    half = vae.fused.bfloat16_copy(vae.VAE(arch, latent="8"))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         before = half.encode(x)[0]
         half.encoder[-1].bias += 1
