@@ -152,7 +152,8 @@ class Winograd(torch.autograd.Function):
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
         ctx.bias = len(bias) > 0
-        y = torch.empty(len(x), len(weight), *x.shape[2:], dtype=x.dtype, memory_format=torch.channels_last)
+        size = len(x), len(weight), *x.shape[2:]
+        y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         torch.ops.pegasus.winograd(x, transformed(weight, G2).transpose(1, 2), bias, y, block(x, weight))
         return y
 
@@ -236,7 +237,7 @@ class Adam:
         grads = [trained.grad for _, trained in self.pairs]
         if not self.built:
             return torch.nn.utils.get_total_norm(grads)
-        total, add_squares = torch.zeros(()), torch.ops.pegasus.add_squares.default
+        total, add_squares = torch.zeros((), dtype=torch.float32, device="cpu"), torch.ops.pegasus.add_squares.default
         for grad in grads:
             add_squares(grad, total)
         return total.sqrt()

@@ -47,13 +47,17 @@ inline std::string device(const Tensor& t) {
   throw std::runtime_error(argument + ": got " + got + ", wanted " + wanted);
 }
 
-// The memory of a tensor that is to be float32, or bfloat16 where `half` is given.
+inline void check_defined(const Tensor& t, const char* argument) {  // Python's None is an undefined tensor
+  if (!t.defined()) refuse(argument, "None", "a tensor");
+}
+
+// The memory of a tensor that is to be float32, or bfloat16 where `bf16`, which then says so, is given.
 template <class T>
-T* typed(const Tensor& t, const char* argument, bool* half = nullptr) {
+T* typed(const Tensor& t, const char* argument, bool* bf16 = nullptr) {
   const ScalarType type = t.scalar_type();
-  if (half) *half = type == ScalarType::BFloat16;
-  if (!t.is_cpu() || (type != ScalarType::Float && !(half && *half)))
-    refuse(argument, name(type) + " on " + device(t), half ? "torch.float32 or torch.bfloat16 on cpu"
+  if (bf16) *bf16 = type == ScalarType::BFloat16;
+  if (!t.is_cpu() || (type != ScalarType::Float && !(bf16 && *bf16)))
+    refuse(argument, name(type) + " on " + device(t), bf16 ? "torch.float32 or torch.bfloat16 on cpu"
                                                            : "torch.float32 on cpu");
   return static_cast<T*>(t.data_ptr());
 }
@@ -61,6 +65,7 @@ T* typed(const Tensor& t, const char* argument, bool* half = nullptr) {
 // The same of one with so many elements, contiguous.
 template <class T>
 T* ordered(const Tensor& t, const char* argument, int64_t elements) {
+  check_defined(t, argument);
   if (t.numel() != elements || !t.is_contiguous())
     refuse(argument, shape(t) + " or its strides", std::to_string(elements) + " contiguous elements");
   return typed<T>(t, argument);
@@ -68,18 +73,29 @@ T* ordered(const Tensor& t, const char* argument, int64_t elements) {
 
 // The same of one with so many elements and no gaps, in any order.
 template <class T>
-T* memory(const Tensor& t, const char* argument, int64_t elements, bool* half = nullptr) {
+T* memory(const Tensor& t, const char* argument, int64_t elements, bool* bf16 = nullptr) {
+  check_defined(t, argument);
   int64_t reach = 1;
   for (int64_t i = 0; i < t.dim(); ++i) reach += (t.size(i) - 1) * t.stride(i);
   if (t.numel() != elements || (elements && reach != elements))
     refuse(argument, shape(t), std::to_string(elements) + " elements without gaps");
-  return typed<T>(t, argument, half);
+  return typed<T>(t, argument, bf16);
 }
 
 inline void check_order(const Tensor& t, const Tensor& like, const char* argument, const char* name_of_like) {
   bool same = t.sizes().equals(like.sizes());
   for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == 1 || t.stride(i) == like.stride(i);
   if (!same) refuse(argument, "shape " + shape(t) + " or its strides", name_of_like + (" " + shape(like)) + "'s");
+}
+
+// The memory of one that is to be as `like`, which is float32 or bfloat16: of its dtype, shape and order.
+inline void* alike(const Tensor& t, const Tensor& like, const char* argument, const char* name_of_like) {
+  bool bf16;
+  check_defined(t, argument);
+  void* result = typed<void>(t, argument, &bf16);
+  check_order(t, like, argument, name_of_like);
+  if (t.scalar_type() != like.scalar_type()) refuse(argument, name(t.scalar_type()), name(like.scalar_type()));
+  return result;
 }
 
 inline bool channels_innermost(const Tensor& x) {

@@ -6,7 +6,7 @@
 // 2011) with counter (g low, g high, r low, r high) and key (seed low, seed high), in 32-bit words; the block's words
 // w0..w3 become radius(w0) * direction(w1), radius(w2) * direction(w3), two normals each, after Box and Muller.
 //
-// Float formulas are our own polynomials (minimax, fitted for this file), so that every instruction set that does not
+// Float formulas are polynomials of this file's own (minimax), so that every instruction set that does not
 // contract a * b + c gives the same bits. Everything is static in a namespace of the including file's own: a file
 // compiled for AVX-512 must not lend its copy of a function to the others.
 #pragma once
@@ -107,8 +107,8 @@ static PEGASUS_INLINE F exponential(F x) {
   F q = (0.00138144672f * r2 + (0.00836878084f * r + 0.0416683927f)) * r2 + (0.166665196f * r + 0.49999994f);
   F p = (q * r2 + r) + 1.0f;
   F y = bits<F>(bits<Word>(p) + (bits<Word>(shifted) << 23));
-  y = x < F{} + 88.72284f ? y : x + static_cast<float>(INFINITY);
-  return x < F{} - 87.33654f ? F{} : y;
+  y = x < 88.72284f ? y : x + static_cast<float>(INFINITY);
+  return x < -87.33654f ? F{} : y;
 }
 
 // sqrt(-2 log u) with u = (word + 1) / 2^32, in (0, 1]: all 32 bits count, so it reaches 6.66.
@@ -153,7 +153,7 @@ struct Bfloat16Bits {
     using Word = typename Lanes<F>::Word;
     Word x = bits<Word>(value);
     Word rounded = (x + 0x7FFFu + ((x >> 16) & 1u)) >> 16;
-    return (x & 0x7FFFFFFFu) > Word{} + 0x7F800000u ? Word{} + 0x7FC0u : rounded;
+    return (x & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded;
   }
 };
 
@@ -163,7 +163,7 @@ struct Float16Bits {
     using Word = typename Lanes<F>::Word;
     Word magnitude = h & 0x7FFFu;
     Word finite = bits<Word>(bits<F>(magnitude << 13) * 0x1p112f);  // denormals too
-    Word special = magnitude >= Word{} + 0x7C00u ? Word{} + 0x7F800000u : Word{};
+    Word special = magnitude >= 0x7C00u ? 0x7F800000u : Word{};
     return bits<F>(finite | special | ((h & 0x8000u) << 16));
   }
   template <class F>
@@ -172,9 +172,9 @@ struct Float16Bits {
     Word x = bits<Word>(value), magnitude = x & 0x7FFFFFFFu;
     Word normal = ((magnitude + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13) - (112u << 10);
     Word denormal = bits<Word>(bits<F>(magnitude) + 0.5f) - 0x3F000000u;  // 1/2 has the step of float16's denormals
-    Word half = magnitude < Word{} + 0x38800000u ? denormal : normal;
-    half = magnitude >= Word{} + 0x47800000u ? Word{} + 0x7C00u : half;
-    half = magnitude > Word{} + 0x7F800000u ? Word{} + 0x7E00u : half;
+    Word half = magnitude < 0x38800000u ? denormal : normal;
+    half = magnitude >= 0x47800000u ? 0x7C00u : half;
+    half = magnitude > 0x7F800000u ? 0x7E00u : half;
     return half | ((x >> 16) & 0x8000u);
   }
 };
@@ -203,17 +203,17 @@ static PEGASUS_INLINE void box_muller(uint32_t w0, uint32_t w1, double& first, d
 
 template <class F>
 static PEGASUS_INLINE F forward_element(F mu, F logvar, F eps, F& z) {  // returns the element's share of 2 kl
-  F std = exponential(logvar * (F{} + 0.5f));
+  F std = exponential(logvar * 0.5f);
   z = mu + std * eps;
-  return std * std + mu * mu - (F{} + 1.0f) - logvar;
+  return std * std + mu * mu - 1.0f - logvar;
 }
 
 // half_dkl is half the gradient of the row's kl.
 template <class F>
 static PEGASUS_INLINE void backward_element(F mu, F logvar, F eps, F dz, F half_dkl, F& dmu, F& dlogvar) {
-  F std = exponential(logvar * (F{} + 0.5f));
+  F std = exponential(logvar * 0.5f);
   dmu = dz + (half_dkl + half_dkl) * mu;
-  dlogvar = dz * std * eps * (F{} + 0.5f) + half_dkl * (std * std - (F{} + 1.0f));
+  dlogvar = dz * std * eps * 0.5f + half_dkl * (std * std - 1.0f);
 }
 
 template <class F>

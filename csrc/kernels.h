@@ -1,4 +1,4 @@
-// What the kernels take, and which kernels there are. Plain C: the files compiled with higher flags include it.
+// What the kernels take, and which kernels there are: plain types, since the file of each instruction set includes it.
 #pragma once
 #include <stdint.h>
 
@@ -26,12 +26,12 @@ struct CpuKernels {
   RangeKernel forward[dtypes], backward[dtypes];
 };
 
-// Adam's step for one tensor of weights, its gradient and moments, all in one order; grad is float or bfloat16. rate is
-// divided, and root_correction divides, by what makes up for the moments' zeros at the start.
+// Adam's step for one tensor: weight, moments and grad, which is float or bfloat16, all in one order. Bias corrections:
+// rate = lr / (1 - beta1^t), root_correction = 1 / sqrt(1 - beta2^t). grad is multiplied by scale first.
 struct Adam {
   float *weight, *mean, *square;
   const void* grad;
-  uint16_t* half;  // the weight in bfloat16, or null
+  uint16_t* bf16;  // where the weight goes in bfloat16 too, or null
   float rate, root_correction, fresh1, beta2, fresh2, epsilon, scale;  // fresh: 1 - beta
 };
 
@@ -60,17 +60,18 @@ struct SquaredError {
 struct StepKernels {
   void (*adam[2])(const Adam&, int64_t first, int64_t last);  // elements
   float (*squares[2])(const void* values, int64_t first, int64_t last);  // their sum
-  void (*norm[2])(const GroupNorm&, float* room, int64_t first, int64_t last);  // images; room: 6 * channels
-  void (*norm_backward[2])(const GroupNorm&, float* room, int64_t first, int64_t last);  // (places + 6) * channels
+  void (*norm[2])(const GroupNorm&, float* scratch, int64_t first, int64_t last);  // images; scratch: 6 * channels
+  void (*norm_backward[2])(const GroupNorm&, float* scratch, int64_t first, int64_t last);  // (places + 6) * channels
   void (*error[2])(const SquaredError&, int64_t first, int64_t last);  // images
   void (*error_backward[2])(const SquaredError&, int64_t first, int64_t last);
 };
 
-// Float images (rows, columns, channels) of whole tiles of 4 x 4 places, and what a 3 x 3 convolution multiplies of them
-// (tiles.cpp): 36 planes (tiles, channels), a stride apart. bias: one for each channel, or null.
+// Float images (rows, columns, channels) of whole tiles of 4 x 4 places, and their Winograd planes (tiles.cpp): 36 of
+// (tiles, channels), a stride apart, each a matrix of its own in the products. bias: (channels,), or null. outside: so
+// many zeros, for places beyond an image.
 struct Tiles {
   float *images, *planes;
-  const float* bias;
+  const float *bias, *outside;
   int64_t rows, columns, channels, stride;
 
   float* place(int64_t image, int64_t row, int64_t column) const {

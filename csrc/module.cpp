@@ -72,6 +72,7 @@ const CpuKernels& cpu_kernels() { return *chosen_level().kernels; }
 
 // `argument` is to be what `like`, mu, is: shape, dtype and device.
 void check_like(const Tensor& t, const Tensor& like, const char* argument) {
+  check_defined(t, argument);
   if (!t.sizes().equals(like.sizes())) refuse(argument, "shape " + shape(t), "mu's " + shape(like));
   if (t.scalar_type() != like.scalar_type())
     refuse(argument, "dtype " + name(t.scalar_type()), "mu's " + name(like.scalar_type()));
@@ -79,6 +80,7 @@ void check_like(const Tensor& t, const Tensor& like, const char* argument) {
 }
 
 Dtype check(const Tensor& mu, const Tensor& logvar, const Tensor& seed) {
+  check_defined(mu, "mu"), check_defined(seed, "seed");
   if (mu.dim() != 2) refuse("mu", "shape " + shape(mu), "two dimensions (B, D)");
   Dtype dtype;
   switch (mu.scalar_type()) {
@@ -172,7 +174,7 @@ std::tuple<Tensor, Tensor> reparameterize_kl(const Tensor& mu, const Tensor& log
 std::tuple<Tensor, Tensor> reparameterize_kl_backward(const Tensor& dz, const Tensor& dkl, const Tensor& mu,
                                                       const Tensor& logvar, const Tensor& seed, int64_t row_offset) {
   const Dtype dtype = check(mu, logvar, seed);
-  check_like(dz, mu, "dz");
+  check_like(dz, mu, "dz"), check_defined(dkl, "dkl");
   const ScalarType kl_type = dtype == float64 ? ScalarType::Double : ScalarType::Float;
   if (dkl.dim() != 1 || dkl.size(0) != mu.size(0) || dkl.scalar_type() != kl_type || dkl.device() != mu.device())
     refuse("dkl", name(dkl.scalar_type()) + " of shape " + shape(dkl) + " on " + device(dkl),

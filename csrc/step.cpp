@@ -1,4 +1,4 @@
-// CPU kernels of the training step, of one instruction set: Adam, a gradient's length, SiLU behind a group norm, and
+// CPU kernels of the training step, of one instruction set: Adam, a gradient's length, SiLU after a group norm, and
 // the squared error. setup.py compiles this file once for each, as cpu.cpp, and for the same reasons: bits depend
 // neither on the instruction set nor on the threads. Numbers below 1e-38 are zero.
 #include "kernels.h"
@@ -35,11 +35,11 @@ static __attribute__((noinline)) void adam_range(const Adam& a, int64_t first, i
     Float32::store(a.mean + i, mean);
     Float32::store(a.square + i, square);
     Float32::store(a.weight + i, weight);
-    if (a.half) Bfloat16::store(a.half + i, weight);
+    if (a.bf16) Bfloat16::store(a.bf16 + i, weight);
   }
   for (; i < last; ++i) {
     a.weight[i] = adam_element<float>(a, a.weight[i], widened(grad[i]), a.mean[i], a.square[i]);
-    if (a.half) a.half[i] = static_cast<uint16_t>(Bfloat16Bits::narrow<float>(a.weight[i]));
+    if (a.bf16) a.bf16[i] = static_cast<uint16_t>(Bfloat16Bits::narrow<float>(a.weight[i]));
   }
 }
 
@@ -82,7 +82,8 @@ static PEGASUS_INLINE void fill(const Affine& to, const GroupNorm& a, int64_t im
 
 constexpr int wide = 32;  // channels taken through all places at a time: of bfloat16 as many as a cache line holds
 
-// First value, sum and squares of n vectors of channels, about the first value, so that a large mean costs no digits.
+// First value, and sums of the differences from it and of their squares, of n vectors of channels: so a large mean
+// costs no digits.
 template <class Format, int n, class Element>
 static PEGASUS_INLINE void add_up(const GroupNorm& a, const Element* x, float* first, float* sum, float* square) {
   Vector start[n], s[n] = {}, q[n] = {};
@@ -99,10 +100,10 @@ static PEGASUS_INLINE void add_up(const GroupNorm& a, const Element* x, float* f
   __builtin_memcpy(square, q, sizeof q);
 }
 
-// Mean and 1 / std of one image's groups. room: 3 * channels.
+// Mean and 1 / std of one image's groups. scratch: 3 * channels.
 template <class Format, class Element>
-static PEGASUS_INLINE void moments(const GroupNorm& a, const Element* x, float* room, float* mean, float* inverse) {
-  float *first = room, *sum = room + a.channels, *square = sum + a.channels;
+static PEGASUS_INLINE void moments(const GroupNorm& a, const Element* x, float* scratch, float* mean, float* inverse) {
+  float *first = scratch, *sum = scratch + a.channels, *square = sum + a.channels;
   int64_t at = 0;
   for (; at + wide <= a.channels; at += wide)
     add_up<Format, wide / width>(a, x + at, first + at, sum + at, square + at);
@@ -123,13 +124,13 @@ static PEGASUS_INLINE void moments(const GroupNorm& a, const Element* x, float* 
 }
 
 template <class Format>
-static __attribute__((noinline)) void norm_images(const GroupNorm& a, float* room, int64_t first, int64_t last) {
+static __attribute__((noinline)) void norm_images(const GroupNorm& a, float* scratch, int64_t first, int64_t last) {
   using Element = typename Format::Element;
-  const Affine affine{room, room + a.channels, room + 2 * a.channels};
+  const Affine affine{scratch, scratch + a.channels, scratch + 2 * a.channels};
   for (int64_t image = first; image < last; ++image) {
     const Element* x = static_cast<const Element*>(a.x) + image * a.places * a.channels;
     Element* y = static_cast<Element*>(a.y) + image * a.places * a.channels;
-    moments<Format>(a, x, room + 3 * a.channels, a.mean + image * a.groups, a.inverse + image * a.groups);
+    moments<Format>(a, x, scratch + 3 * a.channels, a.mean + image * a.groups, a.inverse + image * a.groups);
     fill(affine, a, image);
     for (int64_t place = 0; place < a.places; ++place, x += a.channels, y += a.channels)
       for (int64_t c = 0; c < a.channels; c += width) {
@@ -139,8 +140,8 @@ static __attribute__((noinline)) void norm_images(const GroupNorm& a, float* roo
   }
 }
 
-// The gradient by u of SiLU(u) = u s, s = 1 / (1 + exp(-u)), to `du` (places, channels), and of it weight's and bias's,
-// of n vectors of channels from `c` on.
+// du = dy * dSiLU(u)/du, (places, channels), with SiLU(u) = u s, s = 1 / (1 + exp(-u)); its sums over places, dbias and
+// dweight, the latter still without its factor 1 / std; for n vectors of channels from `c` on.
 template <class Format, int n, class Element>
 static PEGASUS_INLINE void silu_backward(const GroupNorm& a, const Affine& affine, int64_t c, const Element* x,
                                          const Element* dy, float* du, float* dweight, float* dbias) {
@@ -162,8 +163,8 @@ static PEGASUS_INLINE void silu_backward(const GroupNorm& a, const Affine& affin
   __builtin_memcpy(dweight + c, along, sizeof along);
 }
 
-// dx = weight / std * du - 1 / std * mean(weight du) - (x - mean) / std^2 * mean(weight du (x - mean) / std), the
-// means over a group: as `affine` of x, and `slope` times du. dweight comes in without its 1 / std.
+// dx = weight / std * du - 1 / std * mean(weight du) - (x - mean) / std^2 * mean(weight du (x - mean) / std), the means
+// over a group, as slope * du + affine.scale * x + affine.offset. dweight comes in without its 1 / std.
 static PEGASUS_INLINE void solve(const GroupNorm& a, int64_t image, float* dweight, const float* dbias,
                                  const Affine& affine, float* slope) {
   const int64_t size = a.channels / a.groups;
@@ -187,11 +188,11 @@ static PEGASUS_INLINE void solve(const GroupNorm& a, int64_t image, float* dweig
 }
 
 template <class Format>
-static __attribute__((noinline)) void norm_images_backward(const GroupNorm& a, float* room, int64_t first,
+static __attribute__((noinline)) void norm_images_backward(const GroupNorm& a, float* scratch, int64_t first,
                                                            int64_t last) {
   using Element = typename Format::Element;
-  const Affine affine{room, room + a.channels, room + 2 * a.channels};
-  float *slope = room + 3 * a.channels, *du = room + 4 * a.channels;
+  const Affine affine{scratch, scratch + a.channels, scratch + 2 * a.channels};
+  float *slope = scratch + 3 * a.channels, *du = scratch + 4 * a.channels;
   for (int64_t image = first; image < last; ++image) {
     const int64_t start = image * a.places * a.channels, end = a.places * a.channels;
     const Element *x = static_cast<const Element*>(a.x) + start, *dy = static_cast<const Element*>(a.dy) + start;

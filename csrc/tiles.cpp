@@ -1,18 +1,16 @@
 // CPU kernels of 3 x 3 convolutions, of one instruction set: Winograd's minimal filtering (Lavin and Gray 2016).
-// setup.py compiles this file once for each, as step.cpp, and for the same reasons.
+// setup.py compiles this file once for each, to the same bits; those of the products (winograd.cpp, MKL) may differ.
 //
 // 4 x 4 outputs of a channel see 6 x 6 inputs d, and are A' [G w G' * B' d B] A with the kernel w: 36 products, which
 // over channels are 36 matrix products, instead of 144. Here are B' d B, A' m A, and of an output's gradient A y A',
 // with which the kernel's gradient is G' [A y A' * B' d B] G. Points 0, 1, -1, 2, -2 and infinity; G is in fused.py.
-#include <vector>
-
 #include "kernels.h"
 #include "vectors.h"
 
 namespace pegasus {
 namespace PEGASUS_LEVEL {
 
-// One way of a transform, of vectors `step` apart: of `taken` it makes `given`.
+// One dimension of a transform: `given` vectors of `taken`, both `step` apart.
 struct Input {  // B'
   static constexpr int taken = 6, given = 6, before = 1;  // before: places that are seen in front of a tile
   static PEGASUS_INLINE void run(const Vector* d, Vector* y, int step) {
@@ -67,8 +65,7 @@ static PEGASUS_INLINE void both_ways(const Vector* in, Vector* out) {
 template <class Transform>
 static __attribute__((noinline)) void take(const Tiles& of, int64_t first, int64_t last) {
   constexpr int taken = Transform::taken;
-  const Tiles a = of;  // which no store can reach
-  const std::vector<float> outside(a.channels);
+  const Tiles a = of;  // a copy, which no store can change
   const float* places[taken * taken];
   float* to = a.planes + first * (a.rows / 4) * (a.columns / 4) * a.channels;
   for (int64_t image = first; image < last; ++image)
@@ -76,7 +73,7 @@ static __attribute__((noinline)) void take(const Tiles& of, int64_t first, int64
       for (int64_t column = -Transform::before; column + 4 <= a.columns; column += 4, to += a.channels) {
         for (int i = 0; i < taken * taken; ++i) {
           const int64_t y = row + i / taken, x = column + i % taken;
-          places[i] = y >= 0 && y < a.rows && x >= 0 && x < a.columns ? a.place(image, y, x) : outside.data();
+          places[i] = y >= 0 && y < a.rows && x >= 0 && x < a.columns ? a.place(image, y, x) : a.outside;
         }
         for (int64_t c = 0; c < a.channels; c += width) {
           Vector in[taken * taken], out[36];

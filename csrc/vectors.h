@@ -131,8 +131,8 @@ static PEGASUS_INLINE T fold(T lane[lanes]) {
   return lane[0];
 }
 
-// A floating-point state of this thread's (round to nearest), whatever the calling thread has, and back: IEEE's gradual
-// underflow, or zero for numbers below 1e-38, which cost a hundred times as much as others.
+// Sets this thread's floating-point state for a scope, whatever its caller's: round to nearest, and IEEE's gradual
+// underflow (ieee) or zero for denormals (flushing), which cost many times as much as other numbers.
 class FloatState {
  public:
 #if defined(__SSE2__)
@@ -158,8 +158,8 @@ class FloatState {
 #endif
 };
 
-// A kernel in a floating-point state, which is set outside the function that computes: nothing in the language orders
-// the two within one.
+// A kernel in a floating-point state, which is set outside the function that computes: within one function the compiler
+// may move arithmetic across it.
 template <FloatState::State state, auto kernel, class... Parameters>
 static auto in_state(Parameters... parameters) {
   FloatState set(state);

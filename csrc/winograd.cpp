@@ -4,71 +4,77 @@
 
 #include <cstdlib>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <new>
+#include <vector>
 
 #include "checks.h"
 #include "kernels.h"
+#include "vectors.h"
 
 namespace pegasus {
 namespace {
 
-// Memory of a thread's own, used again and again: new pieces leave gaps, 30 MB of them in the end.
-class Room {
+// Scratch memory of a thread's own, reused: fresh pieces leave gaps, 30 MB of them in the end.
+class Scratch {
  public:
-  ~Room() { std::free(memory); }
-
   Tensor tensor(int64_t count, int64_t rows, int64_t columns) {
     const int64_t needed = (count * rows * columns + 15) / 16 * 16;
-    if (size < needed) {
-      std::free(memory);
+    if (size < needed || memory.use_count() > 1) {  // or somebody reads what is there
       size = 0;
-      memory = static_cast<float*>(std::aligned_alloc(64, needed * sizeof(float)));
+      memory.reset();
+      memory.reset(static_cast<float*>(std::aligned_alloc(64, needed * sizeof(float))), std::free);
       if (!memory) throw std::bad_alloc();
       size = needed;
     }
-    return torch::stable::from_blob(memory, {count, rows, columns}, {rows * columns, columns, 1},
+    return torch::stable::from_blob(memory.get(), {count, rows, columns}, {rows * columns, columns, 1},
                                     torch::stable::Device(torch::headeronly::DeviceType::CPU), ScalarType::Float);
   }
 
+  std::shared_ptr<float> memory;
+
  private:
-  float* memory = nullptr;
   int64_t size = 0;
 };
 
-thread_local Room room_of_inputs, room_of_gradients, room_of_products, room_of_sums;
+thread_local Scratch scratch_inputs, scratch_gradients, scratch_products, scratch_sums;
 
-Tensor some(Tensor images, int64_t first, int64_t n) { return torch::stable::narrow(images, 0, first, n); }
+// n images (B, C, H, W), from the first on.
+struct Part {
+  const Tensor& images;
+  int64_t first, n;
 
-Tiles tiles_of(const Tensor& images, const Tensor& planes, const float* bias = nullptr) {
-  return {.images = static_cast<float*>(images.data_ptr()), .planes = static_cast<float*>(planes.data_ptr()),
-          .bias = bias, .rows = images.size(2), .columns = images.size(3), .channels = images.size(1),
-          .stride = planes.stride(0)};
-}
+  int64_t tiles() const { return n * images.size(2) * images.size(3) / 16; }
 
-// The tiles of images, or of their gradients, as planes (36, rows, C), with rows of zeros behind: an odd number of
+  void run(void (*kernel)(const Tiles&, int64_t, int64_t), const Tensor& planes, const float* bias) const {
+    const int64_t channels = images.size(1), each = images.numel() / images.size(0);
+    const std::vector<float> outside(channels);
+    const Tiles a{.images = static_cast<float*>(images.data_ptr()) + first * each,
+                  .planes = static_cast<float*>(planes.data_ptr()), .bias = bias, .outside = outside.data(),
+                  .rows = images.size(2), .columns = images.size(3), .channels = channels, .stride = planes.stride(0)};
+    in_parallel(n, each, [&](int64_t from, int64_t to) { kernel(a, from, to); });
+  }
+};
+
+// The tiles of images, or of their gradients, as planes (36, rows, C), with rows of zeros at the end: an odd number of
 // rows, since planes a power of two apart would drive each other out of the cache, and at least five, from where on
 // each row of a product is the same however many there are.
-Tensor to_tiles(const Tensor& images, bool gradients) {
-  const int64_t tiles = images.numel() / images.size(1) / 16, rows = std::max<int64_t>(tiles, 4) | 1;
-  const Tensor planes = (gradients ? room_of_gradients : room_of_inputs).tensor(36, rows, images.size(1));
-  const Tiles a = tiles_of(images, planes);
-  const auto kernel = chosen_tile_kernels().take[gradients];
-  in_parallel(images.size(0), images.numel() / images.size(0),
-              [&](int64_t first, int64_t last) { kernel(a, first, last); });
-  for (int64_t plane = 0; plane < 36; ++plane)
-    std::fill(a.planes + plane * a.stride + tiles * a.channels, a.planes + (plane + 1) * a.stride, 0.0f);
+Tensor to_tiles(const Part& part, bool gradients) {
+  const int64_t channels = part.images.size(1), tiles = part.tiles(), rows = std::max<int64_t>(tiles, 4) | 1;
+  const Tensor planes = (gradients ? scratch_gradients : scratch_inputs).tensor(36, rows, channels);
+  part.run(chosen_tile_kernels().take[gradients], planes, nullptr);
+  float* end = static_cast<float*>(planes.data_ptr());
+  for (int64_t plane = 0; plane < 36; ++plane, end += rows * channels)
+    std::fill(end + tiles * channels, end + rows * channels, 0.0f);
   return planes;
 }
 
-// Tiles (36, rows, C) by kernels (36, C, K) as images (B, K, H, W), to which a bias is added where there is one.
-void from_tiles(const Tensor& planes, const Tensor& kernels, const float* bias, const Tensor& images) {
-  const Tensor products = room_of_products.tensor(36, planes.size(1), kernels.size(2));
+// Tiles (36, rows, C) by kernels (36, C, K) to images (B, K, H, W), to which a bias is added where there is one.
+void from_tiles(const Tensor& planes, const Tensor& kernels, const float* bias, const Part& part) {
+  const Tensor products = scratch_products.tensor(36, planes.size(1), kernels.size(2));
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_bmm_out(products.get(), planes.get(), kernels.get()));
-  const Tiles a = tiles_of(images, products, bias);
-  const auto kernel = chosen_tile_kernels().give;
-  in_parallel(images.size(0), images.numel() / images.size(0),
-              [&](int64_t first, int64_t last) { kernel(a, first, last); });
+  part.run(chosen_tile_kernels().give, products, bias);
 }
 
 // work(first, last) for some images. Each thread has its own, whose tiles are then in its cache; but where the kernels
@@ -76,7 +82,10 @@ void from_tiles(const Tensor& planes, const Tensor& kernels, const float* bias, 
 template <class Work>
 void share(const Tensor& images, const Tensor& kernels, const Work& work) {
   const int64_t n = images.size(0), whole = kernels.numel() > images.numel() / 16 * 36;
-  torch::stable::parallel_for(0, n, whole ? n : 1, work);
+  torch::stable::parallel_for(0, n, whole ? n : 1, [&](int64_t first, int64_t last) {
+    const scalar::FloatState flushing(scalar::FloatState::flushing);  // for the products too
+    work(first, last);
+  });
 }
 
 void check_images(const Tensor& x, const Tensor& y, const Tensor& kernels, int64_t block) {
@@ -99,7 +108,7 @@ void winograd(const Tensor& x, const Tensor& kernels, const Tensor& bias, const 
   share(x, kernels, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; i += block) {
       const int64_t n = std::min(block, last - i);
-      from_tiles(to_tiles(some(x, i, n), false), kernels, added, some(y, i, n));
+      from_tiles(to_tiles({x, i, n}, false), kernels, added, {y, i, n});
     }
   });
 }
@@ -110,26 +119,25 @@ void winograd_backward(const Tensor& dy, const Tensor& x, const Tensor& kernels,
   block = std::min(block, x.size(0));
   check_order(dx, x, "dx", "x"), typed<float>(dx, "dx");
   float* sums = ordered<float>(dkernels, "dkernels", kernels.numel());
-  std::map<int64_t, const float*> parts;  // by first image, so that they are added in the same order each time
+  std::map<int64_t, std::shared_ptr<const float>> parts;  // by first image, so that they are added in one order
   std::mutex adding;
   share(x, kernels, [&](int64_t first, int64_t last) {
-    // a thread's own: OpenMP, which torch uses wherever it has MKL, gives each thread one range
-    Tensor part = room_of_sums.tensor(36, dy.size(1), x.size(1));
+    Tensor part = scratch_sums.tensor(36, dy.size(1), x.size(1));
     torch::stable::zero_(part);
     for (int64_t i = first; i < last; i += block) {
       const int64_t n = std::min(block, last - i);
-      const Tensor some_dy = some(dy, i, n), inputs = to_tiles(some(x, i, n), false);
-      const Tensor turned = torch::stable::transpose(to_tiles(some_dy, true), 1, 2);
+      const Tensor inputs = to_tiles({x, i, n}, false);
+      const Tensor turned = torch::stable::transpose(to_tiles({dy, i, n}, true), 1, 2);
       TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_baddbmm_out(part.get(), part.get(), turned.get(), inputs.get(), 1, 1));
-      from_tiles(to_tiles(some_dy, false), kernels, nullptr, some(dx, i, n));
+      from_tiles(to_tiles({dy, i, n}, false), kernels, nullptr, {dx, i, n});
     }
     std::lock_guard lock(adding);
-    parts[first] = static_cast<const float*>(part.data_ptr());
+    parts[first] = scratch_sums.memory;
   });
   in_parallel(dkernels.numel(), 1, [&](int64_t first, int64_t last) {
     std::fill(sums + first, sums + last, 0.0f);
     for (const auto& [_, part] : parts)
-      for (int64_t i = first; i < last; ++i) sums[i] += part[i];
+      for (int64_t i = first; i < last; ++i) sums[i] += part.get()[i];
   });
 }
 

@@ -220,7 +220,7 @@ def test_the_bfloat16_copy_shares_what_multiplies_no_matrices():
 
 
 @built
-def test_room_is_used_again_in_other_modes():
+def test_scratch_is_used_again_in_other_modes():
     """What a thread keeps must not be a tensor of the mode in which it was first asked for."""
     layer, x = fused.Convolution(16, 16), torch.randn(2, 16, 4, 4)
     with torch.no_grad():
@@ -249,3 +249,25 @@ def test_no_row_has_a_copy_of_the_weight(layer):
         names = {event.key for event in seen.key_averages()}
         assert "aten::addmm" in names or "aten::mm" in names
         assert "aten::bmm" not in names
+
+
+@built
+def test_defaults_of_the_process_do_not_reach_a_step():
+    """Neither its default dtype, nor whether it flushes denormals: the products are to be the same in every thread."""
+    generator = torch.Generator().manual_seed(3)
+    x = (1e-17 * torch.randn(8, 16, 8, 8, generator=generator)).contiguous(memory_format=torch.channels_last)
+    kernels, y = 1e-20 * torch.randn(36, 16, 16, generator=generator), []
+    optimizer = fused.Adam(fused.Convolution(16, 16), bfloat16=False)
+    for _, weight in optimizer.pairs:
+        weight.grad = torch.ones_like(weight)
+    for flush in (False, True):
+        torch.set_flush_denormal(flush)
+        y.append(torch.empty_like(x))
+        torch.ops.pegasus.winograd(x, kernels, torch.zeros(0), y[-1], 8)
+        torch.set_flush_denormal(False)
+    assert y[0].equal(y[1])
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert optimizer.norm().item() == pytest.approx((16 * 16 * 9 + 16)**0.5)
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -13,7 +13,8 @@ if not fused.BUILT:
     ({"x": torch.zeros(2, 16)}, "four dimensions"), ({"weight": torch.zeros(3, 16)}, "weight"),
     ({"weight": torch.zeros(2, 16, dtype=torch.float64)}, "weight: got torch.float64"),
     ({"y": torch.zeros(2, 16, 3, 3)}, "strides"), ({"stats": torch.zeros(3)}, "stats"), ({"groups": 3}, "groups"),
-    ({"stats": torch.zeros(2, 2, 2).mT}, "stats")])
+    ({"stats": torch.zeros(2, 2, 2).mT}, "stats"), ({"x": None}, "x: got None"), ({"bias": None}, "bias: got None"),
+    ({"y": torch.zeros(2, 3, 3, 16).bfloat16().permute(0, 3, 1, 2)}, "y: got torch.bfloat16, wanted torch.float32")])
 def test_kernels_refuse_what_does_not_fit(change, complaint):
     x = torch.zeros(2, 16, 3, 3).contiguous(memory_format=torch.channels_last)
     arguments = {"x": x, "weight": torch.zeros(2, 16), "bias": torch.zeros(2, 16), "y": torch.empty_like(x),
@@ -61,8 +62,9 @@ def test_adam_refuses_what_does_not_fit():
                             (torch.zeros(4, 6, dtype=torch.float16), "float16")):
         with pytest.raises(RuntimeError, match=complaint):
             torch.ops.pegasus.adam(weight, grad, *moments, weight, *numbers)
-    for values in (torch.ones(8)[::2], torch.ones(1).expand(99)):
-        with pytest.raises(RuntimeError, match="without gaps"):
+    for values, complaint in ((torch.ones(8)[::2], "without gaps"), (torch.ones(1).expand(99), "without gaps"),
+                              (None, "values: got None, wanted a tensor")):
+        with pytest.raises(RuntimeError, match=complaint):
             torch.ops.pegasus.add_squares(values, torch.zeros(()))
     assert not weight.any() and not moments.any()
 
@@ -72,3 +74,11 @@ def test_squared_error_refuses_what_does_not_fit():
     for logits, complaint in ((torch.zeros(4, 3, 4, 4), "logits: got"), (torch.zeros(2, 6, 4, 4).mT, "contiguous")):
         with pytest.raises(RuntimeError, match=complaint):
             torch.ops.pegasus.squared_error(logits, x, torch.zeros(2))
+
+
+def test_the_op_refuses_none():
+    x = torch.zeros(2, 3)
+    with pytest.raises(RuntimeError, match="seed: got None"):
+        torch.ops.pegasus.reparameterize_kl(x, x, None)
+    with pytest.raises(RuntimeError, match="dkl: got None"):
+        torch.ops.pegasus.reparameterize_kl_backward(x, None, x, x, torch.tensor(1))

@@ -68,32 +68,32 @@ void op(const char* name, Dtype dtype, int64_t columns) {
 }
 
 template <class T>
-void adam(const char* name, bool half) {
+void adam(const char* name, bool bf16) {
   const int64_t n = 1003;
   auto weight = numbers<float>(n), mean = numbers<float>(n), square = numbers<float>(n);
   const auto grad = numbers<T>(n);
   for (float& x : square) x *= x;
   std::vector<uint16_t> copy(n);
-  baseline::step_kernels.adam[half]({weight.data(), mean.data(), square.data(), grad.data(), copy.data(), 1e-3f, 1.1f,
+  baseline::step_kernels.adam[bf16]({weight.data(), mean.data(), square.data(), grad.data(), copy.data(), 1e-3f, 1.1f,
                                      0.1f, 0.999f, 0.001f, 1e-8f, 0.5f}, 0, n);
   std::printf("adam %s", name);
   show("weight", weight), show("mean", mean), show("square", square), show("copy", copy);
-  show("squares", std::vector<float>{baseline::step_kernels.squares[half](grad.data(), 0, n)});
+  show("squares", std::vector<float>{baseline::step_kernels.squares[bf16](grad.data(), 0, n)});
   std::printf("\n");
 }
 
 template <class T>
-void norm(const char* name, bool half) {
+void norm(const char* name, bool bf16) {
   const int64_t images = 3, places = 12, channels = 48, groups = 8, n = images * places * channels;
   const auto x = numbers<T>(n), dy = numbers<T>(n);
   const auto weight = numbers<float>(images * channels), bias = numbers<float>(images * channels);
   std::vector<T> y(n), dx(n);
   std::vector<float> mean(images * groups), inverse(mean), dweight(weight.size()), dbias(bias.size());
-  std::vector<float> room((places + 6) * channels);
+  std::vector<float> scratch((places + 6) * channels);
   const GroupNorm a{x.data(), dy.data(), y.data(), dx.data(), weight.data(), bias.data(), mean.data(), inverse.data(),
                     dweight.data(), dbias.data(), channels, channels, places, channels, groups, 1e-5f};
-  baseline::step_kernels.norm[half](a, room.data(), 0, images);
-  baseline::step_kernels.norm_backward[half](a, room.data(), 0, images);
+  baseline::step_kernels.norm[bf16](a, scratch.data(), 0, images);
+  baseline::step_kernels.norm_backward[bf16](a, scratch.data(), 0, images);
   std::printf("norm %s", name);
   show("y", y), show("mean", mean), show("inverse", inverse), show("dx", dx), show("dweight", dweight);
   show("dbias", dbias);
@@ -101,15 +101,15 @@ void norm(const char* name, bool half) {
 }
 
 template <class T>
-void error(const char* name, bool half) {
+void error(const char* name, bool bf16) {
   const int64_t images = 3, pixels = 3072;
   const auto logits = numbers<T>(images * pixels);
   const auto x = numbers<float>(images * pixels), dsse = numbers<float>(images);
   std::vector<T> dlogits(images * pixels);
   std::vector<float> sse(images);
   const SquaredError a{logits.data(), x.data(), dsse.data(), sse.data(), dlogits.data(), pixels};
-  baseline::step_kernels.error[half](a, 0, images);
-  baseline::step_kernels.error_backward[half](a, 0, images);
+  baseline::step_kernels.error[bf16](a, 0, images);
+  baseline::step_kernels.error_backward[bf16](a, 0, images);
   std::printf("error %s", name);
   show("sse", sse), show("dlogits", dlogits);
   std::printf("\n");
@@ -120,7 +120,8 @@ void tiles() {
   auto x = numbers<float>(images * rows * columns * channels);
   const auto bias = numbers<float>(channels);
   std::vector<float> planes(36 * count);
-  const Tiles a{x.data(), planes.data(), bias.data(), rows, columns, channels, count};
+  const std::vector<float> outside(channels);
+  const Tiles a{x.data(), planes.data(), bias.data(), outside.data(), rows, columns, channels, count};
   std::printf("tiles");
   for (const auto kernel : {baseline::tile_kernels.take[0], baseline::tile_kernels.take[1]}) {
     kernel(a, 0, images);
@@ -132,10 +133,10 @@ void tiles() {
 }
 
 template <class T>
-void step(const char* name, bool half) {
-  adam<T>(name, half);
-  norm<T>(name, half);
-  error<T>(name, half);
+void step(const char* name, bool bf16) {
+  adam<T>(name, bf16);
+  norm<T>(name, bf16);
+  error<T>(name, bf16);
 }
 
 }  // namespace
