@@ -19,7 +19,8 @@ SIDE, FINE = 32, 4  # pixels of a picture's side; how many times finer a figure 
 FILES = [*cifar10.TRAIN, *cifar10.TEST]
 SHARES = ("horse", "horse", "bird", "bird", "airplane")  # what every five pictures hold, each five in their own order
 # Poses are parted by "|": setting, least and greatest turn in degrees, least and greatest stretch of stride or of wing
-# beat; then the tubes that make up the figure, from back to front: role, two to four knots of x, y, half width.
+# beat; then the tubes that make up the figure, from back to front: role, two to four knots of x, y, half width. A role
+# is a colour, or kind.colour: parts of a kind are painted together, "far" ones darker.
 TRUNK = "accent -50 -10 4 -57 -2 6 -62 14 6 -63 37 2; coat -34 0 20 -10 -1 16 13 1 20 33 0 19"
 UPRIGHT = TRUNK + """; coat 33 0 19 42 -17 14 54 -32 11 70 -44 8; coat 70 -44 8 78 -35 10 87 -25 6 94 -16 5;
     coat 75 -45 4 82 -56 1; mane.accent 19 -7 5 33 -24 7 49 -40 6 66 -50 4; eye 79 -40 2 81 -37 2"""
@@ -59,10 +60,12 @@ TONES = np.array([[1, 0, 0.72], [0.84, 0.14, 1], [0.5, 0.4, 1.2]])  # width, ris
 
 
 def _between(samples, knots):
+    """Weights (samples, knots) of linear interpolation between evenly spaced knots."""
     return np.clip(1 - abs(np.linspace(0, knots - 1, samples)[:, None] - np.arange(knots)), 0, 1)
 
 
 def _pose(text):
+    """Setting, four limits, roles (parts,), and tubes (parts, 4, 3): x, y, half width at four even knots."""
     (setting, *limits), *parts = (part.split() for part in text.split(";"))
     tubes = np.array([_between(4, len(part) // 3) @ np.array(part[1:], float).reshape(-1, 3) for part in parts])
     return setting, np.array(limits, float), [part[0] for part in parts], tubes
@@ -79,6 +82,7 @@ _ROWS, _NOISE = np.arange(SIDE)[:, None, None], {cells: _between(SIDE, cells) fo
 
 
 def _figure(rng, label):
+    """A pose of a class, varied, turned and placed: setting, roles, tubes (parts, 4, 3) in fine pixels."""
     setting, (*turns, least, most), roles, tubes = POSES[label][rng.integers(len(POSES[label]))]
     tubes = tubes + rng.normal(0, 0.7, tubes.shape) * [1, 1, 0]
     limbs, axis = [part for part, role in enumerate(roles) if role.endswith(("wing", ".leg"))], int(label != "horse")
@@ -95,6 +99,7 @@ def _figure(rng, label):
 
 
 def _paint(roles, tubes, colours):
+    """The figure on a transparent ground, float (32, 32, 4), 0 to 255."""
     toned = np.array([tubes * [1, 1, width] - tubes[..., 2:] * [0, rise, 0] for width, rise, _ in TONES])
     curve, along = _CURVE @ toned, _SLOPE @ toned[..., :2]
     along *= curve[..., 2:] / (np.hypot(along[..., :1], along[..., 1:]) + 1e-6)
@@ -114,6 +119,7 @@ def _paint(roles, tubes, colours):
 
 
 def _landscape(rng, setting, foot):
+    """A background, float (32, 32, 3), about 0 to 255; foot: the row of the figure's lowest knot."""
     def cloudy(across, down):
         return (_NOISE[down] @ rng.normal(0, 1, (down, across)) @ _NOISE[across].T)[..., None]
 

@@ -86,14 +86,14 @@ def resolve(chosen: Options) -> Options:
     latent = chosen.latent or ("8x8x8" if learned else "128")
     vae.latent_shape(latent)  # before anything is downloaded
     decided |= {"prior": "learned" if learned else chosen.prior or "normal", "latent": latent,
-                "autoencoder_epochs": (chosen.autoencoder_epochs or share(chosen.epochs)) if learned else None,
+                "autoencoder_epochs": (chosen.autoencoder_epochs or default_split(chosen.epochs)) if learned else None,
                 "device": device(chosen), "threads": chosen.threads or torch.get_num_threads()}
     if chosen.precision == "auto":
         decided["precision"] = "bfloat16" if computes_bfloat16(decided["device"]) else "float32"
     return replace(chosen, **decided)
 
 
-def share(epochs: int) -> int:
+def default_split(epochs: int) -> int:
     """How many of so many epochs are the autoencoder's where the prior is learned and nothing else is asked."""
     return max(1, round(epochs / 5), min(round(epochs / 3), 20))
 
@@ -120,9 +120,9 @@ def settle(chosen: Options, given: set[str], state: dict | None) -> Options:
         raise Fault(f"--epochs: got {epochs}, but {chosen.run} has begun epoch {least}; ask for {least} or more, "
                     "--overwrite, or another --run")
     under_way = state["phase"] != "prior" and done < (stored["autoencoder_epochs"] or 0)
-    asked = "autoencoder_epochs" in given or stored["autoencoder_epochs"] != share(stored["epochs"])
+    asked = "autoencoder_epochs" in given or stored["autoencoder_epochs"] != default_split(stored["epochs"])
     if under_way and not asked:  # the default follows the new --epochs
-        stored["autoencoder_epochs"] = max(share(epochs), done + (state["step"] > 0))
+        stored["autoencoder_epochs"] = max(default_split(epochs), done + (state["step"] > 0))
     return resolve(replace(Options(**stored), **free, **({"data": chosen.data} if chosen.data != "auto" else {})))
 
 
