@@ -122,8 +122,8 @@ def with_room(horses: Tensor) -> Tensor:
     fade = torch.linspace(1, 0, 6, device=horses.device)[:, None]
     top = torch.lerp(horses[:, :, :6], sky[..., None, None], fade)
     wide = functional.pad(torch.cat([top, horses[:, :, 6:]], 2), (4, 4, 0, 0), mode="reflect")
-    tall = torch.cat([sky[..., None, None].expand(-1, -1, 24, 40), wide], 2)
-    rows = (back.long()[:, None] + 5 + torch.arange(40, device=horses.device)).clamp(max=SIZE + 23)
+    tall = torch.cat([sky[..., None, None].expand(-1, -1, 24, 40), wide], 2)  # (n, 3, 56, 40), rows 24 later
+    rows = (back.long()[:, None] + 5 + torch.arange(40, device=horses.device)).clamp(max=SIZE + 23)  # 40, backs in the 20th
     cut = tall.gather(2, rows[:, None, :, None].expand(-1, 3, -1, 40))
     return functional.interpolate(cut, (SIZE, SIZE), mode="bilinear", antialias=True)
 
