@@ -123,7 +123,7 @@ def with_room(horses: Tensor) -> Tensor:
     top = torch.lerp(horses[:, :, :6], sky[..., None, None], fade)
     wide = functional.pad(torch.cat([top, horses[:, :, 6:]], 2), (4, 4, 0, 0), mode="reflect")
     tall = torch.cat([sky[..., None, None].expand(-1, -1, 24, 40), wide], 2)  # (n, 3, 56, 40), rows 24 later
-    rows = (back.long()[:, None] + 5 + torch.arange(40, device=horses.device)).clamp(max=SIZE + 23)  # 40, backs in the 20th
+    rows = (back.long()[:, None] + 5 + torch.arange(40, device=horses.device)).clamp(max=SIZE + 23)  # backs 20th
     cut = tall.gather(2, rows[:, None, :, None].expand(-1, 3, -1, 40))
     return functional.interpolate(cut, (SIZE, SIZE), mode="bilinear", antialias=True)
 
