@@ -39,7 +39,9 @@ build: $(READY)  ## virtual environment, packages and extension
 train: build  ## train in RUN, or go on with the run there
 	$(TRAIN) --run "$(RUN)" $(ARGS)
 
+ifeq ($(origin RUN),file)
 paper: RUN = runs/paper
+endif
 paper: build  ## the paper's recipe in runs/paper
 	$(TRAIN) --run "$(RUN)" --arch mlp --likelihood mse --latent 128 --schedule constant --lr 1e-3 \
 	  --batch-size 128 --beta 1 --no-flip $(ARGS)
