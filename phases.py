@@ -176,10 +176,10 @@ class Prior:
         here = rows if len(rows) else rows.new_zeros(1)
         at = here if mirrored is None or not len(rows) else here + mirrored * (len(self.mu) // 2)
         labels = prior.drop_labels(self.labels[here], self.learned.none, seeds[3], first)
-        loss = self.loss(self.optimizer.trained, self.mu[at], self.logvar[at], labels, seeds[:3], first)
-        loss = loss[:len(rows)].sum()
-        (loss / batch).backward()
-        return torch.stack([loss.detach(), *loss.new_zeros(SUMS - 1)])
+        loss = self.loss(self.optimizer.trained, self.mu[at], self.logvar[at], labels, seeds[:3], first)[:len(rows)]
+        weights = prior.label_weights(labels, self.labels[here])[:len(rows)]
+        ((weights * loss).sum() / batch).backward()
+        return torch.stack([loss.detach().sum(), *loss.new_zeros(SUMS - 1)])
 
     def metrics(self, means: list[float]) -> dict[str, float]:
         return {"prior loss": means[0]}

@@ -150,6 +150,14 @@ def drop_labels(labels: Tensor, none: int, seed: Tensor, first: int) -> Tensor:
     return torch.where(chance < 0.15, none, torch.where(chance < 0.575, labels[:, 0], labels[:, 1]))
 
 
+def label_weights(picked: Tensor, both: Tensor) -> Tensor:
+    """What makes up for `drop_labels` (B,): 2 for a row with a coat that was given its class's label, else 1.
+
+    Such a row gets that label half as often as one without a coat, and draws of the class would have few coats.
+    """
+    return 1 + (picked == both[:, 0]) * (both[:, 0] != both[:, 1])
+
+
 def step_seconds(velocity: Velocity, batch_size: int, precision: torch.autocast, captured: bool) -> float:
     """Seconds of a training step, the median of five after a warm-up or, `captured`, after a CUDA graph's capture."""
     z, times = velocity.enter.weight.new_zeros(batch_size, math.prod(velocity.shape)), []

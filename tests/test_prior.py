@@ -97,6 +97,11 @@ def test_names_hidden():
     assert shares == pytest.approx([0.15, 0.425, 0.425], abs=0.01)
     assert names[100:].equal(prior.drop_labels(both[100:], 4, torch.tensor(9), 100))
     assert not names.equal(prior.drop_labels(both, 4, torch.tensor(10), 0))
+    both[::2, 1] = 0  # half of them have no coat, and count as much for the class as those that have one
+    names = prior.drop_labels(both, 4, torch.tensor(9), 0)
+    weights = prior.label_weights(names, both) * (names == 0)
+    assert weights[::2].sum().item() == pytest.approx(weights[1::2].sum().item(), rel=0.03)
+    assert prior.label_weights(names, both)[names != 0].eq(1).all()
 
 
 def test_names_of_photographs():
@@ -127,6 +132,24 @@ class Toy(nn.Module):
 
     def forward(self, z, t, names):
         return self.body(torch.cat([z, t[:, None], self.name(names)], 1))
+
+
+def test_gradients_are_of_the_weighted_loss():
+    torch.manual_seed(0)
+    net, rows, both = Toy(), torch.arange(40) % 8, torch.tensor([[0, 1], [0, 0]] * 4)
+    mu, logvar, seeds = torch.randn(8, 1), torch.zeros(8, 1), torch.tensor([1, 2, 3, 4])
+    run = SimpleNamespace(learned=SimpleNamespace(normalised=lambda z: z, none=2), mu=mu, logvar=logvar, labels=both,
+                          options=recipe.Options(device="cpu", precision="float32"),
+                          optimizer=SimpleNamespace(trained=net))
+    run.loss = lambda *about: phases.Prior.loss(run, *about)
+    sums = phases.Prior.backward(run, rows, None, 80, 0, seeds, torch.tensor(0.0))
+    names = prior.drop_labels(both[rows], 2, seeds[3], 0)
+    loss = run.loss(net, mu[rows], logvar[rows], names, seeds[:3], 0)
+    wanted = torch.autograd.grad((prior.label_weights(names, both[rows]) * loss).sum() / 80, list(net.parameters()))
+    for parameter, gradient in zip(net.parameters(), wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+    assert 2 in prior.label_weights(names, both[rows])
+    assert sums[0].item() == pytest.approx(loss.sum().item(), rel=1e-6)
 
 
 def test_a_toy_mixture_its_modes_and_their_product():
