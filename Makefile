@@ -15,7 +15,7 @@ READY := $(VENV)/.ready
 endif
 
 # where EPOCHS and SEED are not given, a run that is there keeps its own
-TRAIN = $(PYTHON) train.py --resume --data "$(DATA)" $(EPOCHS:%=--epochs %) $(SEED:%=--seed %)
+TRAIN = $(PYTHON) train.py --resume --data "$(DATA)" $(if $(EPOCHS),--epochs "$(EPOCHS)") $(if $(SEED),--seed "$(SEED)")
 
 FUZZ ?= 100000
 KILLS ?= 30

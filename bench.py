@@ -169,7 +169,8 @@ def processes_speed(base: recipe.Options, data: str, processes: int) -> float:
     subprocess.run([str(word) for word in command], check=True, capture_output=True)
     with open(Path(base.run) / "speed.csv") as file:
         epochs = [float(row["images_per_second"]) for row in csv.DictReader(file)]
-    return max(epochs[1:])  # the first is the autoencoder's
+    return max(epochs[1:])  # the first warms up, or is the autoencoder's
+
 
 def time_network(name: str, chosen: argparse.Namespace, data: source.Pictures, place: str) -> Iterator[dict]:
     """Rows of figures of one network, which are printed as they come. place: a folder to train in."""

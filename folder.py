@@ -1,5 +1,6 @@
 """A run's folder: who works there, what is there to go on with, and what is written when a run begins."""
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -47,7 +48,9 @@ def lock(folder: Path) -> Iterator[None]:
         except (BlockingIOError, FileNotFoundError):
             holder = held.read(200).decode(errors="replace") or "another process"
             raise Fault(f"{folder}: {holder} trains there; wait for it, or choose another --run") from None
-        except OSError as error:  # a file system without locks
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # a file system without locks
+                raise
             print(f"{folder}: can't be locked ({error.strerror}); start no second run there", file=sys.stderr)
         with contextlib.suppress(OSError):  # a full disk: the lock holds without a word
             held.truncate(0)

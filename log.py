@@ -46,7 +46,7 @@ class Progress:
 
     def __init__(self, last: int, epochs: int, images: int, begun: float, later: float, speed: Path,
                  quiet: bool = False):
-        """last: the phase's last epoch; begun: images done in all epochs before; later: seconds, guessed, after it."""
+        """last: the phase's last epoch; begun: images done before this start; later: seconds, guessed, after it."""
         self.last, self.epochs, self.images, self.later, self.speed = last, epochs, images, later, speed
         self.begun = self.before = begun
         self.start = self.epoch_start = time.monotonic()

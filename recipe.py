@@ -116,7 +116,8 @@ def settle(chosen: Options, given: set[str], state: dict | None) -> Options:
                         "another --run, or --overwrite")
     free = {name: getattr(chosen, name) for name in FREE & (given | {"run", "resume", "overwrite", "device"})}
     epochs, done = free.get("epochs", stored["epochs"]), state["epochs_done"]
-    if epochs < (least := done + (state["step"] > 0)):
+    if epochs < done or epochs == done and state["step"] > 0:
+        least = done + (state["step"] > 0)
         raise Fault(f"--epochs: got {epochs}, but {chosen.run} has begun epoch {least}; ask for {least} or more, "
                     "--overwrite, or another --run")
     under_way = state["phase"] != "prior" and done < (stored["autoencoder_epochs"] or 0)

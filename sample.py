@@ -40,8 +40,8 @@ class Options:
     out: str = option("", "the PNG to write", positional=True)
     mode: str = option("pegasus", "pegasus: both horse and bird; morph: rows from a horse to a bird; the name of one "
                        "of the run's classes; prior: whatever the model makes of noise")
-    best: int = option(0, "keep this many, enlarged: in a class's mode the surest of it by the judge, else the most "
-                       "Pegasus-like; 0 keeps all", least=0)
+    best: int = option(0, "keep this many, enlarged: of a class's mode or composed Pegasi what the judge is surest is "
+                       "that class, or a horse; else the most Pegasus-like; 0 keeps all", least=0)
     n: int = option(64, "how many pictures to draw", least=1, most=65_536)
     blend: float = option(0.5, "how much of the first class a Pegasus has, 0 to 1", least=0.0, most=1.0)
     coat: str = option("any", "of the horse", choices=("any", *density.COATS))
@@ -121,7 +121,8 @@ def check(found: Trained, chosen: Options) -> None:
     if chosen.from_ is not None and not found.learned:
         raise Fault("--from: this model has no learned prior, and nothing else can go on from a picture; leave it out")
     if chosen.best and not found.judge:
-        raise Fault("--best: this checkpoint has no judge to ask; train.py --resume --judge adds one to a finished run")
+        raise Fault("--best: this checkpoint has no judge to ask; use a finished run's last.pt, to which train.py "
+                    "--resume --judge adds one")
     coated = ("pegasus", "morph", found.classes[0])
     if chosen.coat != "any" and chosen.mode not in coated:
         raise Fault(f"--coat: got {chosen.coat} with --mode {chosen.mode}, which has no {found.classes[0]}; leave it "

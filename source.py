@@ -56,7 +56,11 @@ def locate(data: str) -> Path:
     if data == "drawn" and not folder.exists():
         print(f"drawing 12,000 pictures, 2,000 of them to test, into {folder}: a minute or less", file=sys.stderr,
               flush=True)
-        drawn.write(folder)
+        try:
+            drawn.write(folder)
+        except Fault:
+            if cifar10.missing(folder):  # else another process drew them meanwhile
+                raise
     if not folder.is_dir():
         raise Fault(f"--data: no folder {data}; wanted auto, cifar10, drawn or a folder of CIFAR-10's binary batches")
     return folder

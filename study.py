@@ -146,7 +146,7 @@ def write(done: list[dict], out: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     chosen, _ = options.parse(Options, argv, __doc__)
-    names = {"all": list(ROWS), "none": []}.get(chosen.rows, chosen.rows.split(","))
+    names = {"all": list(ROWS), "none": []}.get(chosen.rows, list(dict.fromkeys(chosen.rows.split(","))))
     if set(names) - set(ROWS):
         raise Fault(f"--rows: got {chosen.rows}, wanted names out of {', '.join(ROWS)}, or all, or none")
     out = Path(chosen.out)

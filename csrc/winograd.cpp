@@ -83,7 +83,7 @@ template <class Work>
 void share(const Tensor& images, const Tensor& kernels, const Work& work) {
   const int64_t n = images.size(0), whole = kernels.numel() > images.numel() / 16 * 36;
   torch::stable::parallel_for(0, n, whole ? n : 1, [&](int64_t first, int64_t last) {
-    const scalar::FloatState flushing(scalar::FloatState::flushing);  // for the products too
+    const scalar::FloatState flushing(scalar::FloatState::flushing);  // in this thread's products too
     work(first, last);
   });
 }

@@ -69,12 +69,14 @@ def test_bfloat16_is_the_default_where_the_processor_computes_with_it(monkeypatc
 
 
 def test_make_leaves_epochs_and_seed_to_the_run_where_they_are_not_given():
-    def said(*words: str) -> str:
-        command = ["make", "-n", "train", "PYTHON=python", *words]
+    def said(*words: str, **env: str) -> str:
+        command = ["make", "-n", "PYTHON=python", *words]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True,
-                              env={"PATH": os.environ["PATH"]}).stdout
-    assert "--epochs" not in said() and "--seed" not in said()
-    assert "--epochs 5 --seed 3 " in said("EPOCHS=5", "SEED=3")
+                              env={"PATH": os.environ["PATH"]} | env).stdout
+    assert "--epochs" not in said("train") and "--seed" not in said("train")
+    assert '--epochs "5" --seed "3" ' in said("train", "EPOCHS=5", "SEED=3")
+    assert '--run "runs/paper" --arch mlp' in said("paper")
+    assert '--run "mine" --arch mlp' in said("paper", RUN="mine")
 
 
 def test_what_is_given_stands_beside_defaults():

@@ -96,6 +96,13 @@ def test_morph_goes_from_one_class_to_the_other_and_keeps_its_amount_of_noise(la
     assert not path[:, 0].allclose(path[:, -1], atol=0.5)
 
 
+def test_best_of_a_class_are_what_the_judge_is_surest_of(last):
+    found, chosen = sample.load(last), sample.Options(mode="bird", n=30)
+    images = sample.draw(found, chosen)
+    order = judge.classify(found.judge, images)[0][:, 2].argsort(descending=True)
+    assert sample.draw(found, replace(chosen, best=4)).equal(images[order[:4]])
+
+
 def test_best_have_the_judges_score_and_the_coat(last):
     found = sample.load(last)
     chosen = sample.Options(n=64, seed=3)
