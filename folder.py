@@ -51,7 +51,7 @@ def lock(folder: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # a file system without locks
                 raise
-            print(f"{folder}: can't be locked ({error.strerror}); start no second run there", file=sys.stderr)
+            print(f"{folder}: no locks on this file system; start no second run there", file=sys.stderr)
         with contextlib.suppress(OSError):  # a full disk: the lock holds without a word
             held.truncate(0)
             held.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}".encode())

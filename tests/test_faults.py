@@ -255,4 +255,4 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
         raise OSError(errno.ENOLCK, "No locks available")
     monkeypatch.setattr(fcntl, "flock", unknown)
     with folder.lock(tmp_path):
-        one_sentence(capsys, "can't be locked (No locks available)")
+        one_sentence(capsys, "no locks on this file system")
