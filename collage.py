@@ -13,8 +13,9 @@ from torch.nn import functional
 
 SIZE = vae.IMAGE[1]
 SKY = (0.36, 0.58, 0.86)  # before which light wings and most horses stand out
-# the far wing, the near one: brightness, x of the root, lean (radians) to the tail, length, width; pictures are 2 wide
-PAIR = ((0.75, 0.0, 0.0, 1.0, 0.7), (0.95, 0.06, 0.75, 1.15, 0.85))
+# the far wing, the near one: brightness, x of the root, lean (radians) to the tail, length, width; pictures are 2 wide;
+# narrow and far apart, or they look like one cloud, and behind the middle, or they hide the head
+PAIR = ((0.8, 0.05, -0.5, 1.1, 0.5), (0.95, 0.13, 0.75, 1.3, 0.55))
 
 
 def places(like: Tensor) -> tuple[Tensor, Tensor]:

@@ -40,8 +40,8 @@ def encode(model: vae.VAE, learned: prior.Learned, images: Tensor) -> Tensor:
 
 
 def noise(model: vae.VAE, n: int, seed: int) -> Tensor:
-    """Standard normals (n, latent), where the model is."""
-    return vae.noise(n, model.latent, seed).to(model.variance.device)
+    """Standard normals (n, latent + 1), where the model is; the last column decides who is mirrored."""
+    return vae.noise(n, model.latent + 1, seed).to(model.variance.device)
 
 
 def belief(classifier: judge.Judge | None, images: Tensor, names: tuple[str, ...]) -> Tensor:
@@ -58,7 +58,7 @@ def best(score: Tensor, n: int) -> Tensor:
 
 def drawn(model: vae.VAE, learned: prior.Learned, kind: int, n: int) -> Tensor:
     """Draws (n, 3, 32, 32) of class number `kind`."""
-    eps = noise(model, n, reparam.derive_seed(0, kind, DRAW))
+    eps = noise(model, n, reparam.derive_seed(0, kind, DRAW))[:, :-1]
     return decode(model, learned, prior.follow(learned, {kind: 2.0}, eps, 0.0, 10))
 
 
@@ -106,9 +106,9 @@ def redrawn(model: vae.VAE, learned: prior.Learned, images: Tensor, cover: Tenso
 
 def crossed(model: vae.VAE, learned: prior.Learned, horses: Tensor, birds: Tensor, eps: Tensor, kind: int,
             steps: int = 5) -> Tensor:
-    """Horses with birds' wings, of normalised latents and noise, all (n, latent); half of them mirrored."""
-    parts = joined(decode(model, learned, horses), decode(model, learned, birds), eps[:, 0] > 0)
-    return redrawn(model, learned, *parts, eps, kind, steps)
+    """Horses with birds' wings, of normalised latents (n, latent) and `noise`; half of them mirrored."""
+    parts = joined(decode(model, learned, horses), decode(model, learned, birds), eps[:, -1] > 0)
+    return redrawn(model, learned, *parts, eps[:, :-1], kind, steps)
 
 
 def prepare(model: vae.VAE, learned: prior.Learned, classifier: judge.Judge | None, classes: tuple[str, ...],
@@ -186,7 +186,7 @@ def preview(model: vae.VAE, learned: prior.Learned | None, images: Tensor, label
     """
     horses, birds = (part.to(model.variance.device) for part in photographed(images, labels, n))
     eps = noise(model, n, reparam.derive_seed(0, 0, NOISE))
-    joint, cover = joined(horses, birds, eps[:, 0] > 0)
+    joint, cover = joined(horses, birds, eps[:, -1] > 0)
     if learned is None:
         return model.reconstruct(joint)
-    return decode(model, learned, redrawn(model, learned, joint, cover, eps, 0))
+    return decode(model, learned, redrawn(model, learned, joint, cover, eps[:, :-1], 0))
