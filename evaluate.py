@@ -150,8 +150,11 @@ def impressions(found: sample.Trained, data: source.Pictures, classifier: judge.
 
     `balanced`: of the classes in turn, without a learned prior's guidance; `guided`: with it. Returns dicts of set name
     to value: `called`, `pegasus_score` (mean) and `pegasus_share` (above 99 % of the test photographs), `frechet_of`
-    to them, `nearest` (to a training photograph); `frechet_floor` is n photographs'.
+    to them, `nearest` (to a training photograph); `frechet_floor` is n photographs'. Raises Fault.
     """
+    if (least := min(len(data.images), len(data.test_images))) < 2:
+        raise Fault(f"{data.folder}: {least} picture of {', '.join(data.classes)} to train on, or to test; the Frechet "
+                    "distance needs two of each; use other data")
     test = vae.from_bytes(data.test_images)
     again = torch.cat([found.model.reconstruct(part) for part in test.split(500)])
     sets = {"photographs": test, "reconstructions": again}

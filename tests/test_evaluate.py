@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 from types import SimpleNamespace
@@ -6,6 +7,7 @@ import checkpoint
 import evaluate
 import sample
 import train
+from options import Fault
 from conditional import Given
 
 import pytest
@@ -154,3 +156,10 @@ def test_one_class_has_no_pegasus(batches, tmp_path, capsys):
     evaluate.main([str(tmp_path / "r" / "last.pt"), "--n", "200", "--images", "3", "--k", "2", "--mode", "prior"])
     said = capsys.readouterr().out
     assert "(prior, N = 200)" in said and "pegasus  " not in said
+
+
+def test_one_picture_has_no_distribution(last, batches):
+    data = train.source.load(str(batches), "horse,bird")
+    few = dataclasses.replace(data, test_images=data.test_images[:1], test_labels=data.test_labels[:1])
+    with pytest.raises(Fault, match="small: 1 picture of horse, bird to train on, or to test; .* needs two of each"):
+        evaluate.impressions(sample.load(last), few, None, 200, 0, 1.0)
