@@ -15,7 +15,7 @@ SIZE = vae.IMAGE[1]
 SKY = (0.36, 0.58, 0.86)  # before which light wings and most horses stand out
 # the far wing, the near one: brightness, x of the root, lean (radians) to the tail, length, width; pictures are 2 wide;
 # narrow and far apart, or they look like one cloud, and behind the middle, or they hide the head
-PAIR = ((0.8, 0.05, -0.5, 1.1, 0.5), (0.95, 0.13, 0.75, 1.3, 0.55))
+PAIR = ((0.8, 0.12, -0.55, 1.1, 0.45), (0.95, 0.2, 0.75, 1.3, 0.5))
 
 
 def places(like: Tensor) -> tuple[Tensor, Tensor]:
