@@ -30,7 +30,7 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 # Tuned for no processor in particular, gcc's AVX-512 code runs 14 % longer on a Zen 4; tuning changes no bit.
 LEVELS = {"baseline": []} | ({"avx2": ["-mavx2"], "avx512": ["-mavx512f", "-mtune=icelake-server"]} if X86 else {})
 SOURCES = sorted(str(path) for path in Path("csrc").iterdir() if path.suffix in (".cpp", ".cu", ".h"))
-ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0", "12.0")
+ARCHITECTURES = ("5.0", "6.0", "7.0", "7.5", "8.0", "9.0", "10.0", "12.0")  # torch's; the first three go with CUDA 12
 
 
 def settings() -> str:

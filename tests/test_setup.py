@@ -68,6 +68,16 @@ def test_what_can_not_be_had_is_refused(script: ModuleType, monkeypatch: pytest.
         script.nvcc()
 
 
+@pytest.mark.parametrize("listed, wanted", [("", ["60", "75", "90"]), ("8.6;9.0a+PTX", ["86", "90a"])])
+def test_architectures_are_those_asked_for_or_that_nvcc_knows(script: ModuleType, tmp_path: Path,
+                                                              monkeypatch: pytest.MonkeyPatch, listed: str,
+                                                              wanted: list[str]) -> None:
+    compiler = install(tmp_path, "12.6")
+    compiler.write_text('#!/bin/sh\n[ "$1" = --list-gpu-code ] && echo sm_60 sm_61 sm_75 sm_86 sm_90\n')
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
+    assert script.architectures(str(compiler)) == wanted
+
+
 def test_kernels_that_nvcc_can_not_compile_are_left_out(script: ModuleType, tmp_path: Path,
                                                         monkeypatch: pytest.MonkeyPatch,
                                                         capfd: pytest.CaptureFixture) -> None:
