@@ -175,6 +175,6 @@ def test_the_checkpoint_that_comes_along():
     found = sample.load(ROOT / "pegasus.pt")
     assert (ROOT / "pegasus.pt").stat().st_size <= 8_000_000
     for coat in ("any", "white"):
-        images = sample.draw(found, sample.Options(n=32, coat=coat))
-        horse = judge.classify(found.judge, images)[0].argmax(1) == cifar10.CLASSES.index("horse")
-        assert horse.double().mean() > 0.75  # of white ones that are only joined 0.56
+        seen = judge.classify(found.judge, sample.draw(found, sample.Options(n=64, coat=coat)))[0]
+        assert (seen.argmax(1) == cifar10.CLASSES.index("horse")).double().mean() > 0.75
+        assert judge.pegasus_score(seen, found.classes).mean() > 0.23  # 0.21 with wings like a cloud, 0.2 without any
