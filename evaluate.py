@@ -150,11 +150,8 @@ def impressions(found: sample.Trained, data: source.Pictures, classifier: judge.
 
     `balanced`: of the classes in turn, without a learned prior's guidance; `guided`: with it. Returns dicts of set name
     to value: `called`, `pegasus_score` (mean) and `pegasus_share` (above 99 % of the test photographs), `frechet_of`
-    to them, `nearest` (to a training photograph); `frechet_floor` is n photographs'. Raises Fault.
+    to them, `nearest` (to a training photograph); `frechet_floor` is n photographs'.
     """
-    if (least := min(len(data.images), len(data.test_images))) < 2:
-        raise Fault(f"{data.folder}: {least} picture of {', '.join(data.classes)} to train on, or to test; the Frechet "
-                    "distance needs two of each; use other data")
     test = vae.from_bytes(data.test_images)
     again = torch.cat([found.model.reconstruct(part) for part in test.split(500)])
     sets = {"photographs": test, "reconstructions": again}
@@ -174,6 +171,13 @@ def impressions(found: sample.Trained, data: source.Pictures, classifier: judge.
         result["pegasus_score"] = {name: score.mean().item() for name, score in scores.items()}
         result["pegasus_share"] = {name: (score > bar).double().mean().item() for name, score in scores.items()}
     return result | {"frechet_floor": judge.frechet(turns(known, data.labels, n), real)}
+
+
+def check(data: source.Pictures) -> None:
+    """Raise Fault for too few pictures to compare with, before a judge is trained for them."""
+    if (least := min(len(data.images), len(data.test_images))) < 2:
+        raise Fault(f"{data.folder}: {least} picture of {', '.join(data.classes)} to train on, or to test; the Frechet "
+                    "distance needs two of each; use other data")
 
 
 def report(found: sample.Trained, data: source.Pictures, state: dict, chosen: Options) -> dict:
@@ -241,6 +245,7 @@ def main(argv: list[str] | None = None) -> None:
         print(export(found, chosen))
         return
     data = source.load(chosen.data, ",".join(found.classes), found.data)
+    check(data)
     state = judge.get(Path(data.folder), chosen.judge_seed, place.device, place.precision)
     figures = report(found, data, state, chosen)
     print(json.dumps(figures, indent=2) if chosen.json else table(figures))

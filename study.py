@@ -93,6 +93,7 @@ def run(name: str, seed: int, chosen: Options) -> dict:
         raise Fault(f"{folder}: stopped; the same command goes on")
     state, found = checkpoint.load(folder / "last.pt"), sample.load(folder / "last.pt")
     data, settings = source.load(state["data"]["folder"], ",".join(found.classes)), evaluate.Options(n=chosen.n)
+    evaluate.check(data)
     place = recipe.resolve(recipe.Options())
     judged = judge.get(Path(data.folder), settings.judge_seed, place.device, place.precision)
     if seed == 0:

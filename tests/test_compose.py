@@ -82,6 +82,7 @@ def test_wings_lie_on_the_back_and_leave_the_rest():
     assert cover[0, 0, :15].sum() > 40 and cover[0, 0, 22:].max() == 0
     assert torch.equal(after[..., 22:, :], before[..., 22:, :])
     assert (after - before)[..., 9:17, 5:9].abs().mean() < 0.03  # the head, which a wing's rim touches
+    assert torch.equal(after[..., 13:, :9], before[..., 13:, :9]) and cover[..., 9:17, 5:8].max() == 0
     above = (cover[0, 0, 5] > 0.5).int()
     assert above.diff().eq(1).sum() == 2 and above[0] == 0  # two wings, with sky between them
     there = cover[0, 0] > 0.9

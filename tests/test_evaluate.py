@@ -158,8 +158,10 @@ def test_one_class_has_no_pegasus(batches, tmp_path, capsys):
     assert "(prior, N = 200)" in said and "pegasus  " not in said
 
 
-def test_one_picture_has_no_distribution(last, batches):
+def test_one_picture_has_no_distribution(last, batches, monkeypatch):
     data = train.source.load(str(batches), "horse,bird")
     few = dataclasses.replace(data, test_images=data.test_images[:1], test_labels=data.test_labels[:1])
+    monkeypatch.setattr(evaluate.source, "load", lambda *_: few)
+    monkeypatch.setattr(evaluate.judge, "get", lambda *_: pytest.fail("a judge was trained first"))
     with pytest.raises(Fault, match="small: 1 picture of horse, bird to train on, or to test; .* needs two of each"):
-        evaluate.impressions(sample.load(last), few, None, 200, 0, 1.0)
+        evaluate.main([str(last)])
