@@ -13,9 +13,9 @@ from torch.nn import functional
 
 SIZE = vae.IMAGE[1]
 SKY = (0.36, 0.58, 0.86)  # before which light wings and most horses stand out
-# the far wing, the near one: brightness, x of the root, lean (radians) to the tail, length, width; pictures are 2 wide;
-# narrow and far apart, or they look like one cloud, and behind the middle, or they hide the head
-PAIR = ((0.8, 0.12, -0.55, 1.1, 0.45), (0.95, 0.2, 0.75, 1.3, 0.5))
+# the far wing, the near one: brightness, how much of it a white coat takes, or a light head before it would be lost;
+# x of the root, lean (radians) to the tail, length, width, narrow and far apart, or they look like one cloud
+PAIR = ((0.9, 0.25, 0.12, -0.55, 1.1, 0.45), (0.95, 0.0, 0.2, 0.75, 1.3, 0.5))  # pictures are 2 wide
 
 
 def places(like: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,13 +91,17 @@ def outline(horses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return sky, first, first[:, 10:22].median(1).values
 
 
+def coat(horses: Tensor) -> Tensor:
+    """The color of the body, (n, 3)."""
+    return horses[..., 16:21, 11:21].flatten(2).median(2).values
+
+
 def raised(horses: Tensor) -> Tensor:
     """How many pixels of rows 5 to 14, at the left and at the right, are more like the coat than the sky, (n, 2).
 
     A raised head makes the difference.
     """
-    coat = horses[..., 16:21, 11:21].flatten(2).median(2).values
-    body = ((unlike(horses, outline(horses)[0]) - unlike(horses, coat)) / 0.05).sigmoid()[:, 5:15]
+    body = ((unlike(horses, outline(horses)[0]) - unlike(horses, coat(horses))) / 0.05).sigmoid()[:, 5:15]
     return torch.stack([body[..., 3:12].sum((1, 2)), body[..., 20:29].sum((1, 2))], 1)
 
 
@@ -110,11 +114,11 @@ def calm(horses: Tensor) -> Tensor:
 
 def whole(horses: Tensor) -> Tensor:
     """How much of a horse is seen, (n,): a body unlike the sky and what is beside it, a head, legs."""
-    coat, beside = horses[..., 16:21, 11:21].flatten(2).median(2).values, horses[..., 16:21, [0, 1, 2, 29, 30, 31]]
-    alone = (beside - coat[..., None, None]).abs().mean((1, 2, 3)).clamp(max=0.25)
-    body = (coat - outline(horses)[0]).abs().mean(1).clamp(max=0.3)
+    color, beside = coat(horses), horses[..., 16:21, [0, 1, 2, 29, 30, 31]]
+    alone = (beside - color[..., None, None]).abs().mean((1, 2, 3)).clamp(max=0.25)
+    body = (color - outline(horses)[0]).abs().mean(1).clamp(max=0.3)
     legs = horses[..., 24:29, 6:26].mean(1).std(2).mean(1).clamp(max=0.12)
-    return 5 * body + 6 * alone + 8 * legs + 0.1 * raised(horses).diff().abs()[:, 0].clamp(max=15)
+    return 5 * body + 6 * alone + 8 * legs + 0.2 * raised(horses).diff().abs()[:, 0].clamp(max=20)
 
 
 def with_room(horses: Tensor) -> Tensor:
@@ -130,10 +134,11 @@ def with_room(horses: Tensor) -> Tensor:
 
 
 def blue(horses: Tensor) -> Tensor:
-    """The horses with their sky painted blue, but for a dark one, before which light wings show as they are."""
+    """The horses with their sky painted blue, unless it is like the coat, of which that would take away."""
     sky = horses[:, :, :6].flatten(2).median(2).values
     above = ((16 - torch.arange(SIZE, device=horses.device)) / 2).sigmoid()[:, None]
-    share = ((0.14 - unlike(horses, sky)) / 0.04).sigmoid() * above * (sky.mean(1) > 0.3)[:, None, None]
+    apart = (coat(horses) - sky).abs().mean(1) > 0.2
+    share = ((0.14 - unlike(horses, sky)) / 0.04).sigmoid() * above * apart[:, None, None]
     return torch.lerp(horses, horses.new_tensor(SKY)[:, None, None].expand_as(horses), share[:, None])
 
 
@@ -150,10 +155,13 @@ def winged(horses: Tensor, wing: Tensor) -> tuple[Tensor, Tensor]:
 
     Wings keep their shades and are lifted to one brightness: dark ones above a back are taken for riders and trees.
     """
-    back, cover = outline(horses)[2], torch.zeros_like(horses[:, :1])
-    for light, x, *form in PAIR:
+    (sky, _, back), cover = outline(horses), torch.zeros_like(horses[:, :1])
+    seen = ((0.14 - unlike(horses, sky)) / 0.04).sigmoid()[:, None]  # the far wing is behind the head
+    for most, shade, x, *form in PAIR:
+        light = (most - shade * coat(horses).mean(1))[:, None, None, None]
         root = torch.stack([torch.full_like(back, x), (back + 1.5) / (SIZE / 2) - 1], 1)
         mask, colors = spread(wing, root, *form).split([1, 3], 1)
+        mask, seen = mask * seen, 1.0
         mean = (colors * mask).sum((2, 3), keepdim=True) / mask.sum((2, 3), keepdim=True).clamp(min=1e-3)
         rim = functional.max_pool2d(mask, 3, 1, 1) - mask  # darker, or light wings melt into light horses
         horses = torch.lerp(horses * (1 - 0.15 * rim), (colors + light - mean).clamp(0, 1), mask)

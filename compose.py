@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 BIRD, HORSE, DRAW, TRIAL, NOISE = range(5)  # purposes of derived seeds
-START = 0.7  # later, wings look glued on; earlier, they fade
+START = 0.8  # later, less of it is the model's; earlier, wings and light heads fade
 CANDIDATES = 1000  # photographs of a class that are looked at
 
 
@@ -76,17 +76,18 @@ def faced(horses: Tensor) -> Tensor:
     return torch.where((right > left)[:, None, None, None], horses.flip(3), horses)
 
 
-def mounts(horses: Tensor, classifier: judge.Judge | None, names: tuple[str, ...], n: int) -> Tensor:
+def mounts(horses: Tensor, classifier: judge.Judge | None, names: tuple[str, ...], n: int, light: float = 0) -> Tensor:
     """The n horses (n, 3, 32, 32) of some seen whole from the side, made smaller and put before a sky.
 
-    Heads to the left. Chosen twice, before that and after it.
+    Heads to the left. Chosen twice, before that and after it. light: how much a light coat counts.
     """
-    off = (collage.outline(horses)[2] - 10).abs()  # rows from where a back should be
-    score = belief(classifier, horses, names) + collage.calm(horses) + collage.whole(horses) - 0.1 * off
-    horses = collage.blue(collage.with_room(horses[best(score, 3 * n // 2)]))
-    off = (collage.outline(horses)[2] - 15).abs()
-    score = 3 * belief(classifier, horses, names) + collage.calm(horses) + collage.whole(horses) - 0.2 * off
-    return faced(horses[best(score, n)])
+    def chosen(horses: Tensor, n: int, row: int, sure: float) -> Tensor:
+        off = (collage.outline(horses)[2] - row).abs()  # rows from where a back should be
+        score = sure * (belief(classifier, horses, names) - 0.1 * off) + light * collage.coat(horses).mean(1)
+        return horses[best(score + collage.calm(horses) + collage.whole(horses), n)]
+
+    few = chosen(horses, 3 * n // 2, 10, 1)
+    return faced(chosen(collage.blue(collage.with_room(few)), n, 15, 3))
 
 
 def joined(horses: Tensor, birds: Tensor, mirrored: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,7 +97,7 @@ def joined(horses: Tensor, birds: Tensor, mirrored: Tensor) -> tuple[Tensor, Ten
 
 
 def redrawn(model: vae.VAE, learned: prior.Learned, images: Tensor, cover: Tensor, eps: Tensor, kind: int,
-            steps: int = 5) -> Tensor:
+            steps: int = 4) -> Tensor:
     """Normalised latents (n, latent) of `joined` images and cover, by the prior from START on; eps: (n, latent)."""
     channels, side, _ = learned.velocity.shape
     covered = (1.5 * functional.adaptive_avg_pool2d(cover, side)).clamp(max=1).expand(-1, channels, -1, -1).flatten(1)
@@ -105,33 +106,34 @@ def redrawn(model: vae.VAE, learned: prior.Learned, images: Tensor, cover: Tenso
 
 
 def crossed(model: vae.VAE, learned: prior.Learned, horses: Tensor, birds: Tensor, eps: Tensor, kind: int,
-            steps: int = 5) -> Tensor:
+            steps: int = 4) -> Tensor:
     """Horses with birds' wings, of normalised latents (n, latent) and `noise`; half of them mirrored."""
     parts = joined(decode(model, learned, horses), decode(model, learned, birds), eps[:, -1] > 0)
     return redrawn(model, learned, *parts, eps[:, :-1], kind, steps)
 
 
 def prepare(model: vae.VAE, learned: prior.Learned, classifier: judge.Judge | None, classes: tuple[str, ...],
-            draws: int = 1500, horses: int = 32, birds: int = 24) -> dict[str, Tensor]:
+            draws: int = 3000, horses: int = 64, birds: int = 24) -> dict[str, Tensor]:
     """The bank that `pegasus` draws from, a function of its arguments alone: normalised latents, float16.
 
-    `birds` (birds, latent): the best `donors` of `draws`. `any` (2 * horses, latent), of twice as many draws, and of
-    each of `density.COATS` (horses, latent): the `mounts` that the judge finds the best Pegasi once they have wings.
+    `birds` (birds, latent): the best `donors` of half as many draws. `any` and each of `density.COATS` (horses,
+    latent): the `mounts` that the judge finds the best Pegasi once they have wings.
     """
     flying = judge.alike(classes[1], classes)
     liked = ((classes[:1], 1), (classes[:1] + flying, 1), (flying, 0.25))  # a horse above all
     options.show("parts for Pegasi: wings")
-    wings = encode(model, learned, donors(drawn(model, learned, 1, draws), classifier, flying, birds))
+    wings = encode(model, learned, donors(drawn(model, learned, 1, draws // 2), classifier, flying, birds))
     bank = {"birds": wings.half().cpu()}
-    for name, kind, times in (("any", 0, 2), *((coat, len(classes) + i, 1) for i, coat in enumerate(density.COATS))):
+    kinds = 0, len(classes), len(classes) + 1
+    for name, kind, light in zip(("any", *density.COATS), kinds, (0, 4, -4), strict=True):
         options.show(f"parts for Pegasi: horses, {name}", last=kind == len(classes) + 1)
-        images = mounts(drawn(model, learned, kind, times * draws), classifier, classes[:1], times * 2 * horses)
+        images = mounts(drawn(model, learned, kind, draws), classifier, classes[:1], 2 * horses, light)
         z, score = encode(model, learned, images), 0.0
         for turn in range(2):
             eps = noise(model, len(z), reparam.derive_seed(0, turn, TRIAL))
             tried = decode(model, learned, crossed(model, learned, z, order(wings, len(z), turn, TRIAL), eps, kind))
             score += sum(weight * belief(classifier, tried, names) for names, weight in liked)
-        bank[name] = z[best(score, times * horses)].half().cpu()
+        bank[name] = z[best(score, horses)].half().cpu()
     return bank
 
 
@@ -153,7 +155,7 @@ def order(of: Tensor, n: int, seed: int, purpose: int) -> Tensor:
 
 @torch.no_grad()
 def pegasus(model: vae.VAE, learned: prior.Learned, bank: dict[str, Tensor], n: int, seed: int, kind: int = 0,
-            steps: int = 5, photo: Tensor | None = None) -> Tensor:
+            steps: int = 4, photo: Tensor | None = None) -> Tensor:
     """Latents (n, latent) for the decoder. Row i is a function of (bank, seed, i) alone.
 
     kind: the class number of the horse, or of its coat. photo: an image (1, 3, 32, 32) of a horse to take for all

@@ -17,10 +17,10 @@ def scene(color, *boxes):
     return image
 
 
-def horse(down=0, sky=SKY):
-    """Body, two legs, a head at the left; the back in row 15 + down."""
+def horse(down=0, sky=SKY, right=9):
+    """Body, two legs, a head at the left, as far as column `right`; the back in row 15 + down."""
     return scene(sky, *((t + down, b + down, *sides) for t, b, *sides in (
-        (15, 22, 8, 25), (22, 29, 9, 11), (22, 29, 22, 24), (9, 17, 5, 9))))
+        (15, 22, 8, 25), (22, 29, 9, 11), (22, 29, 22, 24), (9, 17, 5, right))))
 
 
 def test_a_silhouette_is_what_is_unlike_the_border():
@@ -66,12 +66,18 @@ def test_room_above_the_back_wherever_it_was(down):
     torch.testing.assert_close(roomy[0, :, 2, 16], SKY, rtol=0, atol=0.01)
 
 
-def test_light_skies_turn_blue_and_dark_ones_stay():
+def test_skies_turn_blue_but_those_like_the_coat_stay():
     before, after = horse(), collage.blue(horse())
     torch.testing.assert_close(after[0, :, 2, 16], torch.tensor(collage.SKY), rtol=0, atol=0.05)
     torch.testing.assert_close(after[0, :, 17:], before[0, :, 17:], rtol=0, atol=0.2)
     night = horse(sky=[0.05, 0.05, 0.1])
     assert torch.equal(collage.blue(night), night)
+    light = collage.blue(1 - night)
+    assert torch.equal(light, 1 - night)
+    before_dark = torch.where(horse() < 0.5, torch.tensor(0.9), torch.tensor(0.1))  # a light horse in the dark
+    after = collage.blue(before_dark)
+    torch.testing.assert_close(after[0, :, 2, 16], torch.tensor(collage.SKY), rtol=0, atol=0.05)
+    torch.testing.assert_close(after[0, :, 10:15, 6:8], before_dark[0, :, 10:15, 6:8], rtol=0, atol=0.05)
 
 
 def test_wings_lie_on_the_back_and_leave_the_rest():
@@ -89,20 +95,48 @@ def test_wings_lie_on_the_back_and_leave_the_rest():
     assert after[0].mean(0)[there].median() > before[0].mean(0)[there].median() + 0.1
 
 
+def test_the_far_wing_is_behind_the_head_and_the_near_one_before_the_back():
+    wing, _ = collage.wings(scene(SKY, (6, 26, 12, 20)))
+    before = collage.blue(horse(right=14))
+    after, cover = collage.winged(before, wing)
+    assert collage.winged(collage.blue(horse()), wing)[1][..., 9:14, 11:13].max() > 0.9  # where it would be
+    assert cover[..., 9:15, 5:13].max() < 0.1
+    torch.testing.assert_close(after[..., 9:15, 5:12], before[..., 9:15, 5:12], rtol=0, atol=0.05)
+    assert cover[..., 16, 20:24].max() > 0.9
+
+
+def test_the_far_wing_is_in_shade_beside_a_light_coat():
+    wing, _ = collage.wings(scene(SKY, (6, 26, 12, 20)))
+    light = torch.where(horse() < 0.5, torch.tensor(0.95), torch.tensor(0.1))
+    (dark, cover), (white, other) = (collage.winged(collage.blue(horses), wing) for horses in (horse(), light))
+    there = (torch.minimum(cover, other) > 0.95)[0, 0]
+    far, near = there.clone(), there.clone()
+    far[:, 16:], near[:, :20] = False, False
+    change = (dark - white)[0].mean(0)
+    assert change[far].median() > 0.1 and change[near].abs().median() < 0.02
+
+
+@pytest.mark.parametrize("light", [4, -4])
+def test_mounts_prefer_the_coat_that_is_wanted(light):
+    brown, white = collage.blue(horse()), torch.where(horse() < 0.5, torch.tensor(0.95), torch.tensor(0.1))
+    chosen = compose.mounts(torch.cat([brown, white] * 3), None, (), 3, light)
+    assert (collage.coat(chosen).mean(1) > 0.6).all() == (light > 0) and len(chosen) == 3
+
+
 @pytest.fixture(scope="module")
 def parts(small_network):
     """An untrained model and prior, which moves nothing, and their bank."""
     torch.manual_seed(0)
     model = vae.VAE("conv", "gaussian", "8x8x2").eval()
     learned = prior.Learned(model.shape, 2)
-    return model, learned, compose.prepare(model, learned, None, ("horse", "bird"), draws=12, horses=3, birds=4)
+    return model, learned, compose.prepare(model, learned, None, ("horse", "bird"), draws=24, horses=3, birds=4)
 
 
 def test_the_bank_is_small_and_always_the_same(parts):
     model, learned, bank = parts
-    assert {name: len(z) for name, z in bank.items()} == {"any": 6, "white": 3, "dark": 3, "birds": 4}
+    assert {name: len(z) for name, z in bank.items()} == {"any": 3, "white": 3, "dark": 3, "birds": 4}
     assert all(z.dtype == torch.float16 and z.shape[1] == 128 for z in bank.values())
-    again = compose.prepare(model, learned, None, ("horse", "bird"), draws=12, horses=3, birds=4)
+    again = compose.prepare(model, learned, None, ("horse", "bird"), draws=24, horses=3, birds=4)
     assert all(torch.equal(bank[name], again[name]) for name in bank)
 
 

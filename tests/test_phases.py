@@ -227,12 +227,12 @@ def test_begin_from_a_picture(run, tmp_path, complaint):
 
 def test_parts_for_pegasi_come_at_the_end_and_are_drawn_from(batches, tmp_path, monkeypatch):
     whole = compose.prepare
-    monkeypatch.setattr(compose, "prepare", lambda *args: whole(*args, draws=12, horses=3, birds=4))
+    monkeypatch.setattr(compose, "prepare", lambda *args: whole(*args, draws=24, horses=3, birds=4))
     argv = [word for word in COMMAND if word != "--no-judge"]
     assert train.main(["--run", str(tmp_path), "--data", str(batches), "--epochs", "2", *argv]) == 0
     found = sample.load(tmp_path / "last.pt")
-    assert {name: len(parts) for name, parts in found.bank.items()} == {"any": 6, "white": 3, "dark": 3, "birds": 4}
-    chosen = sample.Options(n=4, seed=2, steps=5)
+    assert {name: len(parts) for name, parts in found.bank.items()} == {"any": 3, "white": 3, "dark": 3, "birds": 4}
+    chosen = sample.Options(n=4, seed=2, steps=8)
     z = compose.pegasus(found.model, found.learned, found.bank, 4, 2, 0, steps=2)
     assert sample.latents(found, chosen).equal(z)
     photo = tmp_path / "photo.png"
