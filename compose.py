@@ -59,7 +59,7 @@ def best(score: Tensor, n: int) -> Tensor:
 def drawn(model: vae.VAE, learned: prior.Learned, kind: int, n: int) -> Tensor:
     """Draws (n, 3, 32, 32) of class number `kind`."""
     eps = noise(model, n, reparam.derive_seed(0, kind, DRAW))[:, :-1]
-    return decode(model, learned, prior.follow(learned, {kind: 2.0}, eps, 0.0, 10))
+    return decode(model, learned, prior.follow(learned, {kind: 3.0}, eps, 0.0, 10))
 
 
 def donors(birds: Tensor, classifier: judge.Judge | None, names: tuple[str, ...], n: int) -> Tensor:
@@ -86,8 +86,8 @@ def mounts(horses: Tensor, classifier: judge.Judge | None, names: tuple[str, ...
         score = sure * (belief(classifier, horses, names) - 0.1 * off) + light * collage.coat(horses).mean(1)
         return horses[best(score + collage.calm(horses) + collage.whole(horses), n)]
 
-    few = chosen(horses, 3 * n // 2, 10, 1)
-    return faced(chosen(collage.blue(collage.with_room(few)), n, 15, 3))
+    few = chosen(horses, 3 * n, 10, 2)
+    return faced(chosen(collage.blue(collage.with_room(few)), n, 15, 6))
 
 
 def joined(horses: Tensor, birds: Tensor, mirrored: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,7 +127,7 @@ def prepare(model: vae.VAE, learned: prior.Learned, classifier: judge.Judge | No
     kinds = 0, len(classes), len(classes) + 1
     for name, kind, light in zip(("any", *density.COATS), kinds, (0, 4, -4), strict=True):
         options.show(f"parts for Pegasi: horses, {name}", last=kind == len(classes) + 1)
-        images = mounts(drawn(model, learned, kind, draws), classifier, classes[:1], 2 * horses, light)
+        images = mounts(drawn(model, learned, kind, draws), classifier, classes[:1], 4 * horses, light)
         z, score = encode(model, learned, images), 0.0
         for turn in range(2):
             eps = noise(model, len(z), reparam.derive_seed(0, turn, TRIAL))

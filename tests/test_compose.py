@@ -129,14 +129,14 @@ def parts(small_network):
     torch.manual_seed(0)
     model = vae.VAE("conv", "gaussian", "8x8x2").eval()
     learned = prior.Learned(model.shape, 2)
-    return model, learned, compose.prepare(model, learned, None, ("horse", "bird"), draws=24, horses=3, birds=4)
+    return model, learned, compose.prepare(model, learned, None, ("horse", "bird"), draws=36, horses=3, birds=4)
 
 
 def test_the_bank_is_small_and_always_the_same(parts):
     model, learned, bank = parts
     assert {name: len(z) for name, z in bank.items()} == {"any": 3, "white": 3, "dark": 3, "birds": 4}
     assert all(z.dtype == torch.float16 and z.shape[1] == 128 for z in bank.values())
-    again = compose.prepare(model, learned, None, ("horse", "bird"), draws=24, horses=3, birds=4)
+    again = compose.prepare(model, learned, None, ("horse", "bird"), draws=36, horses=3, birds=4)
     assert all(torch.equal(bank[name], again[name]) for name in bank)
 
 

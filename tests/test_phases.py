@@ -227,7 +227,7 @@ def test_begin_from_a_picture(run, tmp_path, complaint):
 
 def test_parts_for_pegasi_come_at_the_end_and_are_drawn_from(batches, tmp_path, monkeypatch):
     whole = compose.prepare
-    monkeypatch.setattr(compose, "prepare", lambda *args: whole(*args, draws=24, horses=3, birds=4))
+    monkeypatch.setattr(compose, "prepare", lambda *args: whole(*args, draws=36, horses=3, birds=4))
     argv = [word for word in COMMAND if word != "--no-judge"]
     assert train.main(["--run", str(tmp_path), "--data", str(batches), "--epochs", "2", *argv]) == 0
     found = sample.load(tmp_path / "last.pt")
