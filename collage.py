@@ -113,12 +113,13 @@ def calm(horses: Tensor) -> Tensor:
 
 
 def whole(horses: Tensor) -> Tensor:
-    """How much of a horse is seen, (n,): a body unlike the sky and what is beside it, a head, legs."""
+    """How much of a horse is seen, (n,): a body unlike the sky, the ground and what is beside it, a head, legs."""
     color, beside = coat(horses), horses[..., 16:21, [0, 1, 2, 29, 30, 31]]
+    ground = (color - horses[..., 27:, 4:28].flatten(2).median(2).values).abs().mean(1).clamp(max=0.25)
     alone = (beside - color[..., None, None]).abs().mean((1, 2, 3)).clamp(max=0.25)
     body = (color - outline(horses)[0]).abs().mean(1).clamp(max=0.3)
     legs = horses[..., 24:29, 6:26].mean(1).std(2).mean(1).clamp(max=0.12)
-    return 5 * body + 6 * alone + 8 * legs + 0.2 * raised(horses).diff().abs()[:, 0].clamp(max=20)
+    return 5 * body + 6 * (alone + ground) + 8 * legs + 0.2 * raised(horses).diff().abs()[:, 0].clamp(max=20)
 
 
 def with_room(horses: Tensor) -> Tensor:

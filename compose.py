@@ -86,8 +86,8 @@ def mounts(horses: Tensor, classifier: judge.Judge | None, names: tuple[str, ...
         score = sure * (belief(classifier, horses, names) - 0.1 * off) + light * collage.coat(horses).mean(1)
         return horses[best(score + collage.calm(horses) + collage.whole(horses), n)]
 
-    few = chosen(horses, 3 * n, 10, 2)
-    return faced(chosen(collage.blue(collage.with_room(few)), n, 15, 6))
+    few = chosen(horses, 3 * n, 10, 1)
+    return faced(chosen(collage.blue(collage.with_room(few)), n, 15, 3))
 
 
 def joined(horses: Tensor, birds: Tensor, mirrored: Tensor) -> tuple[Tensor, Tensor]:

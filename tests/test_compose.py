@@ -53,6 +53,9 @@ def test_outline_finds_the_back_and_the_head():
 def test_a_whole_horse_on_a_calm_sky_ranks_before_a_cut_one():
     cut = scene(SKY, (15, 32, 0, 32))
     assert collage.whole(horse()) > collage.whole(cut)
+    ground = horse()  # of the coat's color, as where a picture's middle shows nothing else
+    ground[..., 29:, :] = ground[..., 20:21, 16:17]
+    assert collage.whole(horse()) > collage.whole(ground) + 1
     noisy = horse()
     noisy[:, :, :9] = torch.rand(1, 3, 9, 32, generator=torch.Generator().manual_seed(0))
     assert collage.calm(horse()) > collage.calm(noisy)
