@@ -143,27 +143,25 @@ def blue(horses: Tensor) -> Tensor:
     return torch.lerp(horses, horses.new_tensor(SKY)[:, None, None].expand_as(horses), share[:, None])
 
 
-def spread(wing: Tensor, root: Tensor, lean: Tensor, length: Tensor, width: float) -> Tensor:
-    """Wings (n, 4, 32, 32) moved to roots (n, 2), leaning to the right by angles (n,), of lengths (n,)."""
-    across = torch.stack([lean.cos(), lean.sin()], 1) * 2 / width
-    along = torch.stack([-lean.sin(), lean.cos()], 1) * 2 / length[:, None]
-    turn = torch.stack([across, along], 1)
+def spread(wing: Tensor, root: Tensor, lean: float, length: float, width: float) -> Tensor:
+    """Wings (n, 4, 32, 32) moved to roots (n, 2), leaning to the right by an angle."""
+    across = root.new_tensor([math.cos(lean), math.sin(lean)]) * 2 / width
+    along = root.new_tensor([-math.sin(lean), math.cos(lean)]) * 2 / length
+    turn = torch.stack([across, along]).expand(len(root), 2, 2)
     return warped(wing, turn, root.new_tensor([0, 1]) - (turn @ root[..., None])[..., 0])
 
 
-def winged(horses: Tensor, wing: Tensor, pose: Tensor) -> tuple[Tensor, Tensor]:
+def winged(horses: Tensor, wing: Tensor) -> tuple[Tensor, Tensor]:
     """Horses with heads at the left given two wings each, and where these are, masks (n, 1, 32, 32).
 
-    pose: standard normals (n, 3), how much wider open, further back and longer than PAIR's a horse's wings are.
     Wings keep their shades and are lifted to one brightness: dark ones above a back are taken for riders and trees.
     """
     (sky, _, back), cover = outline(horses), torch.zeros_like(horses[:, :1])
     seen = ((0.14 - unlike(horses, sky)) / 0.04).sigmoid()[:, None]  # the far wing is behind the head
-    wider, further, longer = (pose.clamp(-2, 2) * pose.new_tensor([0.15, 0.1, 0.08])).unbind(1)
-    for most, shade, x, lean, length, width in PAIR:
+    for most, shade, x, *form in PAIR:
         light = (most - shade * coat(horses).mean(1))[:, None, None, None]
         root = torch.stack([torch.full_like(back, x), (back + 1.5) / (SIZE / 2) - 1], 1)
-        mask, colors = spread(wing, root, lean * (1 + wider) + further, length * (1 + longer), width).split([1, 3], 1)
+        mask, colors = spread(wing, root, *form).split([1, 3], 1)
         mask, seen = mask * seen, 1.0
         mean = (colors * mask).sum((2, 3), keepdim=True) / mask.sum((2, 3), keepdim=True).clamp(min=1e-3)
         rim = functional.max_pool2d(mask, 3, 1, 1) - mask  # darker, or light wings melt into light horses

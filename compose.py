@@ -22,7 +22,6 @@ from torch.nn import functional
 
 BIRD, HORSE, DRAW, TRIAL, NOISE = range(5)  # purposes of derived seeds
 START = 0.8  # later, less of it is the model's; earlier, wings and light heads fade
-OWN = 4  # numbers that decide whether a Pegasus is mirrored, and its wings' pose
 CANDIDATES = 1000  # photographs of a class that are looked at
 
 
@@ -41,8 +40,8 @@ def encode(model: vae.VAE, learned: prior.Learned, images: Tensor) -> Tensor:
 
 
 def noise(model: vae.VAE, n: int, seed: int) -> Tensor:
-    """Standard normals (n, latent + OWN), where the model is."""
-    return vae.noise(n, model.latent + OWN, seed).to(model.variance.device)
+    """Standard normals (n, latent + 1), where the model is; the last column decides who is mirrored."""
+    return vae.noise(n, model.latent + 1, seed).to(model.variance.device)
 
 
 def belief(classifier: judge.Judge | None, images: Tensor, names: tuple[str, ...]) -> Tensor:
@@ -59,7 +58,7 @@ def best(score: Tensor, n: int) -> Tensor:
 
 def drawn(model: vae.VAE, learned: prior.Learned, kind: int, n: int) -> Tensor:
     """Draws (n, 3, 32, 32) of class number `kind`."""
-    eps = noise(model, n, reparam.derive_seed(0, kind, DRAW))[:, :-OWN]
+    eps = noise(model, n, reparam.derive_seed(0, kind, DRAW))[:, :-1]
     return decode(model, learned, prior.follow(learned, {kind: 3.0}, eps, 0.0, 10))
 
 
@@ -91,10 +90,10 @@ def mounts(horses: Tensor, classifier: judge.Judge | None, names: tuple[str, ...
     return faced(chosen(collage.blue(collage.with_room(few)), n, 15, 3))
 
 
-def joined(horses: Tensor, birds: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-    """Horses with birds' wings, (n, 3, 32, 32), and where these are, (n, 1, 32, 32); own: standard normals (n, OWN)."""
-    return tuple(torch.where(own[:, :1, None, None] > 0, x.flip(3), x)
-                 for x in collage.winged(horses, collage.wings(birds)[0], own[:, 1:]))
+def joined(horses: Tensor, birds: Tensor, mirrored: Tensor) -> tuple[Tensor, Tensor]:
+    """Horses with birds' wings, (n, 3, 32, 32), and where these are, (n, 1, 32, 32); some mirrored, bool (n,)."""
+    return tuple(torch.where(mirrored[:, None, None, None], x.flip(3), x)
+                 for x in collage.winged(horses, collage.wings(birds)[0]))
 
 
 def redrawn(model: vae.VAE, learned: prior.Learned, images: Tensor, cover: Tensor, eps: Tensor, kind: int,
@@ -109,8 +108,8 @@ def redrawn(model: vae.VAE, learned: prior.Learned, images: Tensor, cover: Tenso
 def crossed(model: vae.VAE, learned: prior.Learned, horses: Tensor, birds: Tensor, eps: Tensor, kind: int,
             steps: int = 4) -> Tensor:
     """Horses with birds' wings, of normalised latents (n, latent) and `noise`; half of them mirrored."""
-    parts = joined(decode(model, learned, horses), decode(model, learned, birds), eps[:, -OWN:])
-    return redrawn(model, learned, *parts, eps[:, :-OWN], kind, steps)
+    parts = joined(decode(model, learned, horses), decode(model, learned, birds), eps[:, -1] > 0)
+    return redrawn(model, learned, *parts, eps[:, :-1], kind, steps)
 
 
 def prepare(model: vae.VAE, learned: prior.Learned, classifier: judge.Judge | None, classes: tuple[str, ...],
@@ -189,7 +188,7 @@ def preview(model: vae.VAE, learned: prior.Learned | None, images: Tensor, label
     """
     horses, birds = (part.to(model.variance.device) for part in photographed(images, labels, n))
     eps = noise(model, n, reparam.derive_seed(0, 0, NOISE))
-    joint, cover = joined(horses, birds, eps[:, -OWN:])
+    joint, cover = joined(horses, birds, eps[:, -1] > 0)
     if learned is None:
         return model.reconstruct(joint)
-    return decode(model, learned, redrawn(model, learned, joint, cover, eps[:, :-OWN], 0))
+    return decode(model, learned, redrawn(model, learned, joint, cover, eps[:, :-1], 0))
