@@ -15,6 +15,7 @@ from pathlib import Path
 import options
 import checkpoint
 import cifar10
+import collage
 import compose
 import density
 import judge
@@ -231,11 +232,10 @@ def morph(found: Trained, chosen: Options) -> Tensor:
 
 
 def ranking(found: Trained, images: Tensor, chosen: Options) -> Tensor:
-    """What `--best` goes by, (n,): the judge's score of images, and the coat.
+    """What `--best` goes by, (n,): the judge's score of images; with a coat the sum of ranks by it and by the coat.
 
     The score is how sure the judge is of a mode's class, or of the horse that composed Pegasi, which have wings, may
-    lack; else `judge.pegasus_score`. With a coat, the sum of an image's ranks by score and by brightness: neither has
-    a unit that the other knows.
+    lack; else `judge.pegasus_score`.
     """
     seen, name = judge.classify(found.judge, images)[0], chosen.mode
     if composes(found, chosen) or len(found.classes) < 2:
@@ -243,7 +243,7 @@ def ranking(found: Trained, images: Tensor, chosen: Options) -> Tensor:
     score = seen[:, cifar10.CLASSES.index(name)] if name in found.classes else judge.pegasus_score(seen, found.classes)
     if chosen.coat == "any":
         return score
-    light = density.brightness(images) * (1 if chosen.coat == "white" else -1)
+    light = collage.coat(images).mean(1) * (1 if chosen.coat == "white" else -1)
     return score.argsort(stable=True).argsort() + light.argsort(stable=True).argsort()
 
 

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 
 import cifar10
+import collage
 import density
 import judge
 import pictures
@@ -113,7 +114,8 @@ def test_best_have_the_judges_score_and_the_coat(last):
         images = sample.draw(found, replace(chosen, coat=coat))
         best = sample.draw(found, replace(chosen, coat=coat, best=8))
         light, like = (torch.stack([measure(best).mean(), measure(images).mean()]) for measure in (
-            density.brightness, lambda x: judge.pegasus_score(judge.classify(found.judge, x)[0], found.classes)))
+            lambda x: collage.coat(x).mean(1),
+            lambda x: judge.pegasus_score(judge.classify(found.judge, x)[0], found.classes)))
         assert sign * (light[0] - light[1]) > 0
         assert like[0] > like[1]
 
