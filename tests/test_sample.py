@@ -176,7 +176,7 @@ def test_what_is_refused_before_anything_is_drawn(last, tmp_path, complaint, mon
 def test_the_checkpoint_that_comes_along():
     found = sample.load(ROOT / "pegasus.pt")
     assert (ROOT / "pegasus.pt").stat().st_size <= 8_000_000
-    for coat in ("any", "white"):
+    for coat in ("any", "white", "dark"):
         seen = judge.classify(found.judge, sample.draw(found, sample.Options(n=64, coat=coat)))[0]
-        assert (seen.argmax(1) == cifar10.CLASSES.index("horse")).double().mean() > 0.75
-        assert judge.pegasus_score(seen, found.classes).mean() > 0.23  # 0.21 with wings like a cloud, 0.2 without any
+        assert (seen.argmax(1) == cifar10.CLASSES.index("horse")).double().mean() > 0.85
+        assert judge.pegasus_score(seen, found.classes).mean() > 0.25  # 0.21 with wings like a cloud, 0.2 without any
