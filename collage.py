@@ -13,8 +13,9 @@ from torch.nn import functional
 
 SIZE = vae.IMAGE[1]
 SKY = (0.36, 0.58, 0.86)  # before which light wings and most horses stand out
-# the far wing, the near one: brightness, how much of it a white coat takes, or a light head before it would be lost;
-# x of the root, lean (radians) to the tail, length, width, narrow and far apart, or they look like one cloud
+# the far wing, the near one: brightness; what a white coat takes of it, so that a light head before it is seen; x of
+# the root, behind the middle, or wings hide the head; lean (radians) to the tail; length; width: narrow and far apart,
+# or they look like one cloud
 PAIR = ((0.9, 0.25, 0.12, -0.55, 1.1, 0.45), (0.95, 0.0, 0.2, 0.75, 1.3, 0.5))  # pictures are 2 wide
 
 
@@ -33,6 +34,11 @@ def warped(images: Tensor, turn: Tensor, shift: Tensor) -> Tensor:
 def unlike(images: Tensor, color: Tensor) -> Tensor:
     """How far pixels and their neighbours are from a color (n, 3), (n, 32, 32)."""
     return functional.avg_pool2d((images - color[..., None, None]).abs().mean(1), 3, 1, 1)
+
+
+def alike(images: Tensor, color: Tensor) -> Tensor:
+    """How like a color (n, 3) pixels and their neighbours are, 0 to 1, (n, 32, 32)."""
+    return ((0.14 - unlike(images, color)) / 0.04).sigmoid()
 
 
 def border(images: Tensor) -> Tensor:
@@ -135,11 +141,11 @@ def with_room(horses: Tensor) -> Tensor:
 
 
 def blue(horses: Tensor) -> Tensor:
-    """The horses with their sky painted blue, unless it is like the coat, of which that would take away."""
+    """The horses with their sky painted blue, unless it is like the coat, of which some would be painted too."""
     sky = horses[:, :, :6].flatten(2).median(2).values
     above = ((16 - torch.arange(SIZE, device=horses.device)) / 2).sigmoid()[:, None]
     apart = (coat(horses) - sky).abs().mean(1) > 0.2
-    share = ((0.14 - unlike(horses, sky)) / 0.04).sigmoid() * above * apart[:, None, None]
+    share = alike(horses, sky) * above * apart[:, None, None]
     return torch.lerp(horses, horses.new_tensor(SKY)[:, None, None].expand_as(horses), share[:, None])
 
 
@@ -154,17 +160,17 @@ def spread(wing: Tensor, root: Tensor, lean: float, length: float, width: float)
 def winged(horses: Tensor, wing: Tensor) -> tuple[Tensor, Tensor]:
     """Horses with heads at the left given two wings each, and where these are, masks (n, 1, 32, 32).
 
-    Wings keep their shades and are lifted to one brightness: dark ones above a back are taken for riders and trees.
+    Wings keep their shades and are lifted to the brightness in PAIR: dark ones above a back are taken for riders and
+    trees. The far one is behind all that is unlike the sky.
     """
-    (sky, _, back), cover = outline(horses), torch.zeros_like(horses[:, :1])
-    seen = ((0.14 - unlike(horses, sky)) / 0.04).sigmoid()[:, None]  # the far wing is behind the head
-    for most, shade, x, *form in PAIR:
-        light = (most - shade * coat(horses).mean(1))[:, None, None, None]
+    (sky, _, back), cover, light = outline(horses), torch.zeros_like(horses[:, :1]), coat(horses).mean(1)
+    for (most, shade, x, *form), seen in zip(PAIR, (alike(horses, sky)[:, None], 1.0), strict=True):
+        bright = (most - shade * light)[:, None, None, None]
         root = torch.stack([torch.full_like(back, x), (back + 1.5) / (SIZE / 2) - 1], 1)
         mask, colors = spread(wing, root, *form).split([1, 3], 1)
-        mask, seen = mask * seen, 1.0
+        mask = mask * seen
         mean = (colors * mask).sum((2, 3), keepdim=True) / mask.sum((2, 3), keepdim=True).clamp(min=1e-3)
         rim = functional.max_pool2d(mask, 3, 1, 1) - mask  # darker, or light wings melt into light horses
-        horses = torch.lerp(horses * (1 - 0.15 * rim), (colors + light - mean).clamp(0, 1), mask)
+        horses = torch.lerp(horses * (1 - 0.15 * rim), (colors + bright - mean).clamp(0, 1), mask)
         cover = torch.maximum(cover, mask)
     return horses, cover

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 BIRD, HORSE, DRAW, TRIAL, NOISE = range(5)  # purposes of derived seeds
 START = 0.8  # later, less of it is the model's; earlier, wings and light heads fade
+STEPS = 4  # from START on, as sample.py's 16 give
 CANDIDATES = 1000  # photographs of a class that are looked at
 
 
@@ -79,7 +80,7 @@ def faced(horses: Tensor) -> Tensor:
 def mounts(horses: Tensor, classifier: judge.Judge | None, names: tuple[str, ...], n: int, light: float = 0) -> Tensor:
     """The n horses (n, 3, 32, 32) of some seen whole from the side, made smaller and put before a sky.
 
-    Heads to the left. Chosen twice, before that and after it. light: how much a light coat counts.
+    Heads to the left. Chosen twice, before that and after it. light: how much a light coat counts; below 0 a dark one.
     """
     def chosen(horses: Tensor, n: int, row: int, sure: float) -> Tensor:
         off = (collage.outline(horses)[2] - row).abs()  # rows from where a back should be
@@ -97,7 +98,7 @@ def joined(horses: Tensor, birds: Tensor, mirrored: Tensor) -> tuple[Tensor, Ten
 
 
 def redrawn(model: vae.VAE, learned: prior.Learned, images: Tensor, cover: Tensor, eps: Tensor, kind: int,
-            steps: int = 4) -> Tensor:
+            steps: int = STEPS) -> Tensor:
     """Normalised latents (n, latent) of `joined` images and cover, by the prior from START on; eps: (n, latent)."""
     channels, side, _ = learned.velocity.shape
     covered = (1.5 * functional.adaptive_avg_pool2d(cover, side)).clamp(max=1).expand(-1, channels, -1, -1).flatten(1)
@@ -106,7 +107,7 @@ def redrawn(model: vae.VAE, learned: prior.Learned, images: Tensor, cover: Tenso
 
 
 def crossed(model: vae.VAE, learned: prior.Learned, horses: Tensor, birds: Tensor, eps: Tensor, kind: int,
-            steps: int = 4) -> Tensor:
+            steps: int = STEPS) -> Tensor:
     """Horses with birds' wings, of normalised latents (n, latent) and `noise`; half of them mirrored."""
     parts = joined(decode(model, learned, horses), decode(model, learned, birds), eps[:, -1] > 0)
     return redrawn(model, learned, *parts, eps[:, :-1], kind, steps)
@@ -116,8 +117,8 @@ def prepare(model: vae.VAE, learned: prior.Learned, classifier: judge.Judge | No
             draws: int = 3000, horses: int = 64, birds: int = 24) -> dict[str, Tensor]:
     """The bank that `pegasus` draws from, a function of its arguments alone: normalised latents, float16.
 
-    `birds` (birds, latent): the best `donors` of half as many draws. `any` and each of `density.COATS` (horses,
-    latent): the `mounts` that the judge finds the best Pegasi once they have wings.
+    `birds` (birds, latent): the best `donors` of draws // 2. `any` and each of `density.COATS` (horses, latent): of
+    `draws` the `mounts` that the judge finds the best Pegasi once they have wings.
     """
     flying = judge.alike(classes[1], classes)
     liked = ((classes[:1], 1), (classes[:1] + flying, 1), (flying, 0.25))  # a horse above all
@@ -126,7 +127,7 @@ def prepare(model: vae.VAE, learned: prior.Learned, classifier: judge.Judge | No
     bank = {"birds": wings.half().cpu()}
     kinds = 0, len(classes), len(classes) + 1
     for name, kind, light in zip(("any", *density.COATS), kinds, (0, 4, -4), strict=True):
-        options.show(f"parts for Pegasi: horses, {name}", last=kind == len(classes) + 1)
+        options.show(f"parts for Pegasi: horses, {name}", last=name == density.COATS[-1])
         images = mounts(drawn(model, learned, kind, draws), classifier, classes[:1], 4 * horses, light)
         z, score = encode(model, learned, images), 0.0
         for turn in range(2):
@@ -155,7 +156,7 @@ def order(of: Tensor, n: int, seed: int, purpose: int) -> Tensor:
 
 @torch.no_grad()
 def pegasus(model: vae.VAE, learned: prior.Learned, bank: dict[str, Tensor], n: int, seed: int, kind: int = 0,
-            steps: int = 4, photo: Tensor | None = None) -> Tensor:
+            steps: int = STEPS, photo: Tensor | None = None) -> Tensor:
     """Latents (n, latent) for the decoder. Row i is a function of (bank, seed, i) alone.
 
     kind: the class number of the horse, or of its coat. photo: an image (1, 3, 32, 32) of a horse to take for all

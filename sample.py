@@ -232,7 +232,7 @@ def morph(found: Trained, chosen: Options) -> Tensor:
 
 
 def ranking(found: Trained, images: Tensor, chosen: Options) -> Tensor:
-    """What `--best` goes by, (n,): the judge's score of images; with a coat the sum of ranks by it and by the coat.
+    """What `--best` goes by, (n,): the judge's score; with a coat the sum of ranks by that and by the body's lightness.
 
     The score is how sure the judge is of a mode's class, or of the horse that composed Pegasi, which have wings, may
     lack; else `judge.pegasus_score`.

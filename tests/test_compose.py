@@ -56,6 +56,10 @@ def test_a_whole_horse_on_a_calm_sky_ranks_before_a_cut_one():
     ground = horse()  # of the coat's color, as where a picture's middle shows nothing else
     ground[..., 29:, :] = ground[..., 20:21, 16:17]
     assert collage.whole(horse()) > collage.whole(ground) + 1
+    assert collage.whole(horse()) > collage.whole(horse(right=5)) + 1  # without a head
+    between = horse()
+    between[..., 15:22, :] = between[..., 20:21, 16:17]  # as broad as the picture
+    assert collage.whole(horse()) > collage.whole(between) + 1
     noisy = horse()
     noisy[:, :, :9] = torch.rand(1, 3, 9, 32, generator=torch.Generator().manual_seed(0))
     assert collage.calm(horse()) > collage.calm(noisy)
@@ -121,9 +125,12 @@ def test_the_far_wing_is_in_shade_beside_a_light_coat():
 
 @pytest.mark.parametrize("light", [4, -4])
 def test_mounts_prefer_the_coat_that_is_wanted(light):
-    brown, white = collage.blue(horse()), torch.where(horse() < 0.5, torch.tensor(0.95), torch.tensor(0.1))
-    chosen = compose.mounts(torch.cat([brown, white] * 3), None, (), 3, light)
-    assert (collage.coat(chosen).mean(1) > 0.6).all() == (light > 0) and len(chosen) == 3
+    brown, white = horse(-5), torch.where(horse(-5) < 0.5, torch.tensor(0.95), torch.tensor(0.1))
+    chosen = compose.mounts(torch.cat([brown, white] * 3).flip(3), None, (), 3, light)
+    assert len(chosen) == 3 and ((collage.coat(chosen).mean(1) > 0.6) == (light > 0)).all()
+    left, right = collage.raised(chosen).unbind(1)
+    assert (left > right + 5).all() and ((collage.outline(chosen)[2] - 15).abs() <= 1).all()
+    torch.testing.assert_close(chosen[:, :, 2, 16], torch.tensor(collage.SKY).expand(3, 3), rtol=0, atol=0.05)
 
 
 @pytest.fixture(scope="module")

@@ -179,4 +179,4 @@ def test_the_checkpoint_that_comes_along():
     for coat in ("any", "white", "dark"):
         seen = judge.classify(found.judge, sample.draw(found, sample.Options(n=64, coat=coat)))[0]
         assert (seen.argmax(1) == cifar10.CLASSES.index("horse")).double().mean() > 0.85
-        assert judge.pegasus_score(seen, found.classes).mean() > 0.25  # 0.21 with wings like a cloud, 0.2 without any
+        assert judge.pegasus_score(seen, found.classes).mean() > 0.25  # with wings like a cloud 0.24
