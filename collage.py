@@ -36,7 +36,7 @@ def unlike(images: Tensor, color: Tensor) -> Tensor:
     return functional.avg_pool2d((images - color[..., None, None]).abs().mean(1), 3, 1, 1)
 
 
-def alike(images: Tensor, color: Tensor) -> Tensor:
+def similar(images: Tensor, color: Tensor) -> Tensor:
     """How like a color (n, 3) pixels and their neighbours are, 0 to 1, (n, 32, 32)."""
     return ((0.14 - unlike(images, color)) / 0.04).sigmoid()
 
@@ -145,7 +145,7 @@ def blue(horses: Tensor) -> Tensor:
     sky = horses[:, :, :6].flatten(2).median(2).values
     above = ((16 - torch.arange(SIZE, device=horses.device)) / 2).sigmoid()[:, None]
     apart = (coat(horses) - sky).abs().mean(1) > 0.2
-    share = alike(horses, sky) * above * apart[:, None, None]
+    share = similar(horses, sky) * above * apart[:, None, None]
     return torch.lerp(horses, horses.new_tensor(SKY)[:, None, None].expand_as(horses), share[:, None])
 
 
@@ -164,7 +164,7 @@ def winged(horses: Tensor, wing: Tensor) -> tuple[Tensor, Tensor]:
     trees. The far one is behind all that is unlike the sky.
     """
     (sky, _, back), cover, light = outline(horses), torch.zeros_like(horses[:, :1]), coat(horses).mean(1)
-    for (most, shade, x, *form), seen in zip(PAIR, (alike(horses, sky)[:, None], 1.0), strict=True):
+    for (most, shade, x, *form), seen in zip(PAIR, (similar(horses, sky)[:, None], 1.0), strict=True):
         bright = (most - shade * light)[:, None, None, None]
         root = torch.stack([torch.full_like(back, x), (back + 1.5) / (SIZE / 2) - 1], 1)
         mask, colors = spread(wing, root, *form).split([1, 3], 1)

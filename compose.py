@@ -6,6 +6,7 @@ and light, in pixels (sums of latents or of velocities leave no wings), mixes it
 (SDEdit: Meng et al. 2022), and follows the prior from there, as a bird where wings are and as a horse elsewhere.
 """
 import functools
+import math
 
 import options
 import cifar10
@@ -22,7 +23,6 @@ from torch.nn import functional
 
 BIRD, HORSE, DRAW, TRIAL, NOISE = range(5)  # purposes of derived seeds
 START = 0.8  # later, less of it is the model's; earlier, wings and light heads fade
-STEPS = 4  # from START on, as sample.py's 16 give
 CANDIDATES = 1000  # photographs of a class that are looked at
 
 
@@ -98,16 +98,20 @@ def joined(horses: Tensor, birds: Tensor, mirrored: Tensor) -> tuple[Tensor, Ten
 
 
 def redrawn(model: vae.VAE, learned: prior.Learned, images: Tensor, cover: Tensor, eps: Tensor, kind: int,
-            steps: int = STEPS) -> Tensor:
-    """Normalised latents (n, latent) of `joined` images and cover, by the prior from START on; eps: (n, latent)."""
+            steps: int = 16) -> Tensor:
+    """Normalised latents (n, latent) of `joined` images and cover, by the prior from START on.
+
+    eps: (n, latent). steps: of the whole way from noise, of which what is left from START on is taken.
+    """
     channels, side, _ = learned.velocity.shape
     covered = (1.5 * functional.adaptive_avg_pool2d(cover, side)).clamp(max=1).expand(-1, channels, -1, -1).flatten(1)
     z = torch.lerp(eps, encode(model, learned, images), START)
-    return prior.follow(learned, {kind: 2 * (1 - covered), 1: 2 * covered}, z, START, steps)
+    return prior.follow(learned, {kind: 2 * (1 - covered), 1: 2 * covered}, z, START,
+                        math.ceil(round((1 - START) * steps, 9)))
 
 
 def crossed(model: vae.VAE, learned: prior.Learned, horses: Tensor, birds: Tensor, eps: Tensor, kind: int,
-            steps: int = STEPS) -> Tensor:
+            steps: int = 16) -> Tensor:
     """Horses with birds' wings, of normalised latents (n, latent) and `noise`; half of them mirrored."""
     parts = joined(decode(model, learned, horses), decode(model, learned, birds), eps[:, -1] > 0)
     return redrawn(model, learned, *parts, eps[:, :-1], kind, steps)
@@ -125,9 +129,9 @@ def prepare(model: vae.VAE, learned: prior.Learned, classifier: judge.Judge | No
     options.show("parts for Pegasi: wings")
     wings = encode(model, learned, donors(drawn(model, learned, 1, draws // 2), classifier, flying, birds))
     bank = {"birds": wings.half().cpu()}
-    kinds = 0, len(classes), len(classes) + 1
-    for name, kind, light in zip(("any", *density.COATS), kinds, (0, 4, -4), strict=True):
-        options.show(f"parts for Pegasi: horses, {name}", last=name == density.COATS[-1])
+    for name, light in {"any": 0, "white": 4, "dark": -4}.items():
+        options.show(f"parts for Pegasi: horses, {name}", last=name == "dark")
+        kind = density.kind(classes, name)
         images = mounts(drawn(model, learned, kind, draws), classifier, classes[:1], 4 * horses, light)
         z, score = encode(model, learned, images), 0.0
         for turn in range(2):
@@ -156,7 +160,7 @@ def order(of: Tensor, n: int, seed: int, purpose: int) -> Tensor:
 
 @torch.no_grad()
 def pegasus(model: vae.VAE, learned: prior.Learned, bank: dict[str, Tensor], n: int, seed: int, kind: int = 0,
-            steps: int = STEPS, photo: Tensor | None = None) -> Tensor:
+            steps: int = 16, photo: Tensor | None = None) -> Tensor:
     """Latents (n, latent) for the decoder. Row i is a function of (bank, seed, i) alone.
 
     kind: the class number of the horse, or of its coat. photo: an image (1, 3, 32, 32) of a horse to take for all

@@ -22,6 +22,11 @@ def coated(name: str, coat: str) -> str:
     return name if coat == "any" else f"{coat} {name}"
 
 
+def kind(classes: tuple[str, ...], coat: str) -> int:
+    """The class number that labels have for the first class with a coat: 0 for "any", else one after the classes'."""
+    return len(classes) + COATS.index(coat) if coat != "any" else 0
+
+
 class Gaussian(NamedTuple):
     """N(mean, covariance): (d,) and (d, d)."""
     mean: Tensor
@@ -75,8 +80,8 @@ def labels_and_coats(images: Tensor, labels: Tensor, classes: tuple[str, ...]) -
     """
     both = labels[:, None].repeat(1, 2)
     rows = class_rows(images, labels, classes)
-    for number, coat in enumerate(COATS, len(classes)):
-        both[rows[coated(classes[0], coat)], 1] = number
+    for coat in COATS:
+        both[rows[coated(classes[0], coat)], 1] = kind(classes, coat)
     return both
 
 

@@ -169,14 +169,9 @@ def composes(found: Trained, chosen: Options) -> bool:
     return bool(chosen.mode == "pegasus" and found.bank and chosen.composed and usual)
 
 
-def kind(found: Trained, coat: str) -> int:
-    """The learned prior's number of the first class with a coat."""
-    return len(found.classes) + density.COATS.index(coat) if coat != "any" else 0
-
-
 def weights(found: Trained, chosen: Options) -> dict[int, float | Tensor]:
     """How much of each class the learned prior's flow follows; in `morph` (n, 1), changing along a row of the sheet."""
-    first = kind(found, chosen.coat)
+    first = density.kind(found.classes, chosen.coat)
     if chosen.mode == "prior":
         return {}
     if chosen.mode == "morph":
@@ -205,8 +200,8 @@ def learned_latents(found: Trained, chosen: Options) -> Tensor:
     """Latents (n, latent) by the learned prior."""
     photo = pictures.read(Path(chosen.from_)) if chosen.from_ is not None else None
     if composes(found, chosen):
-        return compose.pegasus(found.model, found.learned, found.bank, chosen.n, chosen.seed, kind(found, chosen.coat),
-                               math.ceil(round((1 - compose.START) * chosen.steps, 9)), photo).cpu()
+        return compose.pegasus(found.model, found.learned, found.bank, chosen.n, chosen.seed,
+                               density.kind(found.classes, chosen.coat), chosen.steps, photo).cpu()
     row = torch.arange(chosen.n) // chosen.columns if chosen.mode == "morph" else torch.arange(chosen.n)
     eps = chosen.temperature * vae.noise(int(row[-1]) + 1, found.model.latent, chosen.seed)[row]
     begin = 0.0
@@ -232,10 +227,11 @@ def morph(found: Trained, chosen: Options) -> Tensor:
 
 
 def ranking(found: Trained, images: Tensor, chosen: Options) -> Tensor:
-    """What `--best` goes by, (n,): the judge's score; with a coat the sum of ranks by that and by the body's lightness.
+    """What `--best` goes by, (n,): the judge's score of images, and the coat.
 
     The score is how sure the judge is of a mode's class, or of the horse that composed Pegasi, which have wings, may
-    lack; else `judge.pegasus_score`.
+    lack; else `judge.pegasus_score`. With a coat, the sum of an image's ranks by score and by how light, or how dark,
+    the body is: neither has a unit that the other knows.
     """
     seen, name = judge.classify(found.judge, images)[0], chosen.mode
     if composes(found, chosen) or len(found.classes) < 2:

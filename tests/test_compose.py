@@ -154,9 +154,11 @@ def test_wings_are_drawn_as_a_birds_and_all_else_as_a_horse(parts, monkeypatch):
     model, learned, _ = parts
     given, cover = [], torch.zeros(1, 1, 32, 32)
     cover[..., :16] = 1
-    monkeypatch.setattr(prior, "follow", lambda _, weights, z, *rest: given.append(weights) or z)
-    compose.redrawn(model, learned, torch.rand(1, 3, 32, 32), cover, torch.zeros(1, 128), 3)
-    (kind, horse_), (bird, wings) = given[0].items()
+    monkeypatch.setattr(prior, "follow", lambda _, weights, z, *rest: given.append((weights, rest)) or z)
+    for steps, left in ((16, 4), (8, 2), (10, 2), (1, 1)):
+        compose.redrawn(model, learned, torch.rand(1, 3, 32, 32), cover, torch.zeros(1, 128), 3, steps)
+        assert given[-1][1] == (compose.START, left)
+    (kind, horse_), (bird, wings) = given[0][0].items()
     assert (kind, bird) == (3, 1)
     assert wings.view(2, 8, 8)[..., :4].eq(2).all() and wings.view(2, 8, 8)[..., 4:].eq(0).all()
     assert (horse_ + wings).eq(2).all()

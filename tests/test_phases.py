@@ -233,16 +233,16 @@ def test_parts_for_pegasi_come_at_the_end_and_are_drawn_from(batches, tmp_path, 
     found = sample.load(tmp_path / "last.pt")
     assert {name: len(parts) for name, parts in found.bank.items()} == {"any": 3, "white": 3, "dark": 3, "birds": 4}
     chosen = sample.Options(n=4, seed=2, steps=8)
-    z = compose.pegasus(found.model, found.learned, found.bank, 4, 2, 0, steps=2)
+    z = compose.pegasus(found.model, found.learned, found.bank, 4, 2, 0, steps=8)
     assert sample.latents(found, chosen).equal(z)
     photo = tmp_path / "photo.png"
     pictures.save(pictures.sheet(torch.rand(1, 3, 32, 32), 1, 1, 0), photo, {})
-    own = compose.pegasus(found.model, found.learned, found.bank, 4, 2, 0, 2, pictures.read(photo))
+    own = compose.pegasus(found.model, found.learned, found.bank, 4, 2, 0, 8, pictures.read(photo))
     assert sample.latents(found, replace(chosen, from_=str(photo))).equal(own)
     assert not sample.latents(found, replace(chosen, from_=str(photo), keep=0.5)).allclose(own, atol=1e-3)
     assert not sample.latents(found, replace(chosen, composed=False)).allclose(z, atol=0.1)
     dark = sample.latents(found, replace(chosen, coat="dark"))
-    assert dark.equal(compose.pegasus(found.model, found.learned, found.bank, 4, 2, 3, steps=2))
+    assert dark.equal(compose.pegasus(found.model, found.learned, found.bank, 4, 2, 3, steps=8))
     assert not dark.allclose(z, atol=1e-3)  # after an epoch horses hardly differ
     monkeypatch.setattr(compose, "prepare", None)  # a finished run has them already
     assert train.main(["--run", str(tmp_path), "--resume", "--epochs", "2"]) == 0
