@@ -115,14 +115,15 @@ def settle(chosen: Options, given: set[str], state: dict | None) -> Options:
             raise Fault(f"--{flag}: got {got}, but the run in {chosen.run} has {stored[name]}; leave it out, use "
                         "another --run, or --overwrite")
     free = {name: getattr(chosen, name) for name in FREE & (given | {"run", "resume", "overwrite", "device"})}
-    epochs, begun = free.get("epochs", stored["epochs"]), state["epochs_done"] + (state["step"] > 0)
-    if epochs < begun:
-        raise Fault(f"--epochs: got {epochs}, but {chosen.run} has begun epoch {begun}; ask for {begun} or more, "
+    epochs, done = free.get("epochs", stored["epochs"]), state["epochs_done"]
+    if epochs < done or epochs == done and state["step"] > 0:
+        least = done + (state["step"] > 0)
+        raise Fault(f"--epochs: got {epochs}, but {chosen.run} has begun epoch {least}; ask for {least} or more, "
                     "--overwrite, or another --run")
-    under_way = state["phase"] != "prior" and state["epochs_done"] < (stored["autoencoder_epochs"] or 0)
+    under_way = state["phase"] != "prior" and done < (stored["autoencoder_epochs"] or 0)
     asked = "autoencoder_epochs" in given or stored["autoencoder_epochs"] != default_split(stored["epochs"])
     if under_way and not asked:  # the default follows the new --epochs
-        stored["autoencoder_epochs"] = max(default_split(epochs), begun)
+        stored["autoencoder_epochs"] = max(default_split(epochs), done + (state["step"] > 0))
     return resolve(replace(Options(**stored), **free, **({"data": chosen.data} if chosen.data != "auto" else {})))
 
 
