@@ -1,4 +1,4 @@
-"""Statistics of the noise, with fixed seeds, so each either holds or does not: limits are about five deviations."""
+"""Statistics of the noise. Seeds are fixed; limits are about five standard deviations."""
 import math
 
 import reparam
@@ -6,25 +6,32 @@ import reparam
 import pytest
 import torch
 
-ROWS, COLUMNS = 1000, 1000
+ROWS = 1000
+COLUMNS = 1000
+
+
+def sample(seed: int) -> torch.Tensor:
+    """The noise, (ROWS, COLUMNS): with mu = 0 and std = 1, z is eps."""
+    zeros = torch.zeros(ROWS, COLUMNS)
+    return reparam.reparameterize_kl(zeros, zeros, torch.tensor(seed))[0].double()
 
 
 @pytest.fixture(scope="module")
 def eps() -> torch.Tensor:
-    zeros = torch.zeros(ROWS, COLUMNS)
-    return reparam.reparameterize_kl(zeros, zeros, torch.tensor(20))[0].double()  # mu = 0, std = 1: z is eps
+    return sample(20)
 
 
-@pytest.mark.parametrize(("power", "moment", "variance"), [(1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)])
+@pytest.mark.parametrize("power,moment,variance", [(1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)])
 def test_moments(eps, power, moment, variance):
-    assert abs(eps.pow(power).mean() - moment) < 5 * math.sqrt(variance / eps.numel())
+    limit = 5 * math.sqrt(variance / eps.numel())
+    assert abs(eps.pow(power).mean() - moment) < limit
 
 
-@pytest.mark.parametrize("place", range(4))
-def test_moments_of_each_place_in_a_group(eps, place):
-    part = eps[:, place::4]
-    assert abs(part.mean()) < 5 / math.sqrt(part.numel())
-    assert abs(part.pow(2).mean() - 1) < 5 * math.sqrt(2 / part.numel())
+@pytest.mark.parametrize("position", range(4))
+def test_moments_of_each_position_in_a_group(eps, position):
+    some = eps[:, position::4]
+    assert abs(some.mean()) < 5 / math.sqrt(some.numel())
+    assert abs(some.pow(2).mean() - 1) < 5 * math.sqrt(2 / some.numel())
 
 
 def kolmogorov_smirnov(sample: torch.Tensor) -> float:
@@ -32,7 +39,8 @@ def kolmogorov_smirnov(sample: torch.Tensor) -> float:
     n = sample.numel()
     cdf = torch.special.ndtr(sample.flatten().sort().values)
     steps = torch.arange(n + 1, dtype=torch.float64) / n
-    return max((cdf - steps[:-1]).max(), (steps[1:] - cdf).max()).item() * math.sqrt(n)
+    distance = max((cdf - steps[:-1]).max(), (steps[1:] - cdf).max())
+    return distance.item() * math.sqrt(n)
 
 
 def test_kolmogorov_smirnov(eps):
@@ -41,6 +49,7 @@ def test_kolmogorov_smirnov(eps):
 
 
 def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
+    """In standard deviations of independent samples'."""
     return (a * b).mean().item() * math.sqrt(a.numel())
 
 
@@ -48,7 +57,8 @@ def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_neighbouring_columns_do_not_correlate(eps, lag):
     assert abs(correlation(eps[:, lag:], eps[:, :-lag])) < 5
     squares = eps.pow(2) - 1
-    assert abs(correlation(squares[:, lag:], squares[:, :-lag])) < 2 * 5  # the product's deviation is 2
+    limit = 2 * 5  # the product's standard deviation is 2
+    assert abs(correlation(squares[:, lag:], squares[:, :-lag])) < limit
 
 
 @pytest.mark.parametrize("lag", [1, 2, 4])
@@ -58,13 +68,13 @@ def test_neighbouring_rows_do_not_correlate(eps, lag):
 
 @pytest.mark.parametrize("other", [21, 20 + 2**32, -20, reparam.derive_seed(20, 1, 0)])
 def test_seeds_do_not_correlate(eps, other):
-    zeros = torch.zeros(ROWS, COLUMNS)
-    second = reparam.reparameterize_kl(zeros, zeros, torch.tensor(other))[0].double()
+    second = sample(other)
     assert abs(correlation(eps, second)) < 5
     assert not torch.equal(eps, second)
 
 
 def test_the_tails_reach_beyond_24_bits(eps):
     beyond = (eps.abs() > 4).sum().item()
-    expected = eps.numel() * 2 * (1 - torch.special.ndtr(torch.tensor(4.0, dtype=torch.float64))).item()
+    below = torch.special.ndtr(torch.tensor(4.0, dtype=torch.float64)).item()
+    expected = eps.numel() * 2 * (1 - below)
     assert abs(beyond - expected) < 5 * math.sqrt(expected)

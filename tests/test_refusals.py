@@ -1,84 +1,152 @@
-"""What the training step's kernels refuse, called with tensors that fused.py would not give them."""
-import fused
+"""What the extensions' ops refuse: tensors that the Python code would not give them."""
+import reparam
 
 import pytest
 import torch
 
-if not fused.BUILT:
-    pytest.skip("the extension is not built, or PEGASUS_EXTENSION=0", allow_module_level=True)
+if reparam.extension is None:
+    reason = "the extension is not built, or PEGASUS_EXTENSION=0"
+    pytest.skip(reason, allow_module_level=True)
+
+STEP = torch.ops.pegasus_step
 
 
-@pytest.mark.parametrize("change,complaint", [
-    ({"x": torch.zeros(2, 16, 3, 3)}, "channels_last"), ({"x": torch.zeros(2, 3, 3, 8).permute(0, 3, 1, 2)}, "16"),
-    ({"x": torch.zeros(2, 16)}, "four dimensions"), ({"weight": torch.zeros(3, 16)}, "weight"),
-    ({"weight": torch.zeros(2, 16, dtype=torch.float64)}, "weight: got torch.float64"),
-    ({"y": torch.zeros(2, 16, 3, 3)}, "strides"), ({"stats": torch.zeros(3)}, "stats"), ({"groups": 3}, "groups"),
-    ({"stats": torch.zeros(2, 2, 2).mT}, "stats"), ({"x": None}, "x: got None"), ({"bias": None}, "bias: got None"),
-    ({"y": torch.zeros(2, 3, 3, 16).bfloat16().permute(0, 3, 1, 2)}, "y: got torch.bfloat16, wanted torch.float32")])
-def test_kernels_refuse_what_does_not_fit(change, complaint):
-    x = torch.zeros(2, 16, 3, 3).contiguous(memory_format=torch.channels_last)
-    arguments = {"x": x, "weight": torch.zeros(2, 16), "bias": torch.zeros(2, 16), "y": torch.empty_like(x),
-                 "stats": torch.zeros(2, 2, 2), "groups": 2, "epsilon": 1e-5}
-    torch.ops.pegasus.silu_group_norm(**arguments)
-    with pytest.raises(RuntimeError, match=complaint):
-        torch.ops.pegasus.silu_group_norm(**arguments | change)
+@pytest.fixture
+def step() -> None:
+    """Load the ops of pegasus_step, or skip the test."""
+    pytest.importorskip("pegasus_step")
 
 
-def pictures(n: int, channels: int, *size: int) -> torch.Tensor:
-    return torch.zeros(n, channels, *size).contiguous(memory_format=torch.channels_last)
+def images(*shape: int) -> torch.Tensor:
+    return torch.zeros(*shape).contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("change,complaint", [
-    ({"x": torch.zeros(2, 16, 4, 8)}, "channels_last"), ({"x": pictures(2, 16, 6, 4)}, "H and W of 4"),
-    ({"x": pictures(0, 16, 4, 8)}, "not empty"), ({"x": pictures(2, 24, 4, 8)}, "multiple of 16"),
-    ({"x": pictures(3, 16, 4, 8)}, "as many"), ({"x": pictures(2, 16, 8, 4)}, "as large"),
-    ({"x": pictures(2, 16, 4, 8).double()}, "images: got torch.float64"),
-    ({"kernels": torch.zeros(36, 32, 16)}, r"kernels: got .* wanted \(36, 16, 32\)"), ({"block": 0}, "1 or more")])
-def test_convolutions_refuse_what_does_not_fit(change, complaint):
-    given = {"x": pictures(2, 16, 4, 8), "kernels": torch.zeros(36, 16, 32), "block": 3} | change
-    y, dx = pictures(2, 32, 4, 8), torch.empty_like(given["x"])
-    with pytest.raises(RuntimeError, match=complaint):
-        torch.ops.pegasus.winograd(given["x"], given["kernels"], torch.zeros(0), y, given["block"])
-    with pytest.raises(RuntimeError, match=complaint.replace("16, 32", "32, 16")):
-        torch.ops.pegasus.winograd_backward(y, given["x"], given["kernels"].mT, dx, torch.zeros(36, 512),
-                                            given["block"])
+@pytest.mark.parametrize("name,value,message", [
+    ("x", torch.zeros(2, 16, 3, 3), "channels_last"),
+    ("x", images(2, 8, 3, 3), "C a multiple of 16"),
+    ("x", torch.zeros(2, 16), "four dimensions"),
+    ("x", None, "x: got None"),
+    ("x", images(2, 16, 3, 3).double(), "x: got torch.float64"),
+    ("weight", torch.zeros(3, 16), "weight"),
+    ("weight", torch.zeros(2, 16, dtype=torch.float64), "weight: got torch.float64"),
+    ("bias", None, "bias: got None"),
+    ("y", torch.zeros(2, 16, 3, 3), "strides"),
+    ("y", images(2, 16, 3, 3).bfloat16(), "y: got torch.bfloat16 .*torch.float32"),
+    ("stats", torch.zeros(3), "stats"),
+    ("stats", torch.zeros(2, 2, 2).mT, "stats"),
+    ("groups", 3, "groups"),
+])
+def test_silu_group_norm(step: None, name: str, value: object, message: str) -> None:
+    x = images(2, 16, 3, 3)
+    arguments = {
+        "x": x,
+        "weight": torch.zeros(2, 16),
+        "bias": torch.zeros(2, 16),
+        "y": torch.empty_like(x),
+        "stats": torch.zeros(2, 2, 2),
+        "groups": 2,
+        "epsilon": 1e-5,
+    }
+    STEP.silu_group_norm(**arguments)
+    arguments[name] = value
+    with pytest.raises(RuntimeError, match=message):
+        STEP.silu_group_norm(**arguments)
 
 
-def test_convolutions_refuse_what_they_cannot_fill():
-    x, y, kernels = pictures(2, 16, 4, 8), pictures(2, 32, 4, 8), torch.zeros(36, 16, 32)
+@pytest.mark.parametrize("name,value,message", [
+    ("dy", torch.zeros(2, 16, 3, 3), "dy: got .*strides"),
+    ("dx", images(2, 16, 3, 3).bfloat16(), "dx: got torch.bfloat16"),
+    ("dweight", torch.zeros(16, 2).mT, "dweight: got .* 32 contiguous elements"),
+    ("dbias", torch.zeros(3), "dbias"),
+])
+def test_silu_group_norm_backward(step: None, name: str, value: object, message: str) -> None:
+    x = images(2, 16, 3, 3)
+    arguments = {
+        "dy": torch.zeros_like(x),
+        "x": x,
+        "weight": torch.zeros(2, 16),
+        "bias": torch.zeros(2, 16),
+        "stats": torch.zeros(2, 2, 2),
+        "dx": torch.empty_like(x),
+        "dweight": torch.empty(2, 16),
+        "dbias": torch.empty(2, 16),
+        "groups": 2,
+    }
+    STEP.silu_group_norm_backward(**arguments)
+    arguments[name] = value
+    with pytest.raises(RuntimeError, match=message):
+        STEP.silu_group_norm_backward(**arguments)
+
+
+@pytest.mark.parametrize("name,value,message", [
+    ("x", torch.zeros(2, 16, 4, 8), "channels_last"),
+    ("x", images(2, 16, 6, 4), "H and W of 4"),
+    ("x", images(0, 16, 4, 8), "not empty"),
+    ("x", images(2, 24, 4, 8), "multiple of 16"),
+    ("x", images(3, 16, 4, 8), "as many"),
+    ("x", images(2, 16, 8, 4), "as large"),
+    ("x", images(2, 16, 4, 8).double(), "images: got torch.float64"),
+    ("kernels", torch.zeros(36, 32, 16), r"kernels: got .* wanted \(36, {}, {}\)"),
+    ("block", 0, "block: .*1 or more"),
+])
+def test_winograd(step: None, name: str, value: object, message: str) -> None:
+    arguments = {"x": images(2, 16, 4, 8), "kernels": torch.zeros(36, 16, 32), "block": 3}
+    arguments[name] = value
+    x, kernels, block = arguments.values()
+    y = images(2, 32, 4, 8)
+    with pytest.raises(RuntimeError, match=message.format(16, 32)):
+        STEP.winograd(x, kernels, torch.zeros(0), y, block)
+    sums = torch.zeros(36, 512)
+    with pytest.raises(RuntimeError, match=message.format(32, 16)):
+        STEP.winograd_backward(y, x, kernels.mT, torch.empty_like(x), sums, block)
+
+
+def test_winograd_with_another_bias(step: None) -> None:
+    kernels = torch.zeros(36, 16, 32)
     with pytest.raises(RuntimeError, match="bias: got"):
-        torch.ops.pegasus.winograd(x, kernels, torch.zeros(8), y, 1)
-    kept = torch.zeros(36, 512)
-    for dx, sums, complaint in ((torch.zeros(2, 16, 4, 8), kept, "strides"), (x.double(), kept, "dx: got"),
-                                (x, kept[0], "dkernels"), (x, torch.zeros(512, 36).t(), "dkernels")):
-        with pytest.raises(RuntimeError, match=complaint):
-            torch.ops.pegasus.winograd_backward(y, x, kernels.mT, dx, sums, 1)
+        STEP.winograd(images(2, 16, 4, 8), kernels, torch.zeros(8), images(2, 32, 4, 8), 1)
 
 
-def test_adam_refuses_what_does_not_fit():
-    weight, moments = torch.zeros(4, 6), torch.zeros(2, 4, 6)
-    numbers = (1e-3, 1.0, 0.9, 0.999, 1e-8, 1.0)
-    for grad, complaint in ((torch.zeros(6, 4).t(), "strides"), (torch.zeros(4, 5), "grad"),
-                            (torch.zeros(4, 6, dtype=torch.float16), "float16")):
-        with pytest.raises(RuntimeError, match=complaint):
-            torch.ops.pegasus.adam(weight, grad, *moments, weight, *numbers)
-    for values, complaint in ((torch.ones(8)[::2], "without gaps"), (torch.ones(1).expand(99), "without gaps"),
-                              (None, "values: got None, wanted a tensor")):
-        with pytest.raises(RuntimeError, match=complaint):
-            torch.ops.pegasus.add_squares(values, torch.zeros(()))
-    assert not weight.any() and not moments.any()
+@pytest.mark.parametrize("name,value,message", [
+    ("dx", torch.zeros(2, 16, 4, 8), "dx: got .*strides"),
+    ("dx", images(2, 16, 4, 8).double(), "dx: got torch.float64"),
+    ("dkernels", torch.zeros(512), "dkernels"),
+    ("dkernels", torch.zeros(512, 36).t(), "dkernels"),
+])
+def test_winograd_backward_with_other_results(
+    step: None, name: str, value: torch.Tensor, message: str
+) -> None:
+    x = images(2, 16, 4, 8)
+    results = {"dx": torch.empty_like(x), "dkernels": torch.zeros(36, 512)}
+    results[name] = value
+    dx, dkernels = results.values()
+    with pytest.raises(RuntimeError, match=message):
+        STEP.winograd_backward(images(2, 32, 4, 8), x, torch.zeros(36, 32, 16), dx, dkernels, 1)
 
 
-def test_squared_error_refuses_what_does_not_fit():
-    x = torch.zeros(2, 6, 4, 4)
-    for logits, complaint in ((torch.zeros(4, 3, 4, 4), "logits: got"), (torch.zeros(2, 6, 4, 4).mT, "contiguous")):
-        with pytest.raises(RuntimeError, match=complaint):
-            torch.ops.pegasus.squared_error(logits, x, torch.zeros(2))
-
-
-def test_the_op_refuses_none():
+@pytest.mark.parametrize("name,value,message", [
+    ("mu", None, "mu: got None"),
+    ("mu", torch.zeros(3), r"mu: got .*, wanted two dimensions \(B, D\)"),
+    ("mu", torch.zeros(2, 3).int(), "mu: got torch.Int .*, wanted torch.float32, torch.float64"),
+    ("logvar", torch.zeros(2, 4), r"logvar: got .*\(2, 4\) on cpu, wanted mu's .*\(2, 3\) on cpu"),
+    ("logvar", torch.zeros(2, 3).double(), "logvar: got torch.float64 .*mu's torch.float32"),
+    ("seed", None, "seed: got None"),
+    ("seed", torch.tensor(1.0), "seed: got torch.float32"),
+    ("seed", torch.tensor([1, 2]), r"seed: got torch.int64 of shape \(2\)"),
+    ("dz", torch.zeros(2, 4), "dz: got"),
+    ("dz", torch.zeros(2, 3).double(), "dz: got torch.float64"),
+    ("dkl", None, "dkl: got None"),
+    ("dkl", torch.zeros(3), r"dkl: got .*, wanted torch.float32 of shape \(B,\)"),
+    ("dkl", torch.zeros(2).double(), "dkl: got torch.float64"),
+])
+def test_the_op(name: str, value: torch.Tensor | None, message: str) -> None:
+    """Called as torch.ops, without reparam.py's own checks."""
     x = torch.zeros(2, 3)
-    with pytest.raises(RuntimeError, match="seed: got None"):
-        torch.ops.pegasus.reparameterize_kl(x, x, None)
-    with pytest.raises(RuntimeError, match="dkl: got None"):
-        torch.ops.pegasus.reparameterize_kl_backward(x, None, x, x, torch.tensor(1))
+    arguments = {"dz": x, "dkl": torch.zeros(2), "mu": x, "logvar": x, "seed": torch.tensor(1)}
+    arguments[name] = value
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.pegasus.reparameterize_kl_backward(**arguments)
+    if name in ("mu", "logvar", "seed"):
+        forward = {key: arguments[key] for key in ("mu", "logvar", "seed")}
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.pegasus.reparameterize_kl(**forward)

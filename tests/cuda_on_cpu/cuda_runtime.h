@@ -1,8 +1,9 @@
-// As much of CUDA's runtime as csrc/reparam.cu uses, on the CPU: one std::jthread per CUDA thread, std::barrier for
-// __syncthreads and for a warp's shuffles. The source is compiled verbatim with this header in place of CUDA's.
+// As much of CUDA's runtime as csrc/reparam/cuda_kernels.cu uses, on the CPU: one std::jthread per
+// CUDA thread, std::barrier for __syncthreads and for a warp's shuffles. The source is compiled
+// verbatim with this header in place of CUDA's.
 //
-// It finds wrong indices, races and missing barriers. It says nothing about a device's own arithmetic, memory model
-// or speed. Blocks run one after another, so __shared__ can be static.
+// It finds wrong indices, races and missing barriers. It says nothing about a device's arithmetic,
+// memory model or speed. Blocks run one after another, so __shared__ can be static.
 #pragma once
 #include <barrier>
 #include <cstdint>
@@ -66,7 +67,8 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
 }
 
 template <class... Parameters, class... Values>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Values&&... values) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Values&&... values) {
   const unsigned threads = config->blockDim.x * config->blockDim.y;
   if (config->gridDim.x == 0 || threads == 0 || threads > 1024 || threads % on_cpu::warp_size)
     return cudaErrorInvalidConfiguration;

@@ -1,0 +1,49 @@
+// Threads, and error messages that name an argument.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+namespace pegasus {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Calls work(first, last) for rows of so many elements, in several threads where each gets at least
+// 8192 elements: that is 10 to 20 us of work, below which a thread is not worth waking.
+template <class Work>
+void in_parallel(int64_t rows, int64_t elements, const Work& work) {
+  const int64_t grain = 8192 / std::max<int64_t>(1, elements);
+  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, grain), work);
+}
+
+inline std::string name(ScalarType type) {  // as Python prints it
+  switch (type) {
+    case ScalarType::Float: return "torch.float32";
+    case ScalarType::Double: return "torch.float64";
+    case ScalarType::BFloat16: return "torch.bfloat16";
+    case ScalarType::Half: return "torch.float16";
+    case ScalarType::Long: return "torch.int64";
+    default: return std::string("torch.") + torch::headeronly::toString(type);
+  }
+}
+
+inline std::string describe(const Tensor& t) {
+  if (!t.defined()) return "None";
+  std::string shape;
+  for (int64_t i = 0; i < t.dim(); ++i) shape += (i ? ", " : "") + std::to_string(t.size(i));
+  const std::string device = t.is_cuda() ? "cuda:" : "device ";
+  return name(t.scalar_type()) + " of shape (" + shape + ") on " +
+         (t.is_cpu() ? "cpu" : device + std::to_string(t.get_device_index()));
+}
+
+[[noreturn]] inline void refuse(const std::string& argument, const Tensor& t,
+                                const std::string& wanted) {
+  throw std::runtime_error(argument + ": got " + describe(t) + ", wanted " + wanted);
+}
+
+}  // namespace pegasus

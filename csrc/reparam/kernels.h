@@ -1,0 +1,41 @@
+// The op's kernels and their arguments. Plain types only: the files that are compiled for one
+// instruction set include this.
+#pragma once
+#include <stdint.h>
+
+namespace pegasus {
+
+enum Dtype { float32, float64, bfloat16, float16, dtypes };
+
+constexpr int inputs[2] = {2, 3};   // forward: mu, logvar; backward: mu, logvar, dz
+constexpr int outputs[2] = {1, 2};  // forward: z; backward: dmu, dlogvar
+
+// Matrices (rows, columns) have adjacent columns; outputs are contiguous. Strides are in elements.
+// kl and dkl: (rows,), float, or double where mu is.
+struct Arguments {
+  const void* in[3];
+  int64_t stride[3];  // of inputs, from row to row
+  void* out[2];
+  void* kl;         // forward
+  const void* dkl;  // backward
+  int64_t dkl_stride;
+  const int64_t* seed;
+  int64_t rows, columns, row_offset;
+};
+
+using RowsKernel = void (*)(const Arguments&, int64_t first_row, int64_t last_row);
+
+// The kernels of one instruction set, forward and backward.
+struct CpuKernels {
+  const char* level;  // the instruction set's name
+  RowsKernel rows[2][dtypes];
+};
+
+namespace baseline { extern const CpuKernels kernels; }
+namespace avx2 { extern const CpuKernels kernels; }
+namespace avx512 { extern const CpuKernels kernels; }
+
+// Queues a kernel on `stream`, a cudaStream_t; pointers are the device's. Returns null or an error.
+const char* run_on_cuda(const Arguments&, Dtype, bool backward, void* stream);
+
+}  // namespace pegasus
