@@ -1,0 +1,11 @@
+"""What the scripts of the top level are made of.
+
+    cli, files, device       command lines, files written whole, where to compute
+    checkpoint               save and load a run
+    data/                    CIFAR-10's format, its download, the synthetic set
+    models/                  variants of the VAE, flow prior, Gaussians, classifier
+    drawing/                 pictures from a checkpoint, Pegasi, sheets and curves
+    training/                options of a run, its stages, its folder, its speed
+    evaluate, study, bench   tools: python -m pegasus.evaluate runs/pegasus/last.pt
+"""
+from pegasus import cli  # noqa: F401  # tells of a missing package in one sentence

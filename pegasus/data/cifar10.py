@@ -1,0 +1,138 @@
+"""CIFAR-10's binary batches: read them and write them.
+
+A batch file is a run of records of 3,073 bytes: one label, then 1,024 red, 1,024
+green and 1,024 blue bytes, row by row. Images of all files are kept in memory as
+uint8 (n, 3, 32, 32), labels as int64 (n,).
+
+Krizhevsky, Learning Multiple Layers of Features from Tiny Images (2009).
+"""
+from collections.abc import Iterable
+from pathlib import Path
+
+from pegasus.cli import UserError
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CLASSES = (
+    "airplane", "automobile", "bird", "cat", "deer",
+    "dog", "frog", "horse", "ship", "truck",
+)
+FOLDER = "cifar-10-batches-bin"
+TRAIN = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
+TEST = ("test_batch.bin",)
+RECORD = 3073  # bytes
+DOWNLOAD = "python -m pegasus.data.download data"
+
+
+def read(path: Path) -> tuple[Tensor, Tensor]:
+    """Read a batch file: images, uint8 (n, 3, 32, 32), and labels, int64 (n,).
+
+    Raises UserError for a wrong size or label.
+    """
+    data = np.fromfile(path, np.uint8)
+    if len(data) == 0 or len(data) % RECORD:
+        raise UserError(
+            f"{path}: {len(data):,} bytes, wanted a whole number of "
+            f"{RECORD}-byte records; get the file again"
+        )
+    records = torch.from_numpy(data).view(-1, RECORD)
+    labels = records[:, 0].long()
+    check_labels(path, labels)
+    return records[:, 1:].unflatten(1, (3, 32, 32)), labels
+
+
+def check_labels(path: Path, labels: Tensor) -> None:
+    """Raise UserError for the first label that is no class of CIFAR-10's."""
+    wrong = (labels >= len(CLASSES)).nonzero()
+    if len(wrong):
+        i = int(wrong[0])
+        raise UserError(
+            f"{path}: record {i} has label {int(labels[i])}, wanted 0 to 9; "
+            "is this a CIFAR-10 binary batch?"
+        )
+
+
+def write(
+    path: Path, images: Tensor | np.ndarray, labels: Tensor | np.ndarray
+) -> None:
+    """Write images (n, 3, 32, 32) and labels (n,), both 0 to 255, as a batch file."""
+    pixels = np.asarray(images).reshape(-1, RECORD - 1)
+    column = np.asarray(labels).reshape(-1, 1)
+    records = np.concatenate([column, pixels], 1)
+    records.astype(np.uint8).tofile(path)
+
+
+def class_indices(names: str) -> list[int]:
+    """Return CIFAR-10's label of each class in a comma-separated list, in its order."""
+    classes = [name.strip() for name in names.split(",") if name.strip()]
+    unknown = set(classes) - set(CLASSES)
+    repeated = len(set(classes)) < len(classes)
+    if unknown or repeated or not classes:
+        raise UserError(
+            f"--classes: got {names!r}, wanted one or more different ones of "
+            f"{', '.join(CLASSES)}, separated by commas"
+        )
+    return [CLASSES.index(name) for name in classes]
+
+
+def missing_files(folder: Path) -> list[str]:
+    """Return the names of the batch files that a folder lacks."""
+    return [name for name in TRAIN + TEST if not (folder / name).is_file()]
+
+
+def check_files(folder: Path) -> None:
+    """Raise UserError where a folder lacks one of the six batch files."""
+    missing = missing_files(folder)
+    if missing:
+        raise UserError(
+            f"{folder}: no {', '.join(missing)}; wanted CIFAR-10's six binary batches; "
+            f"give their folder as --data or CIFAR10_DIR, or get them by `{DOWNLOAD}`"
+        )
+
+
+def select(
+    images: Tensor, labels: Tensor, indices: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Keep images whose label is one of `indices`; new labels are positions there."""
+    position = torch.full((len(CLASSES),), -1)
+    position[indices] = torch.arange(len(indices))
+    positions = position[labels]
+    kept = positions >= 0
+    return images[kept], positions[kept]
+
+
+def join(batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Join pairs of images and labels to one pair."""
+    images, labels = zip(*batches, strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+def load_all(folder: Path, files: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    """Load some batch files: images, uint8 (n, 3, 32, 32), CIFAR-10's labels, (n,).
+
+    Raises UserError for missing or damaged files.
+    """
+    check_files(folder)
+    return join(read(folder / name) for name in files)
+
+
+def load(folder: Path, classes: str, files: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    """Load some classes of batch files: images, uint8 (n, 3, 32, 32), labels, (n,).
+
+    classes: names, separated by commas; a label is a position in this list.
+    Raises UserError for missing or damaged files, unknown classes and classes
+    without a single image.
+    """
+    indices = class_indices(classes)
+    check_files(folder)
+    images, labels = join(select(*read(folder / name), indices) for name in files)
+    counts = labels.bincount(minlength=len(indices))
+    empty = [CLASSES[i] for i, n in zip(indices, counts, strict=True) if n == 0]
+    if empty:
+        raise UserError(
+            f"{folder}: no picture of {', '.join(empty)} in {', '.join(files)}; "
+            "choose other --classes"
+        )
+    return images, labels

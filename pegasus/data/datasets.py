@@ -1,0 +1,152 @@
+"""What --data means: a folder of batches, the download, or the synthetic set."""
+import hashlib
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pegasus.cli import UserError
+from pegasus.data import cifar10, download, synthetic
+
+from torch import Tensor
+
+DATA = Path("data")
+BANNER = """
+**********************************************************************
+  SYNTHETIC DATA: CIFAR-10 can't be had here, so this run uses horses
+  and birds that pegasus/data/synthetic.py draws. Its pictures are of
+  drawings, not photographs.
+  {reason}
+**********************************************************************
+"""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Training and test images, uint8 (n, 3, 32, 32), and labels, int64 (n,).
+
+    A label is a position in `classes`.
+    """
+
+    images: Tensor
+    labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    classes: tuple[str, ...]
+    folder: str
+    name: str  # "synthetic", or the folder's: what logs and pictures say
+    digest: str  # SHA-256 of the four tensors
+
+
+def say(text: str) -> None:
+    """Print a line on stderr at once."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def cifar10_folder() -> Path:
+    """Return data/cifar-10-batches-bin, downloaded if it lacks a file.
+
+    Raises UserError.
+    """
+    folder = DATA / cifar10.FOLDER
+    if cifar10.missing_files(folder):
+        download.download(DATA)
+    return folder
+
+
+def synthetic_folder() -> Path:
+    """Return data/synthetic, drawn if there is none. Raises UserError."""
+    folder = DATA / "synthetic"
+    if folder.exists():
+        return folder
+    say(
+        "drawing 12,000 pictures, 2,000 of them to test, "
+        f"into {folder}: a minute or less"
+    )
+    try:
+        synthetic.write(folder)
+    except UserError:
+        if cifar10.missing_files(folder):  # else another process drew it meanwhile
+            raise
+    return folder
+
+
+def automatic_folder() -> Path:
+    """Return the first that there is: see `locate` for "auto"."""
+    if os.environ.get("CIFAR10_DIR"):
+        return Path(os.environ["CIFAR10_DIR"])
+    try:
+        return cifar10_folder()
+    except download.Unreachable as reason:
+        folder = DATA / cifar10.FOLDER
+        if folder.is_dir():  # begun by hand: let `load` say which files it lacks
+            return folder
+        say(BANNER.format(reason=reason))
+        return synthetic_folder()
+
+
+def locate(data: str) -> Path:
+    """Return the folder of batches that `--data` means. Raises UserError.
+
+    data: "cifar10", "synthetic", a folder, or "auto": $CIFAR10_DIR, else
+    data/cifar-10-batches-bin, else the download, else, where nothing answers,
+    the synthetic set.
+    """
+    if data == "auto":
+        return automatic_folder()
+    if data == "cifar10":
+        return cifar10_folder()
+    if data == "synthetic":
+        return synthetic_folder()
+    folder = Path(data)
+    if not folder.is_dir():
+        raise UserError(
+            f"--data: no folder {data}; wanted auto, cifar10, synthetic "
+            "or a folder of CIFAR-10's binary batches"
+        )
+    return folder
+
+
+def resolve_auto(folder: str) -> str:
+    """Return what "auto" means where a checkpoint was trained on a folder.
+
+    That folder, unless it was CIFAR-10's and has been moved.
+    """
+    moved = not os.path.isdir(folder)
+    if moved and Path(folder).name == cifar10.FOLDER:
+        return "auto"
+    return folder
+
+
+def sha256(tensors: Iterable[Tensor]) -> str:
+    """Return the SHA-256 of all bytes of some tensors."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.numpy())
+    return digest.hexdigest()
+
+
+def load(data: str, classes: str, expected: dict[str, str] | None = None) -> Dataset:
+    """Load all pictures of some classes.
+
+    data: what `--data` says. classes: names, separated by commas. expected: a
+    checkpoint's `folder`, which "auto" then means, and `digest`, which must be
+    the same. Raises UserError for whatever is wrong with them.
+    """
+    indices = cifar10.class_indices(classes)  # before anything is downloaded
+    if expected and data == "auto":
+        data = resolve_auto(expected["folder"])
+    folder = locate(data)
+    train = cifar10.load(folder, classes, cifar10.TRAIN)
+    test = cifar10.load(folder, classes, cifar10.TEST)
+    digest = sha256((*train, *test))
+    folder = folder.resolve()
+    if expected and digest != expected["digest"]:
+        raise UserError(
+            f"--data: {folder} is not what the checkpoint was trained on "
+            f"({expected['folder']}); give that folder, or begin another run"
+        )
+    names = tuple(cifar10.CLASSES[i] for i in indices)
+    name = folder.name.encode(errors="replace").decode()  # logs are UTF-8
+    return Dataset(*train, *test, names, str(folder), name, digest)

@@ -1,0 +1,64 @@
+"""Where to compute and in which precision; memory given back to the system."""
+import contextlib
+import ctypes
+
+from pegasus.cli import UserError
+
+import torch
+from torch import Tensor
+
+
+def resolve_device(name: str) -> str:
+    """Return "cpu" or "cuda" for "auto", "cpu" or "cuda".
+
+    Raises UserError where cuda is asked for and there is none.
+    """
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise UserError(
+            "--device: got cuda, but torch finds no CUDA device; use --device cpu"
+        )
+    return "cuda" if name != "cpu" and available else "cpu"
+
+
+def supports_bfloat16(device: str) -> bool:
+    """Return whether a device multiplies bfloat16 matrices faster than others.
+
+    Of x86-64 processors those with AVX512_BF16 do. oneDNN counts others too, which
+    emulate it or have no gradients in it.
+    """
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(False)
+    has_avx2 = torch.cpu._is_avx2_supported()
+    if has_avx2 and not torch.cpu._is_avx512_bf16_supported():
+        return False
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def autocast(device: str, precision: str) -> torch.autocast:
+    """Return a context in which matrix products have a precision."""
+    return torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def fast_autocast(like: Tensor) -> torch.autocast:
+    """Return a context with bfloat16 products where a tensor's device has them."""
+    device = like.device.type
+    precision = "bfloat16" if supports_bfloat16(device) else "float32"
+    return autocast(device, precision)
+
+
+def to_device(numbers: list, device: str) -> Tensor:
+    """Copy numbers to a tensor on a device without waiting for a busy GPU."""
+    pinned = torch.tensor(numbers, pin_memory=device == "cuda")
+    return pinned.to(device, non_blocking=True)
+
+
+def inference_batch(device: str, cpu_size: int) -> int:
+    """Return how many images to take at once without gradients."""
+    return 1000 if device == "cuda" else cpu_size  # a GPU takes hardly longer
+
+
+def trim_memory() -> None:
+    """Give free memory back to the system: glibc keeps 200 MB of pieces otherwise."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
