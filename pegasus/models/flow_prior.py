@@ -1,0 +1,291 @@
+"""The learned prior: a flow from noise to the latents of photographs, by class.
+
+A trained autoencoder stays as it is. Its latents z_1, normalized per channel, and noise
+z_0 ~ N(0, I) are joined by straight lines z_t = (1 - t) z_0 + t z_1, and a network
+v(z_t, t, class) learns their direction z_1 - z_0 by mean squares (flow matching: Lipman
+et al. 2023, Liu et al. 2023). Following v from noise at t = 0 to t = 1 draws a latent.
+Now and then the class is hidden in training, so that classes can be weighed against
+"any" (classifier-free guidance: Ho and Salimans 2022) and against each other (Liu et
+al. 2022): v_any + sum over classes k of w_k (v_k - v_any).
+"""
+import copy
+import math
+from collections.abc import Callable, Sequence
+
+import reparam
+from pegasus import device
+from pegasus.models import gaussians
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+CHUNK = 64  # latents that are drawn at a time
+CHANNELS = (96, 160)  # of the network, at 8 x 8 and at 4 x 4
+CONDITION = 128  # numbers that time and class become
+DROPPED = 0.15  # share of rows whose class is hidden in training
+
+Field = Callable[[Tensor, float], Tensor]  # velocities (B, d) of latents at a time
+
+
+class ModulatedNorm(nn.Module):
+    """silu(scale * norm(x) + shift), x (B, C, h, w), scale and shift (B, C)."""
+
+    groups = 8
+    eps = 1e-5
+
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        y = functional.group_norm(x, self.groups, eps=self.eps)
+        scale = scale.to(y.dtype)[..., None, None]
+        shift = shift.to(y.dtype)[..., None, None]
+        return functional.silu(torch.addcmul(shift, y, scale))
+
+
+class Block(nn.Module):
+    """x + conv(modulated norm(conv(silu(norm(x))))), (B, channels, h, w)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.first = nn.Sequential(
+            nn.GroupNorm(8, channels),
+            nn.SiLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+        )
+        self.condition = nn.Linear(CONDITION, 2 * channels)
+        self.modulate = ModulatedNorm()
+        self.last = nn.Conv2d(channels, channels, 3, padding=1)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        scale, shift = self.condition(condition).chunk(2, 1)
+        return x + self.last(self.modulate(self.first(x), 1 + scale, shift))
+
+
+class Attention(nn.Module):
+    """x + attention over all places of norm(x), (B, channels, h, w)."""
+
+    def __init__(self, channels: int, heads: int = 4):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.GroupNorm(8, channels)
+        self.inside = nn.Conv2d(channels, 3 * channels, 1)  # query, key and value
+        self.out = nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inside = self.inside(self.norm(x.contiguous())).flatten(2).contiguous()
+        heads = inside.unflatten(1, (3, self.heads, -1)).transpose(3, 4)
+        query, key, value = heads.unbind(1)  # (B, heads, places, channels of a head)
+        y = functional.scaled_dot_product_attention(query, key, value)
+        return x + self.out(y.transpose(2, 3).flatten(1, 2).view_as(x))
+
+
+class Velocity(nn.Module):
+    """v(z, t, class) for latents on a grid: a U-net of 8 x 8 and 4 x 4.
+
+    Class number `classes`, one past the last, is "any". At first v is zero everywhere.
+    """
+
+    def __init__(self, latent_shape: tuple[int, int, int], classes: int):
+        super().__init__()
+        fine, coarse = CHANNELS
+        self.latent_shape = latent_shape
+        self.time = nn.Sequential(
+            nn.Linear(32, CONDITION), nn.SiLU(), nn.Linear(CONDITION, CONDITION)
+        )
+        self.name = nn.Embedding(classes + 1, CONDITION)
+        self.enter = nn.Conv2d(latent_shape[0], fine, 3, padding=1)
+        self.down = nn.ModuleList(Block(fine) for _ in range(2))
+        self.shrink = nn.Conv2d(fine, coarse, 2, stride=2)
+        self.middle = nn.ModuleList(Block(coarse) for _ in range(3))
+        self.attention = Attention(coarse)
+        self.grow = nn.ConvTranspose2d(coarse, fine, 2, stride=2)
+        self.join = nn.Conv2d(2 * fine, fine, 1)
+        self.up = nn.ModuleList(Block(fine) for _ in range(2))
+        self.leave = nn.Sequential(
+            nn.GroupNorm(8, fine), nn.SiLU(), nn.Conv2d(fine, latent_shape[0], 3, padding=1)
+        )
+        nn.init.zeros_(self.leave[-1].weight)
+        nn.init.zeros_(self.leave[-1].bias)
+
+    def embed(self, t: Tensor, classes: Tensor) -> Tensor:
+        """Embed times (B,) and class numbers (B,) together, (B, CONDITION)."""
+        frequencies = torch.exp(torch.linspace(0, math.log(1000), 16, device=t.device))
+        angles = t[:, None] * frequencies
+        waves = torch.cat([angles.sin(), angles.cos()], 1)
+        return functional.silu(self.time(waves) + self.name(classes))
+
+    def forward(self, z: Tensor, t: Tensor, classes: Tensor) -> Tensor:
+        """Return velocities float32 (B, d) of normalized latents (B, d) at times (B,)."""
+        condition = self.embed(t, classes)
+        x = self.enter(z.unflatten(1, self.latent_shape))  # (B, fine, 8, 8)
+        for block in self.down:
+            x = block(x, condition)
+        y = self.middle[0](self.shrink(x), condition)  # (B, coarse, 4, 4)
+        y = self.attention(y)
+        for block in self.middle[1:]:
+            y = block(y, condition)
+        x = self.join(torch.cat([x, self.grow(y)], 1))
+        for block in self.up:
+            x = block(x, condition)
+        return self.leave(x).float().flatten(1)
+
+
+class FlowPrior(nn.Module):
+    """The velocity that is trained, its moving average, which draws, the normalization."""
+
+    def __init__(self, latent_shape: tuple[int, int, int], classes: int):
+        super().__init__()
+        self.none = classes + len(gaussians.COATS)  # "any"; coats are of the first class
+        self.velocity = Velocity(latent_shape, self.none)
+        self.ema = copy.deepcopy(self.velocity).requires_grad_(False)
+        size = math.prod(latent_shape)
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("std", torch.ones(size))
+
+    @torch.no_grad()
+    def measure(self, mu: Tensor, logvar: Tensor) -> None:
+        """Set each channel's mean and deviation to those of posterior samples (n, d)."""
+        cells = math.prod(self.velocity.latent_shape[1:])
+        sums = mu.new_zeros(2, mu.shape[1], dtype=torch.float64)
+        for m, v in zip(mu.split(1000), logvar.split(1000), strict=True):
+            square = m.float().square() + v.float().exp()
+            sums += torch.stack([m.double().sum(0), square.double().sum(0)])
+        mean, second = (sums / len(mu)).view(2, -1, cells).mean(2)
+        std = (second - mean.square()).sqrt()
+        self.mean.copy_(mean.repeat_interleave(cells))
+        self.std.copy_(std.repeat_interleave(cells))
+
+    def drawing_state(self) -> dict[str, Tensor]:
+        """Return the tensors that drawing needs: all but the trained velocity."""
+        average = {f"average.{name}": p for name, p in self.ema.state_dict().items()}
+        return {"mean": self.mean, "std": self.std, **average}
+
+    def load_drawing_state(
+        self, state: dict[str, Tensor], velocity_state: dict[str, Tensor] | None = None
+    ) -> None:
+        """Take what `drawing_state` gave and, to train on, the velocity's weights.
+
+        Without these the average's stand in for them.
+        """
+        average = {}
+        for name, tensor in state.items():
+            if name.startswith("average."):
+                average[name.removeprefix("average.")] = tensor
+        self.ema.load_state_dict(average)
+        self.velocity.load_state_dict(average if velocity_state is None else velocity_state)
+        self.mean.copy_(state["mean"])
+        self.std.copy_(state["std"])
+
+    def normalize(self, z: Tensor) -> Tensor:
+        return (z - self.mean) / self.std
+
+    def denormalize(self, z: Tensor) -> Tensor:
+        """Convert normalized latents to the decoder's."""
+        return z * self.std + self.mean
+
+    @torch.no_grad()
+    def update_ema(self, steps: Tensor, decay: float = 0.995) -> None:
+        """Move the averaged weights after so many steps of training."""
+        nearer = 1 - (steps / (9 + steps)).clamp(max=decay)  # at first faster
+        pairs = zip(self.ema.parameters(), self.velocity.parameters(), strict=True)
+        for average, weight in pairs:
+            average.lerp_(weight, nearer)
+
+
+def drop_labels(labels: Tensor, none: int, seed: Tensor, first: int) -> Tensor:
+    """Pick one of a row's two class numbers (B, 2), or for 15 % `none`; int64 (B,).
+
+    Row i depends on (seed, first + i) alone.
+    """
+    chance = reparam.words(len(labels), 1, seed, first)[:, 0, 0] / 2**32
+    half = DROPPED + (1 - DROPPED) / 2
+    picked = torch.where(chance < half, labels[:, 0], labels[:, 1])
+    return torch.where(chance < DROPPED, none, picked)
+
+
+def label_weights(picked: Tensor, labels: Tensor) -> Tensor:
+    """Return what makes up for `drop_labels`, (B,): 2 for a coat's row given its class.
+
+    Such a row gets that label half as often as one without a coat, and samples of the
+    class would have few coats.
+    """
+    has_coat = labels[:, 0] != labels[:, 1]
+    return 1 + (picked == labels[:, 0]) * has_coat
+
+
+def integrate(field: Field, z: Tensor, times: Sequence[float]) -> Tensor:
+    """Follow dz/dt = field(z, t) through the times, to second order.
+
+    Adams and Bashforth's two-step method for steps of any length after a first step of
+    Heun's: one evaluation a step, two in the first.
+    """
+    v_before = None
+    step_before = 0.0
+    for t, after in zip(times, times[1:], strict=False):
+        if after == t:  # nothing is left to follow
+            continue
+        step = after - t
+        v = field(z, t)
+        if v_before is None:
+            z = z + step / 2 * (v + field(z + step * v, after))
+        else:
+            z = z + step * (v + step / (2 * step_before) * (v - v_before))
+        v_before = v
+        step_before = step
+    return z
+
+
+def guided_velocity(
+    velocity: nn.Module, none: int, weights: dict[int, float | Tensor]
+) -> Field:
+    """Return v_any + sum_k w_k (v_k - v_any) as a function of latents and time.
+
+    weights: of class numbers; a number, or (B, 1) where images differ, or (B, d) where
+    places of the grid do. A class alone at weight 1, and no class at all, need one
+    evaluation a call instead of several.
+    """
+    plain = all(isinstance(w, float) and w == 1 for w in weights.values())
+    single = len(weights) < 2 and plain
+    numbers = list(weights) if weights and single else [none, *weights]
+
+    def field(z: Tensor, t: float) -> Tensor:
+        classes = torch.tensor(numbers, device=z.device).repeat_interleave(len(z))
+        repeated = z.repeat(len(numbers), 1)
+        times = z.new_full((len(classes),), t)
+        v = velocity(repeated, times, classes).view(len(numbers), *z.shape)
+        if single:
+            return v[0]
+        guided = v[0]
+        differences = 0
+        for weight, part in zip(weights.values(), v[1:], strict=True):
+            differences = differences + weight * (part - guided)
+        return guided + differences
+
+    return field
+
+
+@torch.no_grad()
+def sample_ode(
+    prior: FlowPrior,
+    weights: dict[int, float | Tensor],
+    z: Tensor,
+    start: float,
+    steps: int,
+) -> Tensor:
+    """Follow normalized latents (n, d) from time `start` to 1, CHUNK at a time.
+
+    weights: as `guided_velocity`, where tensors have a row for each latent.
+    """
+    times = [start + (1 - start) * i / steps for i in range(steps + 1)]
+    chunks = []
+    for rows in torch.arange(len(z), device=z.device).split(CHUNK):
+        chunk_weights = {}
+        for number, weight in weights.items():
+            chunk_weights[number] = weight[rows] if isinstance(weight, Tensor) else weight
+        field = guided_velocity(prior.ema, prior.none, chunk_weights)
+        with device.fast_autocast(z):
+            chunks.append(integrate(field, z[rows], times))
+    return torch.cat(chunks)

@@ -1,0 +1,162 @@
+"""Gaussians fitted to the latents of each class's photographs.
+
+What the encoder makes of all horses together, its aggregate posterior, is not N(0, I):
+draws from the prior land where no photograph lies. Mean and covariance of the aggregate
+are had in one pass, without optimization, and two classes multiply in closed form.
+"""
+from typing import NamedTuple
+
+import vae
+from pegasus.cli import UserError
+from pegasus.data import cifar10
+from vae import VAE
+
+import torch
+from torch import Tensor
+
+COATS = ("white", "dark")
+
+
+class Gaussian(NamedTuple):
+    """N(mean, covariance): (d,) and (d, d)."""
+    mean: Tensor
+    covariance: Tensor
+
+
+def coat_key(name: str, coat: str) -> str:
+    """Return a class's key among the Gaussians, of a coat or of "any"."""
+    return name if coat == "any" else f"{coat} {name}"
+
+
+def class_number(classes: tuple[str, ...], coat: str) -> int:
+    """Return the first class's number with a coat: 0 for "any", else after the classes."""
+    return 0 if coat == "any" else len(classes) + COATS.index(coat)
+
+
+def aggregate(mu: Tensor, within: Tensor) -> Gaussian:
+    """Return the aggregate posterior: m = mean mu, S = cov(mu) + mean covariance.
+
+    mu: posterior means (n, d). within: the mean of the posterior covariances (d, d).
+    cov(mu) off its diagonal is taken n / (n + d) times, as if d further images had shown
+    none: few images would otherwise claim directions in which they never vary.
+    """
+    mean = mu.mean(0, dtype=torch.float64)
+    between = 0.0
+    for rows in mu.split(1000):
+        away = rows.double() - mean
+        between = between + away.T @ away
+    between = between / len(mu)
+    shrunk = between * (len(mu) / (len(mu) + mu.shape[1]))
+    return Gaussian(mean, shrunk.diagonal_scatter(between.diagonal()) + within)
+
+
+def brightness(images: Tensor) -> Tensor:
+    """Return the mean of the central pixels, where most bodies are, float32 (n,)."""
+    return images[..., 10:22, 8:24].float().flatten(1).mean(1)
+
+
+def class_rows(images: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Tensor]:
+    """Return the rows (m,) of each class and of the first class's coats, on the CPU.
+
+    A coat is the lightest or darkest quarter.
+    """
+    rows = {}
+    for number, name in enumerate(classes):
+        rows[name] = (labels == number).cpu().nonzero()[:, 0]
+    first = rows[classes[0]]
+    light = brightness(images[first.to(images.device)]).cpu()
+    order = first[light.argsort(stable=True)]
+    quarter = max(len(order) // 4, 1)
+    rows[coat_key(classes[0], "white")] = order[-quarter:].sort().values
+    rows[coat_key(classes[0], "dark")] = order[:quarter].sort().values
+    return rows
+
+
+def check(
+    gaussians: dict[str, Gaussian], classes: tuple[str, ...], size: int, optional: bool
+) -> None:
+    """Raise ValueError for classes that are none of CIFAR-10's, or Gaussians not theirs.
+
+    optional: nothing is drawn from the Gaussians, and there may be none.
+    """
+    coats = {coat_key(classes[0], coat) for coat in COATS}
+    complete = set(gaussians) == {*classes, *coats}
+    absent = optional and not gaussians
+    if not set(classes) <= set(cifar10.CLASSES) or not (complete or absent):
+        raise ValueError(f"classes {', '.join(classes)}, Gaussians {', '.join(gaussians)}")
+    for name, (mean, covariance) in gaussians.items():
+        if mean.shape != (size,) or covariance.shape != (size, size):
+            shapes = f"{tuple(mean.shape)} and {tuple(covariance.shape)}"
+            raise ValueError(f"the Gaussian of {name} has shapes {shapes}")
+
+
+def labels_with_coats(images: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Tensor:
+    """Return two class numbers an image, int64 (n, 2): its class, and its coat if any.
+
+    An image without a coat has its class twice. Coats are numbered after the classes.
+    """
+    both = labels[:, None].repeat(1, 2)
+    rows = class_rows(images, labels, classes)
+    for coat in COATS:
+        both[rows[coat_key(classes[0], coat)], 1] = class_number(classes, coat)
+    return both
+
+
+@torch.no_grad()
+def fit_classes(
+    model: VAE,
+    images: Tensor,
+    labels: Tensor,
+    classes: tuple[str, ...],
+    batch_size: int = 100,
+) -> dict[str, list[Tensor]]:
+    """Return mean and covariance, float32, of each class and of the first one's coats.
+
+    images: bytes (n, 3, 32, 32). labels: positions in `classes`, (n,).
+    """
+    fitted = {}
+    for name, rows in class_rows(images, labels, classes).items():
+        members = rows.to(images.device)
+        mu = torch.empty(len(members), model.latent_size)  # in one piece, for memory
+        within = 0.0
+        for first in range(0, len(members), batch_size):
+            batch = members[first : first + batch_size]
+            x = vae.from_bytes(images[batch].to(model.variance.device))
+            mean, covariance = model.moments(x)
+            mu[first : first + batch_size] = mean
+            within = within + covariance.cpu() * (len(batch) / len(members))
+        fitted[name] = [tensor.float() for tensor in aggregate(mu, within)]
+    return fitted
+
+
+def root(gaussian: Gaussian) -> Tensor:
+    """Return the lower triangle L with L L' the covariance, float64 (d, d).
+
+    Raises UserError where there is none.
+    """
+    lower, failed = torch.linalg.cholesky_ex(gaussian.covariance.double())
+    if failed or not lower.isfinite().all():
+        raise UserError(
+            "the model's latents have no finite covariance; it was saved while it "
+            "diverged, so train again with a lower --lr"
+        )
+    return lower
+
+
+def product(first: Gaussian, second: Gaussian, blend: float = 0.5) -> Gaussian:
+    """Return p(z) ~ first(z)^blend second(z)^(1 - blend), a Gaussian in float64."""
+    p = blend * torch.cholesky_inverse(root(first))
+    q = (1 - blend) * torch.cholesky_inverse(root(second))
+    covariance = (p + q).inverse()
+    mean = covariance @ (p @ first.mean.double() + q @ second.mean.double())
+    return Gaussian(mean, covariance)
+
+
+def sample(gaussian: Gaussian, eps: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return draws (n, d), float32, from standard normals (n, d).
+
+    Row i depends on row i alone: in float64, how many rows are multiplied together does
+    not reach the bits that are kept.
+    """
+    spread = eps.double() @ root(gaussian).T
+    return (gaussian.mean.double() + temperature * spread).float()
