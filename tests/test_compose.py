@@ -1,26 +1,44 @@
-import collage
-import compose
-import prior
 import vae
+from pegasus.drawing import collage, compose
+from pegasus.models.flow_prior import FlowPrior
 
 import pytest
 import torch
 
 SKY = torch.tensor([0.8, 0.9, 1.0])
+DARK_SKY = torch.tensor([0.05, 0.05, 0.1])
+BROWN = torch.tensor([0.4, 0.2, 0.1])
+BLUE = torch.tensor(collage.SKY)
+CLASSES = ("horse", "bird")
 
 
 def scene(color, *boxes):
-    """A picture (1, 3, 32, 32) of one color with dark boxes, each (top, bottom, left, right)."""
-    image = torch.as_tensor(color)[None, :, None, None].expand(1, 3, 32, 32).clone()
+    """A picture (1, 3, 32, 32) of a color with dark boxes (top, bottom, left, right)."""
+    image = color[None, :, None, None].expand(1, 3, 32, 32).clone()
     for top, bottom, left, right in boxes:
-        image[..., top:bottom, left:right] = torch.tensor([0.4, 0.2, 0.1])[:, None, None]
+        image[..., top:bottom, left:right] = BROWN[:, None, None]
     return image
 
 
 def horse(down=0, sky=SKY, right=9):
-    """Body, two legs, a head at the left, as far as column `right`; the back in row 15 + down."""
-    return scene(sky, *((t + down, b + down, *sides) for t, b, *sides in (
-        (15, 22, 8, 25), (22, 29, 9, 11), (22, 29, 22, 24), (9, 17, 5, right))))
+    """Body, legs, a head at the left as far as `right`; the back in row 15 + down."""
+    boxes = [(15, 22, 8, 25), (22, 29, 9, 11), (22, 29, 22, 24), (9, 17, 5, right)]
+    moved = [(top + down, bottom + down, *sides) for top, bottom, *sides in boxes]
+    return scene(sky, *moved)
+
+
+def light_horse(down=0, color=0.9, background=0.1):
+    """A light horse in the dark."""
+    is_horse = horse(down) < 0.5
+    return torch.where(is_horse, torch.tensor(color), torch.tensor(background))
+
+
+def bird():
+    return scene(SKY, (6, 26, 12, 20))
+
+
+def close(a, b, atol):
+    torch.testing.assert_close(a, b, rtol=0, atol=atol)
 
 
 def test_a_silhouette_is_what_is_unlike_the_border():
@@ -29,188 +47,322 @@ def test_a_silhouette_is_what_is_unlike_the_border():
     assert torch.cat([mask[:9], mask[23:]]).max() < 0.05
 
 
-@pytest.mark.parametrize("box", [(14, 18, 6, 26), (6, 26, 14, 18)], ids=("lying", "standing"))
+@pytest.mark.parametrize(
+    "box", [(14, 18, 6, 26), (6, 26, 14, 18)], ids=("lying", "standing")
+)
 def test_wings_stand_upright_however_the_bird_flies(box):
     """Stretched to one form, so both are nearly the same wing."""
-    wing, like = collage.wings(scene(SKY, box))
+    wing, overlap = collage.make_wings(scene(SKY, box))
     mask = wing[0, 0]
-    assert mask.shape == (32, 32) and 0 < like.item() <= 1
-    assert mask[16].sum() > 10 and mask[:, 16].sum() > 20
-    other = collage.wings(scene(SKY, (box[2], box[3], box[0], box[1])))[0][0, 0]
-    torch.testing.assert_close(mask, other, rtol=0, atol=0.2)
+    assert mask.shape == (32, 32)
+    assert 0 < overlap.item() <= 1
+    assert mask[16].sum() > 10
+    assert mask[:, 16].sum() > 20
+    turned = scene(SKY, (box[2], box[3], box[0], box[1]))
+    close(mask, collage.make_wings(turned)[0][0, 0], atol=0.2)
 
 
 def test_outline_finds_the_back_and_the_head():
     sky, first, back = collage.outline(horse())
     torch.testing.assert_close(sky[0], SKY)
     assert abs(back.item() - 15) <= 1
-    assert first[0, 6] < first[0, 16] and first[0, 30] == collage.SIZE
-    left, right = collage.raised(horse())[0]
+    assert first[0, 6] < first[0, 16]
+    assert first[0, 30] == collage.SIZE
+    left, right = collage.head_pixels(horse())[0]
     assert left > right + 5
-    assert torch.equal(collage.raised(horse().flip(3))[0].argmax(), torch.tensor(1))
+    left, right = collage.head_pixels(horse().flip(3))[0]
+    assert right > left + 5
 
 
-def test_a_whole_horse_on_a_calm_sky_ranks_before_a_cut_one():
-    cut = scene(SKY, (15, 32, 0, 32))
-    assert collage.whole(horse()) > collage.whole(cut)
-    ground = horse()  # of the coat's color, as where a picture's middle shows nothing else
+def test_a_whole_horse_ranks_before_a_cut_one():
+    whole = collage.body_score(horse())
+    assert whole > collage.body_score(scene(SKY, (15, 32, 0, 32)))
+    ground = horse()  # of the coat's color, as where the middle shows nothing else
     ground[..., 29:, :] = ground[..., 20:21, 16:17]
-    assert collage.whole(horse()) > collage.whole(ground) + 1
-    assert collage.whole(horse()) > collage.whole(horse(right=5)) + 1  # without a head
-    between = horse()
-    between[..., 15:22, :] = between[..., 20:21, 16:17]  # as broad as the picture
-    assert collage.whole(horse()) > collage.whole(between) + 1
+    assert whole > collage.body_score(ground) + 1
+    headless = horse(right=5)
+    assert whole > collage.body_score(headless) + 1
+    broad = horse()  # as the picture
+    broad[..., 15:22, :] = broad[..., 20:21, 16:17]
+    assert whole > collage.body_score(broad) + 1
+
+
+def test_a_calm_sky_ranks_before_a_noisy_one():
     noisy = horse()
-    noisy[:, :, :9] = torch.rand(1, 3, 9, 32, generator=torch.Generator().manual_seed(0))
-    assert collage.calm(horse()) > collage.calm(noisy)
+    generator = torch.Generator().manual_seed(0)
+    noisy[:, :, :9] = torch.rand(1, 3, 9, 32, generator=generator)
+    assert collage.sky_score(horse()) > collage.sky_score(noisy)
 
 
 @pytest.mark.parametrize("down", [-8, -4, 0])
 def test_room_above_the_back_wherever_it_was(down):
-    roomy = collage.with_room(horse(down))
+    roomy = collage.make_room(horse(down))
     assert roomy.shape == (1, 3, 32, 32)
     assert abs(collage.outline(roomy)[2].item() - 15) <= 1
-    torch.testing.assert_close(roomy[0, :, 2, 16], SKY, rtol=0, atol=0.01)
+    close(roomy[0, :, 2, 16], SKY, atol=0.01)
 
 
-def test_skies_turn_blue_but_those_like_the_coat_stay():
-    before, after = horse(), collage.blue(horse())
-    torch.testing.assert_close(after[0, :, 2, 16], torch.tensor(collage.SKY), rtol=0, atol=0.05)
-    torch.testing.assert_close(after[0, :, 17:], before[0, :, 17:], rtol=0, atol=0.2)
-    night = horse(sky=[0.05, 0.05, 0.1])
-    assert torch.equal(collage.blue(night), night)
-    light = collage.blue(1 - night)
-    assert torch.equal(light, 1 - night)
-    before_dark = torch.where(horse() < 0.5, torch.tensor(0.9), torch.tensor(0.1))  # a light horse in the dark
-    after = collage.blue(before_dark)
-    torch.testing.assert_close(after[0, :, 2, 16], torch.tensor(collage.SKY), rtol=0, atol=0.05)
-    torch.testing.assert_close(after[0, :, 10:15, 6:8], before_dark[0, :, 10:15, 6:8], rtol=0, atol=0.05)
+def test_skies_turn_blue():
+    before = horse()
+    after = collage.paint_sky(before)
+    close(after[0, :, 2, 16], BLUE, atol=0.05)
+    close(after[0, :, 17:], before[0, :, 17:], atol=0.2)
+    before = light_horse()
+    after = collage.paint_sky(before)
+    close(after[0, :, 2, 16], BLUE, atol=0.05)
+    close(after[0, :, 10:15, 6:8], before[0, :, 10:15, 6:8], atol=0.05)
+
+
+def test_skies_like_the_coat_stay():
+    night = horse(sky=DARK_SKY)
+    assert collage.paint_sky(night).equal(night)
+    light = 1 - night
+    assert collage.paint_sky(light).equal(light)
 
 
 def test_wings_lie_on_the_back_and_leave_the_rest():
-    wing, _ = collage.wings(scene(SKY, (6, 26, 12, 20)))
-    before = collage.blue(horse())
-    after, cover = collage.winged(before, wing)
-    assert after.min() >= 0 and after.max() <= 1
-    assert cover[0, 0, :15].sum() > 40 and cover[0, 0, 22:].max() == 0
-    assert torch.equal(after[..., 22:, :], before[..., 22:, :])
-    assert (after - before)[..., 9:17, 5:9].abs().mean() < 0.03  # the head, which a wing's rim touches
-    assert torch.equal(after[..., 13:, :9], before[..., 13:, :9]) and cover[..., 9:17, 5:8].max() == 0
+    wing, _ = collage.make_wings(bird())
+    before = collage.paint_sky(horse())
+    after, cover = collage.add_wings(before, wing)
+    assert after.min() >= 0
+    assert after.max() <= 1
+    assert cover[0, 0, :15].sum() > 40
+    assert cover[0, 0, 22:].max() == 0
+    assert after[..., 22:, :].equal(before[..., 22:, :])
+    assert (after - before)[..., 9:17, 5:9].abs().mean() < 0.03  # a rim is there
+    assert after[..., 13:, :9].equal(before[..., 13:, :9])
+    assert cover[..., 9:17, 5:8].max() == 0
     above = (cover[0, 0, 5] > 0.5).int()
-    assert above.diff().eq(1).sum() == 2 and above[0] == 0  # two wings, with sky between them
-    there = cover[0, 0] > 0.9
-    assert after[0].mean(0)[there].median() > before[0].mean(0)[there].median() + 0.1
+    assert above[0] == 0
+    assert above.diff().eq(1).sum() == 2  # two wings, with sky between them
+    inside = cover[0, 0] > 0.9
+    brightness = [image[0].mean(0)[inside].median() for image in (before, after)]
+    assert brightness[1] > brightness[0] + 0.1
 
 
 def test_the_far_wing_is_behind_the_head_and_the_near_one_before_the_back():
-    wing, _ = collage.wings(scene(SKY, (6, 26, 12, 20)))
-    before = collage.blue(horse(right=14))
-    after, cover = collage.winged(before, wing)
-    assert collage.winged(collage.blue(horse()), wing)[1][..., 9:14, 11:13].max() > 0.9  # where it would be
+    wing, _ = collage.make_wings(bird())
+    before = collage.paint_sky(horse(right=14))
+    after, cover = collage.add_wings(before, wing)
+    _, free = collage.add_wings(collage.paint_sky(horse()), wing)
+    assert free[..., 9:14, 11:13].max() > 0.9  # where it is without such a head
     assert cover[..., 9:15, 5:13].max() < 0.1
-    torch.testing.assert_close(after[..., 9:15, 5:12], before[..., 9:15, 5:12], rtol=0, atol=0.05)
+    close(after[..., 9:15, 5:12], before[..., 9:15, 5:12], atol=0.05)
     assert cover[..., 16, 20:24].max() > 0.9
 
 
 def test_the_far_wing_is_in_shade_beside_a_light_coat():
-    wing, _ = collage.wings(scene(SKY, (6, 26, 12, 20)))
-    light = torch.where(horse() < 0.5, torch.tensor(0.95), torch.tensor(0.1))
-    (dark, cover), (white, other) = (collage.winged(collage.blue(horses), wing) for horses in (horse(), light))
-    there = (torch.minimum(cover, other) > 0.95)[0, 0]
-    far, near = there.clone(), there.clone()
-    far[:, 16:], near[:, :20] = False, False
-    change = (dark - white)[0].mean(0)
-    assert change[far].median() > 0.1 and change[near].abs().median() < 0.02
+    wing, _ = collage.make_wings(bird())
+    dark, dark_cover = collage.add_wings(collage.paint_sky(horse()), wing)
+    light_coat = collage.paint_sky(light_horse(color=0.95))
+    light, light_cover = collage.add_wings(light_coat, wing)
+    covered = (torch.minimum(dark_cover, light_cover) > 0.95)[0, 0]
+    far = covered.clone()
+    far[:, 16:] = False
+    near = covered.clone()
+    near[:, :20] = False
+    change = (dark - light)[0].mean(0)
+    assert change[far].median() > 0.1
+    assert change[near].abs().median() < 0.02
 
 
-@pytest.mark.parametrize("light", [4, -4])
-def test_mounts_prefer_the_coat_that_is_wanted(light):
-    brown, white = horse(-5), torch.where(horse(-5) < 0.5, torch.tensor(0.95), torch.tensor(0.1))
-    chosen = compose.mounts(torch.cat([brown, white] * 3).flip(3), None, (), 3, light)
-    assert len(chosen) == 3 and ((collage.coat(chosen).mean(1) > 0.6) == (light > 0)).all()
-    left, right = collage.raised(chosen).unbind(1)
-    assert (left > right + 5).all() and ((collage.outline(chosen)[2] - 15).abs() <= 1).all()
-    torch.testing.assert_close(chosen[:, :, 2, 16], torch.tensor(collage.SKY).expand(3, 3), rtol=0, atol=0.05)
+@pytest.mark.parametrize("brightness", [4, -4])
+def test_horses_of_the_coat_that_is_wanted_are_preferred(brightness):
+    pair = torch.cat([horse(-5), light_horse(-5, color=0.95)])
+    horses = pair.repeat(3, 1, 1, 1).flip(3)
+    chosen = compose.choose_horses(horses, None, (), 3, brightness)
+    assert len(chosen) == 3
+    is_light = collage.coat_color(chosen).mean(1) > 0.6
+    assert (is_light == (brightness > 0)).all()
+    left, right = collage.head_pixels(chosen).unbind(1)
+    assert (left > right + 5).all()
+    back = collage.outline(chosen)[2]
+    assert ((back - 15).abs() <= 1).all()
+    close(chosen[:, :, 2, 16], BLUE.expand(3, 3), atol=0.05)
+
+
+def prepare(model, prior):
+    return compose.prepare(model, prior, None, CLASSES, draws=36, horses=3, birds=4)
 
 
 @pytest.fixture(scope="module")
-def parts(small_network):
-    """An untrained model and prior, which moves nothing, and their bank."""
+def trio(small_network):
+    """An untrained model, an untrained prior, which moves nothing, and their parts."""
     torch.manual_seed(0)
-    model = vae.VAE("conv", "gaussian", "8x8x2").eval()
-    learned = prior.Learned(model.shape, 2)
-    return model, learned, compose.prepare(model, learned, None, ("horse", "bird"), draws=36, horses=3, birds=4)
+    model = vae.VAE("conv", "gaussian", (2, 8, 8)).eval()
+    prior = FlowPrior(model.latent_shape, 2)
+    return model, prior, prepare(model, prior)
 
 
-def test_the_bank_is_small_and_always_the_same(parts):
-    model, learned, bank = parts
-    assert {name: len(z) for name, z in bank.items()} == {"any": 3, "white": 3, "dark": 3, "birds": 4}
-    assert all(z.dtype == torch.float16 and z.shape[1] == 128 for z in bank.values())
-    again = compose.prepare(model, learned, None, ("horse", "bird"), draws=36, horses=3, birds=4)
-    assert all(torch.equal(bank[name], again[name]) for name in bank)
+def test_parts_are_small_and_always_the_same(trio):
+    model, prior, parts = trio
+    assert {name: len(z) for name, z in parts.items()} == {
+        "any": 3,
+        "white": 3,
+        "dark": 3,
+        "birds": 4,
+    }
+    for z in parts.values():
+        assert z.dtype == torch.float16
+        assert z.shape[1] == 128
+    again = prepare(model, prior)
+    assert all(parts[name].equal(again[name]) for name in parts)
 
 
-def test_wings_are_drawn_as_a_birds_and_all_else_as_a_horse(parts, monkeypatch):
-    model, learned, _ = parts
-    given, cover = [], torch.zeros(1, 1, 32, 32)
+def test_what_are_no_parts_is_refused(trio):
+    parts = trio[2]
+    compose.check(parts, 128)
+    compose.check(None, 128)
+    wrong = [
+        {},
+        {name: z for name, z in parts.items() if name != "dark"},
+        parts | {"green": parts["dark"]},
+        parts | {"dark": parts["dark"][:0]},
+        parts | {"dark": parts["dark"][:, 1:]},
+        parts | {"dark": parts["dark"][0]},
+    ]
+    for damaged in wrong:
+        with pytest.raises(ValueError, match="parts of Pegasi"):
+            compose.check(damaged, 128)
+
+
+@pytest.mark.parametrize(("steps", "left"), [(16, 4), (8, 2), (10, 2), (1, 1)])
+def test_wings_are_resampled_as_a_bird_all_else_as_a_horse(trio, monkeypatch, steps, left):
+    model, prior, _ = trio
+    calls = []
+
+    def sample_ode(prior, weights, z, start, steps):
+        calls.append((weights, start, steps))
+        return z
+
+    monkeypatch.setattr(compose, "sample_ode", sample_ode)
+    cover = torch.zeros(1, 1, 32, 32)
     cover[..., :16] = 1
-    monkeypatch.setattr(prior, "follow", lambda _, weights, z, *rest: given.append((weights, rest)) or z)
-    for steps, left in ((16, 4), (8, 2), (10, 2), (1, 1)):
-        compose.redrawn(model, learned, torch.rand(1, 3, 32, 32), cover, torch.zeros(1, 128), 3, steps)
-        assert given[-1][1] == (compose.START, left)
-    (kind, horse_), (bird, wings) = given[0][0].items()
-    assert (kind, bird) == (3, 1)
-    assert wings.view(2, 8, 8)[..., :4].eq(2).all() and wings.view(2, 8, 8)[..., 4:].eq(0).all()
-    assert (horse_ + wings).eq(2).all()
+    images = torch.rand(1, 3, 32, 32)
+    compose.resample(model, prior, images, cover, torch.zeros(1, 128), 3, steps)
+    weights, *rest = calls[0]
+    assert rest == [compose.START, left]
+    assert list(weights) == [3, 1]
+    wing = weights[1].view(2, 8, 8)
+    assert wing[..., :4].eq(2).all()
+    assert wing[..., 4:].eq(0).all()
+    assert (weights[3] + weights[1]).eq(2).all()
 
 
-@pytest.mark.parametrize("first", [0, 2, 3])
-def test_a_pegasus_is_a_function_of_the_seed_and_its_number(parts, first):
-    z = compose.pegasus(*parts, 9, 5, first)
-    assert z.shape == (9, 128) and z.dtype == torch.float32 and torch.isfinite(z).all()
-    torch.testing.assert_close(compose.pegasus(*parts, 4, 5, first), z[:4], rtol=0, atol=0.05)  # bfloat16 inside
-    assert (compose.pegasus(*parts, 9, 6, first) - z).abs().mean() > 0.1
+@pytest.mark.parametrize("coat", ["any", "white", "dark"])
+def test_a_pegasus_is_a_function_of_the_seed_and_its_number(trio, coat):
+    z = compose.pegasus(*trio, CLASSES, 9, 5, coat)
+    assert z.shape == (9, 128)
+    assert z.dtype == torch.float32
+    assert z.isfinite().all()
+    few = compose.pegasus(*trio, CLASSES, 4, 5, coat)
+    close(few, z[:4], atol=0.05)  # bfloat16 inside
+    assert (compose.pegasus(*trio, CLASSES, 9, 6, coat) - z).abs().mean() > 0.1
     assert torch.cdist(z, z).fill_diagonal_(9).min() > 0.1
 
 
-def test_who_is_mirrored_has_nothing_to_do_with_the_noise(parts, monkeypatch):
-    model, learned, bank = parts
-    seen, joined, redrawn = [], compose.joined, compose.redrawn
-    monkeypatch.setattr(compose, "joined", lambda *args: seen.append(args[2]) or joined(*args))
-    monkeypatch.setattr(compose, "redrawn", lambda *args: seen.append(args[4]) or redrawn(*args))
-    compose.pegasus(model, learned, bank, 64, 0)
-    mirrored, eps = seen
-    assert eps.shape == (64, 128) and 20 < mirrored.sum() < 44
-    assert (eps.sign() * (2 * mirrored[:, None] - 1.0)).mean(0).abs().max() < 0.6  # 1 where one decides the other
+@pytest.mark.parametrize(("coat", "number"), [("any", 0), ("white", 2), ("dark", 3)])
+def test_a_pegasus_of_a_coat_is_of_its_parts_and_class(trio, monkeypatch, coat, number):
+    calls = []
+    make_pegasi = compose.make_pegasi
+    monkeypatch.setattr(
+        compose, "make_pegasi", lambda *args: calls.append(args) or make_pegasi(*args)
+    )
+    compose.pegasus(*trio, CLASSES, 3, 5, coat, 8)
+    _, _, horses, birds, _, class_number, steps = calls[0]
+    assert (class_number, steps) == (number, 8)
+    parts = trio[2]
+    for rows, table in ((horses, parts[coat]), (birds, parts["birds"])):
+        assert (rows[:, None] == table.float()).all(2).any(1).all()
 
 
-def test_a_horse_of_ones_own_is_every_pegasus_horse(parts):
-    """Whichever way it looks; by the untrained prior, which keeps the noise, rows differ by noise and wings alone."""
-    z = compose.pegasus(*parts, 5, 5, photo=horse())
-    torch.testing.assert_close(compose.pegasus(*parts, 5, 5, photo=horse().flip(3)), z, rtol=0, atol=0.01)
-    assert (compose.pegasus(*parts, 5, 5, photo=horse(sky=[0.05, 0.05, 0.1])) - z).abs().max() > 0.02
-    assert (compose.pegasus(*parts, 5, 5) - z).abs().max() > 0.02
-    torch.testing.assert_close(compose.pegasus(*parts, 2, 5, photo=horse()), z[:2], rtol=0, atol=0.05)
+def test_who_is_mirrored_has_nothing_to_do_with_the_noise(trio, monkeypatch):
+    calls = []
+    paste_wings = compose.paste_wings
+    resample = compose.resample
+    monkeypatch.setattr(
+        compose,
+        "paste_wings",
+        lambda *args: calls.append(args[2]) or paste_wings(*args),
+    )
+    monkeypatch.setattr(
+        compose, "resample", lambda *args: calls.append(args[4]) or resample(*args)
+    )
+    compose.pegasus(*trio, CLASSES, 64, 0)
+    mirrored, eps = calls
+    assert eps.shape == (64, 128)
+    assert 20 < mirrored.sum() < 44
+    agreement = (eps.sign() * (2 * mirrored[:, None] - 1.0)).mean(0)
+    assert agreement.abs().max() < 0.6  # 1 where one decides the other
 
 
-@pytest.mark.parametrize("wanted", [None, prior.Learned((2, 8, 8), 2)], ids=("autoencoder", "prior"))
-def test_a_preview_joins_pictures_and_shows_them_as_the_model_does(parts, wanted, monkeypatch):
+def test_a_horse_of_ones_own_is_every_pegasus_horse(trio):
+    """Whichever way it looks.
+
+    By the untrained prior, which keeps the noise, rows differ by noise and wings alone.
+    """
+    def pegasus(n=5, photo=None):
+        return compose.pegasus(*trio, CLASSES, n, 5, photo=photo)
+
+    z = pegasus(photo=horse())
+    close(pegasus(photo=horse().flip(3)), z, atol=0.01)
+    assert (pegasus(photo=horse(sky=DARK_SKY)) - z).abs().max() > 0.02
+    assert (pegasus() - z).abs().max() > 0.02
+    close(pegasus(2, horse()), z[:2], atol=0.05)
+
+
+@pytest.fixture(params=[False, True], ids=("autoencoder", "prior"))
+def preview(request, trio, monkeypatch):
+    """A preview of a few photographs, and the images and masks it was made of."""
+    model, prior, _ = trio
+    horses = [horse(down) for down in (-2, -1, 0, 1)]
+    photographs = (torch.cat([*horses, *[bird()] * 3]) * 255).byte()
+    labels = torch.tensor([0] * 4 + [1] * 3)
+    pasted = []
+    paste_wings = compose.paste_wings
+
+    def watched(*args):
+        pasted.append(paste_wings(*args))
+        return pasted[0]
+
+    monkeypatch.setattr(compose, "paste_wings", watched)
+    used = prior if request.param else None
+    return used, compose.preview(model, used, photographs, labels, 6), pasted[0]
+
+
+def test_a_preview_joins_photographs_and_shows_them_as_the_model_does(trio, preview):
     """Of so few that some come twice; before the prior it is their reconstruction."""
-    model, images = parts[0], torch.cat([horse(d) for d in (-2, -1, 0, 1)] + [scene(SKY, (6, 26, 12, 20))] * 3)
-    joined, seen = compose.joined, []
-    monkeypatch.setattr(compose, "joined", lambda *args: seen.append(joined(*args)) or seen[0])
-    shown = compose.preview(model, wanted, (images * 255).byte(), torch.tensor([0] * 4 + [1] * 3), 6)
-    assert shown.shape == (6, 3, 32, 32) and shown.min() >= 0 and shown.max() <= 1
-    assert seen[0][1].flatten(1).sum(1).min() > 40  # each has wings
+    prior, shown, (images, cover) = preview
+    assert shown.shape == (6, 3, 32, 32)
+    assert shown.min() >= 0
+    assert shown.max() <= 1
+    assert cover.flatten(1).sum(1).min() > 40  # each has wings
     with torch.no_grad():
-        rebuilt = model.reconstruct(seen[0][0])
-    assert (shown - rebuilt).abs().max() > 1e-3 if wanted else shown.equal(rebuilt)  # the noise is in it
+        rebuilt = trio[0].reconstruct(images)
+    if prior is None:
+        assert shown.equal(rebuilt)
+    else:
+        assert (shown - rebuilt).abs().max() > 1e-3  # the noise is in it
 
 
-def test_each_part_is_taken_once_before_any_comes_again():
-    of = torch.arange(50)
-    rows = compose.order(of, 100, 3, 1)
-    assert rows[:50].sort().values.tolist() == rows[50:].sort().values.tolist() == of.tolist()
-    assert not torch.equal(rows[:50], rows[50:])
-    assert torch.equal(compose.order(of, 70, 3, 1), rows[:70])
-    assert not torch.equal(compose.order(of, 100, 4, 1), rows)
+def test_each_row_is_taken_once_before_any_comes_again():
+    table = torch.arange(50)
+    rows = compose.cycle_rows(table, 100, 3, 1)
+    assert rows[:50].sort().values.equal(table)
+    assert rows[50:].sort().values.equal(table)
+    assert not rows[:50].equal(rows[50:])
+    assert compose.cycle_rows(table, 70, 3, 1).equal(rows[:70])
+    assert not compose.cycle_rows(table, 100, 4, 1).equal(rows)
+
+
+def test_chunks_hold_every_row_once_and_show_how_far_they_are(monkeypatch):
+    lines = []
+    monkeypatch.setattr(compose.cli, "show", lines.append)
+    rows = torch.cat(list(compose.chunks(130, "bird")))
+    assert rows.equal(torch.arange(130))
+    assert lines == [
+        "bird: 0 of 130 sampled",
+        "bird: 64 of 130 sampled",
+        "bird: 128 of 130 sampled",
+        "",
+    ]

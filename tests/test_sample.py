@@ -1,3 +1,4 @@
+"""Sampling from a checkpoint: modes, options, what a picture says of itself."""
 import math
 import os
 import shutil
@@ -6,33 +7,91 @@ import subprocess
 import sys
 from dataclasses import replace
 
-import cifar10
-import collage
-import density
-import judge
-import pictures
 import sample
 import train
+import vae
+from pegasus.cli import UserError
+from pegasus.data import cifar10
+from pegasus.drawing import collage, compose, plots, sampler
+from pegasus.drawing.sampler import SampleConfig, Sampler
+from pegasus.models import flow_prior, gaussians
+from pegasus.models.classifier import Classifier, classify, pegasus_score
+from pegasus.models.gaussians import Gaussian
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, png
 
+MODES = ("pegasus", "morph", "horse", "bird", "prior")
+HORSE = cifar10.CLASSES.index("horse")
+BIRD = cifar10.CLASSES.index("bird")
+
 
 @pytest.fixture(scope="module")
 def last(batches, tmp_path_factory):
-    """A checkpoint whose data is gone."""
+    """A checkpoint of the paper's network whose data is gone."""
     folder = tmp_path_factory.mktemp("sample")
-    shutil.copytree(batches, folder / "gone")
-    train.main(["--data", str(folder / "gone"), "--run", str(folder / "run"), "--epochs", "1", "--arch", "mlp"])
-    shutil.rmtree(folder / "gone")
-    return folder / "run" / "last.pt"
+    data = folder / "gone"
+    run = folder / "run"
+    shutil.copytree(batches, data)
+    argv = ["--data", str(data), "--run", str(run), "--epochs", "1", "--arch", "mlp"]
+    train.main(argv)
+    shutil.rmtree(data)
+    return run / "last.pt"
+
+
+@pytest.fixture(scope="module")
+def plain(last):
+    """Its sampler, without a flow prior."""
+    return sampler.load(last)
+
+
+@pytest.fixture(scope="module")
+def flow():
+    """A sampler with a small flow prior of random weights and random parts."""
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patched:  # other tests load whole networks
+        patched.setattr(vae, "CHANNELS", (16, 16))
+        patched.setattr(flow_prior, "CHANNELS", (16, 16))
+        model = vae.VAE("conv", "gaussian", (2, 8, 8)).eval()
+        prior = flow_prior.FlowPrior(model.latent_shape, 2)
+    for parameter in prior.ema.parameters():
+        parameter.add_(0.05 * torch.randn(parameter.shape))
+    parts = {"birds": torch.randn(4, 128).half()}
+    for coat in ("any", "white", "dark"):
+        parts[coat] = torch.randn(5, 128).half()
+    return Sampler(
+        model=model,
+        gaussians={},
+        classes=("horse", "bird"),
+        about={"model": "0" * 16, "data": "photographs", "prior": "learned"},
+        classifier=Classifier().eval().requires_grad_(False),
+        prior=prior,
+        parts=parts,
+        data={},
+    )
+
+
+def latents(source, mode, n=64, seed=0, **more):
+    return sampler.latents(source, SampleConfig(mode=mode, n=n, seed=seed, **more))
+
+
+def whiten(z, gaussian):
+    """Latents (n, d) as standard normals (d, n), were they of a Gaussian."""
+    offset = (z - gaussian.mean).double().T
+    return torch.linalg.solve(gaussians.root(gaussian), offset)
 
 
 def test_twice_the_same_bytes_from_the_checkpoint_alone(last, tmp_path):
     for name in ("a.png", "b.png"):
-        done = subprocess.run([sys.executable, os.path.join(ROOT, "sample.py"), last, name], cwd=tmp_path, text=True,
-                              capture_output=True, timeout=60)
+        done = subprocess.run(
+            [sys.executable, os.path.join(ROOT, "sample.py"), last, name],
+            cwd=tmp_path,
+            text=True,
+            capture_output=True,
+            timeout=60,
+        )
         assert done.returncode == 0, done.stderr
         assert name in done.stdout
         assert "64 pictures" in done.stdout
@@ -40,143 +99,335 @@ def test_twice_the_same_bytes_from_the_checkpoint_alone(last, tmp_path):
     assert png(tmp_path / "a.png")[0] == (8 * 132 + 4, 8 * 132 + 4)
 
 
-MODES = ("pegasus", "morph", "horse", "bird", "prior")
-
-
-def latents(found, mode, n=64, seed=0, **more):
-    return sample.latents(found, sample.Options(mode=mode, n=n, seed=seed, **more))
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_modes_and_what_their_pictures_say(last, tmp_path, mode):
     out = tmp_path / "out.png"
-    sample.main([str(last), str(out), "--mode", mode, "--n", "6", "--columns", "3", "--scale", "1", "--seed", "5"])
+    options = ["--n", "6", "--columns", "3", "--scale", "1", "--seed", "5"]
+    sample.main([str(last), str(out), "--mode", mode, *options])
     size, about = png(out)
     assert size == (3 * 36 + 4, 2 * 36 + 4)
-    assert (about["mode"], about["seed"], about["data"], about["coat"]) == (mode, "5", "gone", "any")
+    assert about["mode"] == mode
+    assert about["seed"] == "5"
+    assert about["data"] == "gone"
+    assert about["coat"] == "any"
     assert len(about["model"]) == 16
 
 
-def test_image_i_depends_on_seed_and_i_alone(last):
-    found = sample.load(last)
-    for mode in ("prior", "pegasus", "horse"):
-        z = latents(found, mode, seed=1)
-        assert z[:4].equal(latents(found, mode, 4, seed=1, columns=2))
-        assert not z.equal(latents(found, mode, seed=2))
+@pytest.mark.parametrize("mode", ["prior", "pegasus", "horse"])
+def test_image_i_depends_on_seed_and_i_alone(plain, mode):
+    z = latents(plain, mode, seed=1)
+    assert z[:4].equal(latents(plain, mode, 4, seed=1, columns=2))
+    assert not z.equal(latents(plain, mode, seed=2))
 
 
-def test_modes_draw_from_their_densities(last):
-    """Without noise the mean of the density; noise as wide as the density, here by its log-density."""
-    found = sample.load(last)
-    horse, bird, white = (found.densities[name] for name in ("horse", "bird", "white horse"))
-    wanted = {"horse": horse, "bird": bird, "pegasus": density.product(horse, bird)}
-    for mode, gaussian in wanted.items():
-        torch.testing.assert_close(latents(found, mode, 1, temperature=0.0)[0], gaussian.mean.float())
-        eps = torch.linalg.solve(density.root(gaussian), (latents(found, mode, 2000) - gaussian.mean).double().T)
+@pytest.mark.parametrize("mode", MODES)
+def test_image_i_of_a_flow_prior_depends_on_seed_and_i_alone(flow, mode):
+    options = {"steps": 3, "columns": 4}
+    z = latents(flow, mode, 70, seed=3, **options)
+    assert z.shape == (70, 128)
+    assert z.isfinite().all()
+    again = latents(flow, mode, 8, seed=3, **options)
+    assert z[:8].allclose(again, rtol=0, atol=0.05)  # products may depend on their size
+    assert not z.equal(latents(flow, mode, 70, seed=4, **options))
+
+
+def test_modes_are_of_their_gaussians(plain):
+    """Without noise the mean, and noise as wide as the Gaussian, by its log-density."""
+    horse = plain.gaussians["horse"]
+    bird = plain.gaussians["bird"]
+    white = plain.gaussians["white horse"]
+    both = gaussians.product(horse, bird)
+    for mode, gaussian in {"horse": horse, "bird": bird, "pegasus": both}.items():
+        middle = latents(plain, mode, 1, temperature=0.0)[0]
+        torch.testing.assert_close(middle, gaussian.mean.float())
+        eps = whiten(latents(plain, mode, 2000), gaussian)
         assert eps.std().item() == pytest.approx(1, abs=0.01)
-    pegasus = latents(found, "pegasus", 1, temperature=0.0, blend=0.8, coat="white")[0]
-    torch.testing.assert_close(pegasus, density.product(white, bird, 0.8).mean.float())
-    torch.testing.assert_close(latents(found, "horse", 1, temperature=0.0, coat="white")[0], white.mean)
-    assert latents(found, "prior", 500).std().item() == pytest.approx(1, abs=0.02)
+    pegasus = latents(plain, "pegasus", 1, temperature=0.0, blend=0.8, coat="white")[0]
+    wanted = gaussians.product(white, bird, 0.8).mean.float()
+    torch.testing.assert_close(pegasus, wanted)
+    white_horse = latents(plain, "horse", 1, temperature=0.0, coat="white")[0]
+    torch.testing.assert_close(white_horse, white.mean)
+    assert latents(plain, "prior", 500).std().item() == pytest.approx(1, abs=0.02)
 
 
-def test_morph_goes_from_one_class_to_the_other_and_keeps_its_amount_of_noise(last):
-    found = sample.load(last)
-    path = latents(found, "morph", 12, temperature=0.0, columns=4)
-    torch.testing.assert_close(path[[0, 4, 8]], found.densities["horse"].mean.expand(3, -1))
-    torch.testing.assert_close(path[[3, 7, 11]], found.densities["bird"].mean.expand(3, -1))
-    path = latents(found, "morph", 4000).view(500, 8, -1)
-    assert path[:7].equal(latents(found, "morph", 56).view(7, 8, -1))
-    horse, bird = (found.densities[name] for name in ("horse", "bird"))
-    for k in range(8):
-        along = torch.tensor(k / 7)
-        gaussian = [torch.lerp(a, b, (along * math.pi / 2).sin()**2) for a, b in zip(horse, bird, strict=True)]
-        noise = path[:, k] - torch.lerp(horse.mean, bird.mean, along)
-        eps = torch.linalg.solve(density.root(density.Gaussian(*gaussian)), noise.double().T)
-        assert eps.std().item() == pytest.approx(1, abs=0.02)
+def test_before_the_prior_is_trained_classes_take_turns(plain):
+    waiting = replace(plain, about=plain.about | {"prior": sampler.UNTRAINED})
+    z = latents(waiting, "prior", 6, temperature=0.0)
+    assert z[::2].allclose(plain.gaussians["horse"].mean)
+    assert z[1::2].allclose(plain.gaussians["bird"].mean)
+
+
+def test_morph_goes_from_one_class_to_the_other(plain):
+    horse = plain.gaussians["horse"]
+    bird = plain.gaussians["bird"]
+    path = latents(plain, "morph", 12, temperature=0.0, columns=4)
+    torch.testing.assert_close(path[[0, 4, 8]], horse.mean.expand(3, -1))
+    torch.testing.assert_close(path[[3, 7, 11]], bird.mean.expand(3, -1))
+    path = latents(plain, "morph", 4000).view(500, 8, -1)
+    assert path[:7].equal(latents(plain, "morph", 56).view(7, 8, -1))
     assert not path[:, 0].allclose(path[:, -1], atol=0.5)
 
 
-def test_best_of_a_class_are_what_the_judge_is_surest_of(last):
-    found, chosen = sample.load(last), sample.Options(mode="bird", n=30)
-    images = sample.draw(found, chosen)
-    order = judge.classify(found.judge, images)[0][:, 2].argsort(descending=True)
-    assert sample.draw(found, replace(chosen, best=4)).equal(images[order[:4]])
+def test_morph_keeps_its_amount_of_noise(plain):
+    horse = plain.gaussians["horse"]
+    bird = plain.gaussians["bird"]
+    path = latents(plain, "morph", 4000).view(500, 8, -1)
+    for k in range(8):
+        share = torch.tensor(k / 7)
+        mean = torch.lerp(horse.mean, bird.mean, share)
+        weight = (share * math.pi / 2).sin() ** 2
+        covariance = torch.lerp(horse.covariance, bird.covariance, weight)
+        eps = whiten(path[:, k], Gaussian(mean, covariance))
+        assert eps.std().item() == pytest.approx(1, abs=0.02)
 
 
-def test_best_have_the_judges_score_and_the_coat(last):
-    found = sample.load(last)
-    chosen = sample.Options(n=64, seed=3)
-    images = sample.draw(found, chosen)
-    score = judge.pegasus_score(judge.classify(found.judge, images)[0], found.classes)
-    assert sample.draw(found, replace(chosen, best=5)).equal(images[score.argsort(descending=True)[:5]])
-    for coat, sign in (("white", 1), ("dark", -1)):
-        images = sample.draw(found, replace(chosen, coat=coat))
-        best = sample.draw(found, replace(chosen, coat=coat, best=8))
-        light, like = (torch.stack([measure(best).mean(), measure(images).mean()]) for measure in (
-            lambda x: collage.coat(x).mean(1),
-            lambda x: judge.pegasus_score(judge.classify(found.judge, x)[0], found.classes)))
-        assert sign * (light[0] - light[1]) > 0
-        assert like[0] > like[1]
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"mode": "bird"}, {1: 2.0}),
+        ({"mode": "horse", "coat": "dark", "guidance": 1.5}, {3: 1.5}),
+        ({"mode": "prior"}, {}),
+        ({"blend": 0.75, "guidance": 4.0, "coat": "white"}, {2: 6.0, 1: 2.0}),
+    ],
+)
+def test_how_much_of_each_class_the_flow_follows(flow, options, wanted):
+    weights = sampler.class_weights(flow, SampleConfig(**options), torch.arange(4))
+    assert weights == wanted
+
+
+def test_in_morph_the_flow_goes_from_one_class_to_the_other(flow):
+    config = SampleConfig(mode="morph", columns=3)
+    weights = sampler.class_weights(flow, config, torch.arange(4))
+    assert {number: w.flatten().tolist() for number, w in weights.items()} == {
+        0: [2, 1, 0, 2],
+        1: [0, 1, 2, 0],
+    }
+
+
+def test_guidance_and_coat_change_the_flow(flow):
+    changes = ({}, {"guidance": 4.0}, {"coat": "white"}, {"coat": "dark"})
+    sets = [latents(flow, "horse", 2, steps=2, **change) for change in changes]
+    for i, a in enumerate(sets):
+        assert all(not a.allclose(b, atol=1e-4) for b in sets[:i])
+
+
+def save_photo(path):
+    """Write a picture of random pixels; return it, (1, 3, 32, 32)."""
+    photo = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    plots.save(plots.sheet(photo, 1, 1, 0), path, {})
+    return photo
+
+
+def test_a_picture_kept_whole_comes_back_as_the_autoencoder_sees_it(flow, tmp_path):
+    path = tmp_path / "photo.png"
+    photo = save_photo(path)
+    assert plots.read(path).allclose(photo, atol=1 / 255)
+    config = SampleConfig(mode="horse", n=1, from_=str(path), keep=1.0)
+    images = sampler.sample(flow, config)
+    with torch.no_grad():
+        rebuilt = flow.model.reconstruct(plots.read(path))
+    assert images.allclose(rebuilt, atol=1e-3)
+
+
+@pytest.mark.parametrize("coat", ["any", "dark"])
+@pytest.mark.parametrize("has_photo", [False, True])
+def test_pegasi_are_composed_where_there_are_parts(flow, tmp_path, coat, has_photo):
+    path = tmp_path / "photo.png"
+    save_photo(path)
+    photo = plots.read(path) if has_photo else None
+    source = str(path) if has_photo else None
+    z = latents(flow, "pegasus", 3, 2, coat=coat, from_=source)
+    wanted = compose.pegasus(
+        flow.model, flow.prior, flow.parts, flow.classes, 3, 2, coat, photo=photo
+    )
+    assert z.equal(wanted)
+    other = latents(flow, "pegasus", 3, 2, coat=coat, composed=False)
+    assert not other.allclose(z, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    "change", [{"guidance": 1.9}, {"blend": 0.6}, {"temperature": 0.5}, {"keep": 0.5}]
+)
+def test_no_option_takes_the_wings_away_silently(flow, change):
+    (name,) = change
+    with pytest.raises(UserError, match=f"--{name}: .*add --no-composed"):
+        sampler.sample(flow, SampleConfig(n=2, **change))
+    for config in (
+        SampleConfig(n=2, composed=False, **change),
+        SampleConfig(n=2, mode="horse", **change),
+    ):
+        sampler.check(flow, config)
+        assert not sampler.is_composed(flow, config)
+    sampler.check(replace(flow, parts=None), SampleConfig(n=2, **change))
+
+
+def probabilities(source, images):
+    return classify(source.classifier, images)[0]
+
+
+def test_best_of_a_class_are_what_the_classifier_is_surest_of(plain):
+    config = SampleConfig(mode="bird", n=30)
+    images = sampler.sample(plain, config)
+    order = probabilities(plain, images)[:, BIRD].argsort(descending=True)
+    best = sampler.sample(plain, replace(config, best=4))
+    assert best.equal(images[order[:4]])
+
+
+def test_best_composed_pegasi_are_the_surest_horses(flow):
+    config = SampleConfig(n=10, steps=4)
+    images = sampler.sample(flow, config)
+    order = probabilities(flow, images)[:, HORSE].argsort(descending=True)
+    assert sampler.sample(flow, replace(config, best=3)).equal(images[order[:3]])
+
+
+def test_best_pegasi_have_the_highest_score(plain):
+    config = SampleConfig(n=64, seed=3)
+    images = sampler.sample(plain, config)
+    score = pegasus_score(probabilities(plain, images), plain.classes)
+    best = sampler.sample(plain, replace(config, best=5))
+    assert best.equal(images[score.argsort(descending=True)[:5]])
+
+
+@pytest.mark.parametrize(("coat", "sign"), [("white", 1), ("dark", -1)])
+def test_best_of_a_coat_have_the_score_and_the_coat(plain, coat, sign):
+    config = SampleConfig(n=64, seed=3, coat=coat)
+    images = sampler.sample(plain, config)
+    best = sampler.sample(plain, replace(config, best=8))
+    light = [collage.coat_color(x).mean() for x in (best, images)]
+    assert sign * (light[0] - light[1]) > 0
+    like = []
+    for x in (best, images):
+        like.append(pegasus_score(probabilities(plain, x), plain.classes).mean())
+    assert like[0] > like[1]
 
 
 def test_options_that_a_model_does_not_have(last, tmp_path, complaint):
     out = tmp_path / "o.png"
-    assert "got pony, wanted one of pegasus, morph, horse, bird, prior" in complaint(sample.main, last, out, "--mode",
-                                                                                     "pony")
+    sentence = complaint(sample.main, last, out, "--mode", "pony")
+    assert "got pony, wanted one of pegasus, morph, horse, bird, prior" in sentence
     for mode in ("bird", "prior"):
-        assert "--coat: got white" in complaint(sample.main, last, out, "--coat", "white", "--mode", mode)
-    assert "wanted a number, 0.0 or more, at most 1.0" in complaint(sample.main, last, out, "--blend", 1.5)
+        sentence = complaint(sample.main, last, out, "--coat", "white", "--mode", mode)
+        assert "--coat: got white" in sentence
+        assert sentence.endswith("the modes pegasus, morph, horse")
+    sentence = complaint(sample.main, last, out, "--from", last)
+    assert "--from: this model has no learned prior" in sentence
+    sentence = complaint(sample.main, last, out, "--blend", 1.5)
+    assert "wanted a number, 0.0 or more, at most 1.0" in sentence
     assert not out.exists()
 
 
+def test_best_needs_a_classifier(plain):
+    with pytest.raises(UserError, match="--best: this checkpoint has no judge"):
+        sampler.sample(replace(plain, classifier=None), SampleConfig(best=3))
+
+
 def test_best_is_enlarged(last, tmp_path):
-    sample.main([str(last), str(tmp_path / "b.png"), "--best", "4", "--n", "16", "--columns", "4"])
+    options = ["--best", "4", "--n", "16", "--columns", "4"]
+    sample.main([str(last), str(tmp_path / "b.png"), *options])
     size, about = png(tmp_path / "b.png")
     assert size == (4 * (32 * 8 + 4) + 4, 32 * 8 + 8)
     assert about["best"] == "of 16 by judge"
+    sample.main([str(last), str(tmp_path / "b.png"), *options, "--scale", "4"])
+    assert png(tmp_path / "b.png")[0] == (4 * 132 + 4, 32 * 4 + 8)
+
+
+def test_what_a_picture_by_a_flow_prior_says(flow, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "load", lambda path: flow)
+    out = tmp_path / "o.png"
+    sample.main(["x.pt", str(out), "--n", "2", "--steps", "4"])
+    about = png(out)[1]
+    assert about["composed"] == "True"
+    assert about["steps"] == "4"
+    assert "without wings" not in capsys.readouterr().out
+    monkeypatch.setattr(sample, "load", lambda path: replace(flow, parts=None))
+    sample.main(["x.pt", str(out), "--n", "2", "--steps", "4", "--guidance", "1.9"])
+    about = png(out)[1]
+    assert about["composed"] == "False"
+    assert about["guidance"] == "1.9"
+    assert "2 pictures without wings" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("about", "lines"),
+    [
+        ({"data": "photographs", "prior": "learned"}, 0),
+        ({"data": "synthetic"}, 1),
+        ({"data": "photographs", "prior": sampler.UNTRAINED}, 1),
+        ({"data": "synthetic", "prior": sampler.PREVIEW}, 2),
+    ],
+)
+def test_a_sheet_says_what_its_pictures_are_not(about, lines):
+    images = torch.rand(8, 3, 32, 32)
+    plain = plots.sheet(images)
+    page = sampler.page(images, about)
+    height = plots.caption(plain, "words").height - plain.height
+    assert page.height == plain.height + lines * height
+    assert (np.asarray(page)[: plain.height] == np.asarray(plain)).all()
 
 
 def test_one_class_has_nothing_to_mix(batches, tmp_path, complaint):
-    argv = ("--data", batches, "--run", tmp_path / "r", "--epochs", 1, "--arch", "mlp", "--classes", "horse")
-    train.main([str(a) for a in argv])
-    last, out = tmp_path / "r" / "last.pt", tmp_path / "o.png"
+    run = tmp_path / "r"
+    argv = ["--data", str(batches), "--run", str(run), "--epochs", "1", "--arch", "mlp"]
+    train.main([*argv, "--classes", "horse"])
+    last = run / "last.pt"
+    out = tmp_path / "o.png"
     assert "wanted one of horse, prior" in complaint(sample.main, last, out)
     assert not out.exists()
     sample.main([str(last), str(out), "--mode", "horse", "--coat", "dark"])
     assert out.exists()
-    found = sample.load(last)
+    source = sampler.load(last)
     for mode in ("horse", "prior"):  # the surest horses: there is nothing else to go by
-        images = sample.draw(found, sample.Options(mode=mode, n=20))
-        order = judge.classify(found.judge, images)[0][:, 7].argsort(descending=True)
-        assert sample.draw(found, sample.Options(mode=mode, n=20, best=3)).equal(images[order[:3]])
+        images = sampler.sample(source, SampleConfig(mode=mode, n=20))
+        order = probabilities(source, images)[:, HORSE].argsort(descending=True)
+        best = sampler.sample(source, SampleConfig(mode=mode, n=20, best=3))
+        assert best.equal(images[order[:3]])
 
 
-def test_places_that_cannot_be_written(last, tmp_path, complaint, monkeypatch):
+def test_paths_that_cannot_be_written(last, tmp_path, complaint, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for place in (tmp_path / "none" / "out.png", ".", "", tmp_path, "/"):
-        assert "can't be written" in complaint(sample.main, last, place)
+    for path in (tmp_path / "none" / "out.png", ".", "", tmp_path, "/"):
+        assert "can't be written" in complaint(sample.main, last, path)
     assert list(tmp_path.iterdir()) == []
     os.mkfifo("pipe")
     assert "it is no file" in complaint(sample.main, last, "pipe")
     assert stat.S_ISFIFO(os.stat("pipe").st_mode)
 
 
-def test_what_is_refused_before_anything_is_drawn(last, tmp_path, complaint, monkeypatch):
-    monkeypatch.setattr(sample, "load", lambda path: pytest.fail("the checkpoint was loaded"))
-    assert "can't be written" in complaint(sample.main, last, tmp_path / "none" / "out.png")
-    for name in ("a.jpg", "a.v2", last):
-        assert f"{name}: pictures are written as PNG" in complaint(sample.main, last, tmp_path / name)
-    assert "--best: got 65 of the 64 of --n" in complaint(sample.main, last, tmp_path / "a.png", "--best", 65)
+def test_what_is_refused_before_anything_is_read(tmp_path, complaint, monkeypatch):
+    monkeypatch.setattr(sample, "load", lambda path: pytest.fail("it was loaded"))
+    nowhere = tmp_path / "none" / "o.png"
+    assert "can't be written" in complaint(sample.main, "x.pt", nowhere)
+    for name in ("a.jpg", "a.v2", "last.pt"):
+        sentence = complaint(sample.main, "x.pt", tmp_path / name)
+        assert f"{name}: pictures are written as PNG" in sentence
+    sentence = complaint(sample.main, "x.pt", tmp_path / "a.png", "--best", 65)
+    assert "--best: got 65 of the 64 of --n" in sentence
     for name in ("a", "a.PNG"):
-        pictures.check(tmp_path / name)
+        plots.check(tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_files_that_are_no_picture(flow, tmp_path, complaint, monkeypatch):
+    monkeypatch.setattr(sample, "load", lambda path: flow)
+    text = tmp_path / "text.png"
+    text.write_text("no picture")
+    out = tmp_path / "o.png"
+    sentence = complaint(sample.main, "x.pt", out, "--from", text)
+    assert "text.png: not a picture" in sentence
+    sentence = complaint(sample.main, "x.pt", out, "--from", tmp_path / "none.png")
+    assert "none.png: no such file" in sentence
+    assert not out.exists()
+
+
 def test_the_checkpoint_that_comes_along():
-    found = sample.load(ROOT / "pegasus.pt")
-    assert (ROOT / "pegasus.pt").stat().st_size <= 8_000_000
+    path = ROOT / "pegasus.pt"
+    source = sampler.load(path)
+    assert path.stat().st_size <= 8_000_000
+    shown = png(ROOT / "docs" / "pegasus.png")[1]
+    assert shown["model"] == source.about["model"]
     for coat in ("any", "white", "dark"):
-        seen = judge.classify(found.judge, sample.draw(found, sample.Options(n=64, coat=coat)))[0]
-        assert (seen.argmax(1) == cifar10.CLASSES.index("horse")).double().mean() > 0.85
-        assert judge.pegasus_score(seen, found.classes).mean() > 0.25  # with wings like a cloud 0.24
+        images = sampler.sample(source, SampleConfig(n=64, coat=coat))
+        p = probabilities(source, images)
+        assert (p.argmax(1) == HORSE).double().mean() > 0.85
+        score = pegasus_score(p, source.classes)
+        assert score.mean() > 0.25  # with wings like a cloud 0.24

@@ -1,0 +1,457 @@
+"""Sample latents and images from a trained model, and lay them out on a sheet.
+
+Latents come from the flow prior where there is one; Pegasi then are composed of parts
+(compose.py) or follow a sum of two classes' velocities. Without a flow prior they come
+from Gaussians fitted to the latents of each class, and Pegasi from the product of two.
+"""
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import reparam
+import vae
+from pegasus import checkpoint
+from pegasus.cli import UserError, option
+from pegasus.drawing import collage, compose, plots
+from pegasus.models import classifier, gaussians, variants
+from pegasus.models.classifier import Classifier
+from pegasus.models.flow_prior import FlowPrior, sample_ode
+from pegasus.models.gaussians import Gaussian
+from vae import VAE
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+UNTRAINED = "drawn from the aggregate posterior: the learned prior is not trained yet"
+PREVIEW = (
+    "training pictures joined: the model draws its own Pegasi at the end of the run"
+)
+SYNTHETIC_NAMES = ("synthetic", "drawn")  # of data; checkpoints once said "drawn"
+NOT_COMPOSED = ("blend", "guidance", "temperature", "keep")  # composed Pegasi have none
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    checkpoint: str = option(
+        "", "a checkpoint, as `make train` writes to runs/", positional=True
+    )
+    out: str = option("", "the PNG to write", positional=True)
+    mode: str = option(
+        "pegasus",
+        "pegasus: both horse and bird; morph: rows from a horse to a bird; the name of "
+        "one of the run's classes; prior: whatever the model makes of noise",
+    )
+    best: int = option(
+        0,
+        "keep this many, enlarged: of a class's mode or composed Pegasi what the judge "
+        "is surest is that class, or a horse; else the most Pegasus-like; 0 keeps all",
+        least=0,
+    )
+    n: int = option(64, "how many pictures to draw", least=1, most=65_536)
+    blend: float = option(
+        0.5,
+        "how much of the first class a Pegasus has that is not composed, 0 to 1",
+        least=0.0,
+        most=1.0,
+    )
+    coat: str = option("any", "of the horse", choices=("any", *gaussians.COATS))
+    guidance: float = option(
+        2.0,
+        "with a learned prior, weight of a class against any; 1: no guidance",
+        least=0.0,
+    )
+    from_: str | None = option(
+        None,
+        "with a learned prior, a picture to begin from; a whole horse gets wings",
+    )
+    keep: float = option(
+        0.4,
+        "how much of that picture to keep where no Pegasi are composed, 0 to 1",
+        least=0.0,
+        most=1.0,
+    )
+    composed: bool = option(
+        True,
+        "Pegasi of a horse's body and a bird's wings, where the model has the parts; "
+        "off: sums of velocities, by --blend, --guidance, --temperature and --keep",
+    )
+    steps: int = option(
+        16, "of the integration of the learned prior", least=1, most=1000
+    )
+    temperature: float = option(1.0, "standard deviation of the noise", least=0.0)
+    columns: int = option(8, "pictures in a row", least=1, most=65_536)
+    scale: int = option(4, "pixels for each pixel of a picture", least=1, most=64)
+    seed: int = option(
+        0, "picture i is a function of the model, the seed and i alone, to rounding"
+    )
+
+
+DEFAULTS = SampleConfig()
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A model with all that sampling needs, and what its pictures should say."""
+    model: VAE
+    gaussians: dict[str, Gaussian]  # of each class, and of the first one's coats
+    classes: tuple[str, ...]
+    about: dict[str, object]  # a PNG's text
+    classifier: Classifier | None
+    prior: FlowPrior | None  # once its training has begun
+    parts: dict[str, Tensor] | None  # of Pegasi, at the end of a run
+    data: dict[str, str]  # folder and digest of what it was trained on
+
+    @property
+    def device(self) -> str:
+        return self.model.variance.device.type
+
+
+def digest(
+    state: dict, model: VAE, fitted: dict[str, Gaussian], prior: FlowPrior | None
+) -> str:
+    """Return a fingerprint of weights and settings, the same for equal models."""
+    tensors = dict(model.state_dict())
+    for name, gaussian in fitted.items():
+        tensors[f"mean of {name}"] = gaussian.mean
+        tensors[f"covariance of {name}"] = gaussian.covariance
+    if prior is not None:
+        for name, tensor in prior.drawing_state().items():
+            tensors[f"prior {name}"] = tensor
+    if state["bank"] is not None:
+        for name, latents in state["bank"].items():
+            tensors[f"bank {name}"] = latents
+    config = {"classes": state["classes"]}
+    for key in ("arch", "likelihood", "latent", "flow"):
+        config[key] = state["config"][key]
+    return checkpoint.digest(tensors, config)
+
+
+def from_state(state: dict, model: VAE, prior: FlowPrior | None) -> Sampler:
+    """Return the sampler of a run's state.
+
+    Before its training begins a prior is left out: samples then come from Gaussians, and
+    pictures say so. Raises ValueError where parts or Gaussians don't fit.
+    """
+    prior_state = "learned"
+    if prior is not None and state["phase"] != "prior":
+        prior = None
+        prior_state = UNTRAINED
+    fitted = {name: Gaussian(*pair) for name, pair in state["densities"].items()}
+    compose.check(state["bank"], model.latent_size)
+    gaussians.check(fitted, state["classes"], model.latent_size, prior is not None)
+    about = {
+        "Software": "Pegasus VAE",
+        "model": digest(state, model, fitted, prior),
+        "epochs": f"{state['epoch']:g}",
+        "data": state["data"]["name"],
+    }
+    if prior is not None or prior_state == UNTRAINED:
+        about["prior"] = prior_state
+    return Sampler(
+        model=model,
+        gaussians=fitted,
+        classes=tuple(state["classes"]),
+        about=about,
+        classifier=classifier.from_state(state["judge"]) if state["judge"] else None,
+        prior=prior,
+        parts=state["bank"],
+        data={key: str(state["data"][key]) for key in ("folder", "digest")},
+    )
+
+
+def load(path: Path) -> Sampler:
+    """Read a checkpoint's sampler to the CPU. Raises UserError where it is none."""
+    state = checkpoint.load(path)
+    with checkpoint.matching(path):
+        model = variants.build(state["config"])
+        model.load_state_dict(state["model"])
+        prior = None
+        if state["prior"]:
+            prior = FlowPrior(model.latent_shape, len(state["classes"]))
+            prior.load_drawing_state(state["prior"])
+        return from_state(state, model, prior)
+
+
+def modes(sampler: Sampler) -> tuple[str, ...]:
+    """Return what `--mode` may be: a Pegasus needs two classes."""
+    pair = ("pegasus", "morph") if len(sampler.classes) > 1 else ()
+    return (*pair, *sampler.classes, "prior")
+
+
+def is_composed(sampler: Sampler, config: SampleConfig) -> bool:
+    """Return whether Pegasi are to be composed of parts."""
+    has_parts = sampler.parts is not None
+    return config.mode == "pegasus" and config.composed and has_parts
+
+
+def check_coat(sampler: Sampler, config: SampleConfig) -> None:
+    """Raise UserError for a coat in a mode without the first class."""
+    first = sampler.classes[0]
+    with_coat = [m for m in modes(sampler) if m in ("pegasus", "morph", first)]
+    if config.coat != "any" and config.mode not in with_coat:
+        raise UserError(
+            f"--coat: got {config.coat} with --mode {config.mode}, which has no "
+            f"{first}; leave it out, or use one of the modes {', '.join(with_coat)}"
+        )
+
+
+def check_composed(sampler: Sampler, config: SampleConfig) -> None:
+    """Raise UserError for options that composed Pegasi would not follow."""
+    changed = []
+    for name in NOT_COMPOSED:
+        if getattr(config, name) != getattr(DEFAULTS, name):
+            changed.append(f"--{name}")
+    if changed and is_composed(sampler, config):
+        raise UserError(
+            f"{', '.join(changed)}: without effect on composed Pegasi; "
+            "add --no-composed, or leave it out"
+        )
+
+
+def check(sampler: Sampler, config: SampleConfig) -> None:
+    """Raise UserError for options that this model can't serve."""
+    if config.mode not in modes(sampler):
+        raise UserError(
+            f"--mode: got {config.mode}, wanted one of {', '.join(modes(sampler))}, "
+            f"which is what this model of {', '.join(sampler.classes)} can draw"
+        )
+    if config.from_ is not None and sampler.prior is None:
+        raise UserError(
+            "--from: this model has no learned prior, and nothing else can go on from "
+            "a picture; leave it out"
+        )
+    if config.best and sampler.classifier is None:
+        raise UserError(
+            "--best: this checkpoint has no judge to ask; use a finished run's "
+            "last.pt, to which train.py --resume --judge adds one"
+        )
+    check_coat(sampler, config)
+    check_composed(sampler, config)
+
+
+def class_pair(sampler: Sampler, coat: str) -> tuple[Gaussian, Gaussian]:
+    """Return the Gaussians of the first class, with a coat, and of the second."""
+    first = gaussians.coat_key(sampler.classes[0], coat)
+    return sampler.gaussians[first], sampler.gaussians[sampler.classes[1]]
+
+
+def sample_codes(sampler: Sampler, config: SampleConfig) -> Tensor | None:
+    """Sample the codes (n, K) of a conditional prior in mode prior, else None."""
+    if config.mode == "prior" and isinstance(sampler.model, variants.ConditionalVAE):
+        return sampler.model.sample_codes(config.n, config.seed)
+    return None
+
+
+def morph_share(rows: Tensor, columns: int) -> Tensor:
+    """Return how far along their row of the sheet pictures are, 0 to 1, (n, 1)."""
+    return (rows % columns / max(columns - 1, 1))[:, None]
+
+
+def sheet_noise(sampler: Sampler, config: SampleConfig, seed: int) -> Tensor:
+    """Return standard normals (n, d); in mode morph a row of the sheet shares them."""
+    number = torch.arange(config.n)
+    if config.mode == "morph":
+        number = number // config.columns
+    eps = vae.noise(int(number[-1]) + 1, sampler.model.latent_size, seed)
+    return eps[number]
+
+
+def centered_noise(
+    sampler: Sampler, config: SampleConfig, gaussian: Gaussian, number: int
+) -> Tensor:
+    """Sample a Gaussian moved to zero, (n, d); another number gives other noise."""
+    seed = reparam.derive_seed(config.seed, number, 0)
+    centered = Gaussian(torch.zeros_like(gaussian.mean), gaussian.covariance)
+    eps = sheet_noise(sampler, config, seed)
+    return gaussians.sample(centered, eps, config.temperature)
+
+
+def morph_latents(sampler: Sampler, config: SampleConfig) -> Tensor:
+    """Sample latents from the first class's Gaussian to the second's, along each row.
+
+    Means move on a line, noise on an arc: a line would pass where there is less noise
+    than anywhere else.
+    """
+    share = morph_share(torch.arange(config.n), config.columns)
+    angle = share * math.pi / 2
+    first, second = class_pair(sampler, config.coat)
+    z = torch.lerp(first.mean, second.mean, share)
+    z = z + angle.cos() * centered_noise(sampler, config, first, 0)
+    return z + angle.sin() * centered_noise(sampler, config, second, 1)
+
+
+def prior_latents(sampler: Sampler, config: SampleConfig) -> Tensor:
+    """Sample latents from N(0, I) or the conditional prior.
+
+    While a run's flow prior is untrained, from each class's Gaussian in turn.
+    """
+    eps = sheet_noise(sampler, config, config.seed)
+    if sampler.about.get("prior") == UNTRAINED:
+        fitted = [sampler.gaussians[name] for name in sampler.classes]
+        z = torch.stack([gaussians.sample(g, eps, config.temperature) for g in fitted])
+        number = torch.arange(config.n)
+        return z[number % len(fitted), number]
+    codes = sample_codes(sampler, config)
+    if codes is not None:
+        return sampler.model.sample_latents(config.temperature * eps, codes).cpu()
+    return (config.temperature * eps.double()).float()
+
+
+def gaussian_latents(sampler: Sampler, config: SampleConfig) -> Tensor:
+    """Sample latents from a class's Gaussian, or from the product of two."""
+    if config.mode == "pegasus":
+        first, second = class_pair(sampler, config.coat)
+        gaussian = gaussians.product(first, second, config.blend)
+    else:
+        gaussian = sampler.gaussians[gaussians.coat_key(config.mode, config.coat)]
+    eps = sheet_noise(sampler, config, config.seed)
+    return gaussians.sample(gaussian, eps, config.temperature)
+
+
+def class_weights(
+    sampler: Sampler, config: SampleConfig, rows: Tensor
+) -> dict[int, float | Tensor]:
+    """Return how much of each class number the flow follows for pictures number `rows`.
+
+    In mode morph weights (n, 1) change along a row of the sheet.
+    """
+    first = gaussians.class_number(sampler.classes, config.coat)
+    if config.mode == "prior":
+        return {}
+    if config.mode == "morph":
+        share = morph_share(rows, config.columns).to(sampler.device)
+        return {first: config.guidance * (1 - share), 1: config.guidance * share}
+    if config.mode == "pegasus":
+        weight = 2 * config.guidance
+        return {first: config.blend * weight, 1: (1 - config.blend) * weight}
+    if config.mode == sampler.classes[0]:
+        return {first: config.guidance}
+    return {sampler.classes.index(config.mode): config.guidance}
+
+
+def flow_latents(sampler: Sampler, config: SampleConfig) -> Tensor:
+    """Sample latents by the flow prior, from noise or from a picture."""
+    eps = sheet_noise(sampler, config, config.seed) * config.temperature
+    start = 0.0
+    if config.from_ is not None:
+        start = config.keep
+        photo = plots.read(Path(config.from_)).to(sampler.device)
+        mu = sampler.prior.normalize(sampler.model.encode(photo)[0])
+        eps = torch.lerp(eps, mu.cpu(), start)
+    z = []
+    for rows in compose.chunks(config.n, config.mode):
+        weights = class_weights(sampler, config, rows)
+        noise = eps[rows].to(sampler.device)
+        end = sample_ode(sampler.prior, weights, noise, start, config.steps)
+        z.append(sampler.prior.denormalize(end).cpu())
+    return torch.cat(z)
+
+
+def composed_latents(sampler: Sampler, config: SampleConfig) -> Tensor:
+    """Sample latents of Pegasi composed of parts, or of a picture's horse and wings."""
+    photo = None
+    if config.from_ is not None:
+        photo = plots.read(Path(config.from_))
+    return compose.pegasus(
+        sampler.model,
+        sampler.prior,
+        sampler.parts,
+        sampler.classes,
+        config.n,
+        config.seed,
+        config.coat,
+        config.steps,
+        photo,
+    ).cpu()
+
+
+@torch.no_grad()
+def latents(sampler: Sampler, config: SampleConfig) -> Tensor:
+    """Sample latents (n, d), on the CPU.
+
+    Row i depends on (seed, i) alone; in mode morph on the seed, its row and its column
+    of the sheet.
+    """
+    if is_composed(sampler, config):
+        return composed_latents(sampler, config)
+    if sampler.prior is not None:
+        return flow_latents(sampler, config)
+    if config.mode == "morph":
+        return morph_latents(sampler, config)
+    if config.mode == "prior":
+        return prior_latents(sampler, config)
+    return gaussian_latents(sampler, config)
+
+
+def decode(sampler: Sampler, z: Tensor, codes: Tensor | None) -> Tensor:
+    """Decode latents (n, d), of codes (n, K) if known, to images (n, 3, 32, 32)."""
+    images = []
+    for rows in torch.arange(len(z)).split(500):
+        batch = z[rows].to(sampler.device)
+        if codes is None:
+            x = sampler.model.decode(batch)
+        else:
+            x = sampler.model.decode(batch, codes[rows])
+        images.append(x.cpu())
+    return torch.cat(images)
+
+
+def rank(values: Tensor) -> Tensor:
+    """Return each value's position in ascending order, 0 to n - 1."""
+    return values.argsort(stable=True).argsort()
+
+
+def ranking(sampler: Sampler, images: Tensor, config: SampleConfig) -> Tensor:
+    """Return what `--best` goes by, (n,): the classifier's score, and the coat.
+
+    The score is the probability of a mode's class, or of a horse, which composed
+    Pegasi, having wings, may lack; else `pegasus_score`. With a coat it is the sum of
+    an image's ranks by score and by how light, or dark, the body is: neither has a unit
+    that the other knows.
+    """
+    classes = sampler.classes
+    probabilities, _ = classifier.classify(sampler.classifier, images)
+    name = config.mode
+    if is_composed(sampler, config) or len(classes) < 2:
+        name = classes[0]
+    if name in classes:
+        score = classifier.probability_of(probabilities, (name,))
+    else:
+        score = classifier.pegasus_score(probabilities, classes)
+    if config.coat == "any":
+        return score
+    light = collage.coat_color(images).mean(1)
+    if config.coat == "dark":
+        light = -light
+    return rank(score) + rank(light)
+
+
+@torch.no_grad()
+def sample(sampler: Sampler, config: SampleConfig = DEFAULTS) -> Tensor:
+    """Sample images (n, 3, 32, 32) in [0, 1]; with `best` that many, the best first.
+
+    Raises UserError for options that this model can't serve.
+    """
+    check(sampler, config)
+    z = latents(sampler, config)
+    images = decode(sampler, z, sample_codes(sampler, config))
+    if config.best == 0:
+        return images
+    best = ranking(sampler, images, config).argsort(descending=True, stable=True)
+    return images[best[: config.best]]
+
+
+def page(
+    images: Tensor, about: dict[str, object], columns: int = 8, scale: int = 4
+) -> Image.Image:
+    """Lay out images on a sheet that says below what they are not.
+
+    That is, where they come from synthetic data, or not yet from the learned prior.
+    """
+    sheet = plots.sheet(images, columns, scale)
+    if about.get("prior") in (UNTRAINED, PREVIEW):
+        sheet = plots.caption(sheet, about["prior"])
+    if about["data"] in SYNTHETIC_NAMES:
+        sheet = plots.caption(sheet, plots.SYNTHETIC)
+    return sheet
