@@ -1,18 +1,21 @@
 """What the tests share: small batches on disk, and scripts called as from the command line."""
 import contextlib
+import csv
 import functools
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # small work, and a busy neighbour makes two threads slower than one
+# small work, and a busy neighbour makes two threads slower than one
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import options
-import drawn
-import judge
-import prior
 import vae
+from pegasus import checkpoint, cli
+from pegasus.data import synthetic
+from pegasus.models import classifier, flow_prior
+from pegasus.training.guard import StepGuard
 
 import pytest
 import torch
@@ -21,14 +24,21 @@ from PIL import Image
 if torch.cuda.is_available():
     torch.cuda.init()  # before `on_the_cpu` hides it
     torch.cuda.device_count()  # which torch then keeps
-judge.EPOCHS = 1  # any judge will do, but for the test that it learns
+classifier.EPOCHS = 1  # any classifier will do, but for the test that it learns
 ROOT = Path(__file__).parent.parent
-SMALL = (16, 16), (16, 16, 8)  # channels of the convolutional network and of the prior's, numbers of its condition
-CLAIMS = os.environ.get("PEGASUS_CLAIMS", "")  # a folder, where processes share the tests as tests/run.py starts them
+# a folder, where processes share the tests as tests/run.py starts them
+CLAIMS = os.environ.get("PEGASUS_CLAIMS", "")
+SMALL = """
+import vae
+from pegasus.models import flow_prior
+vae.CHANNELS = flow_prior.CHANNELS = (16, 16)
+flow_prior.CONDITION = 8
+"""  # `small_network` for a process of its own
+PICTURES = ("curves.png", "samples.png", "reconstructions.png", "pegasus.png")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Shared tests begin at the end of the alphabet, where the longest files are, so that all end together."""
+    """Begin at the end of the alphabet, where long files are, so that all end together."""
     if CLAIMS:
         items.sort(key=lambda item: item.path.name, reverse=True)
 
@@ -54,21 +64,53 @@ def png(path: Path) -> tuple[tuple[int, int], dict[str, str]]:
         return picture.size, picture.text
 
 
+def rows(path: Path) -> list[dict[str, str]]:
+    """Read a CSV file of a run."""
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def equal(a: object, b: object) -> bool:
+    """Return whether two states are the same: types, keys, every bit of every tensor."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, torch.Tensor):
+        if a.dtype != b.dtype or a.shape != b.shape:
+            return False
+        first = a.contiguous().view(-1).view(torch.uint8)
+        return first.equal(b.contiguous().view(-1).view(torch.uint8))
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def same(a: Path, b: Path) -> None:
+    """Assert that two runs have the same weights, moments, log and pictures to the bit."""
+    one = checkpoint.load(a / "last.pt")
+    two = checkpoint.load(b / "last.pt")
+    for key in ("model", "prior", "velocity", "optimizer", "totals", "history"):
+        assert equal(one[key], two[key]), key
+    for name in ("log.csv", *PICTURES):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+
+
 @pytest.fixture(scope="session")
 def batches(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of six batches with 240 horses, birds and airplanes to train on and 60 to test."""
+    """A folder of six batches: 240 horses, birds and airplanes to train on, 60 to test."""
     folder = tmp_path_factory.mktemp("data") / "small"
-    drawn.write(folder, train=240, test=60)
+    synthetic.write(folder, train=240, test=60)
     return folder
 
 
 @pytest.fixture(scope="module")
 def small_network() -> Iterator[None]:
     """A tenth of the work, where it does not matter how well a run draws."""
-    whole = vae.conv.__defaults__, prior.Velocity.__init__.__defaults__
-    vae.conv.__defaults__, prior.Velocity.__init__.__defaults__ = SMALL
-    yield
-    vae.conv.__defaults__, prior.Velocity.__init__.__defaults__ = whole
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(vae, "CHANNELS", (16, 16))
+        patched.setattr(flow_prior, "CHANNELS", (16, 16))
+        patched.setattr(flow_prior, "CONDITION", 8)
+        yield
 
 
 @pytest.fixture
@@ -88,8 +130,7 @@ def no_data_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def on_the_cpu() -> Iterator[None]:
-    """Runs are made where a run's bits are always the same, those that tests share too, unless a test asks for a GPU.
-    """
+    """Run where a run's bits are always the same, unless a test asks for a GPU."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(torch.cuda, "is_available", lambda: False)
         patched.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -97,19 +138,39 @@ def on_the_cpu() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def own_float_state() -> Iterator[None]:
-    """Training flushes denormals to zero; the next test does not."""
+def own_process_state() -> Iterator[None]:
+    """Training flushes denormals to zero and listens to signals; the next test does not."""
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = [signal.getsignal(number) for number in signals]
     yield
     torch.set_flush_denormal(False)
+    for number, handler in zip(signals, handlers, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
+    """Let runs get SIGTERM after a step, counted from the start of the run, or no more."""
+    check = StepGuard.check
+
+    def at(step: int | None) -> None:
+        def stopping(self: StepGuard, done: int, *args: object) -> None:
+            check(self, done, *args)
+            if done == step:
+                signal.raise_signal(signal.SIGTERM)
+
+        monkeypatch.setattr(StepGuard, "check", stopping)
+
+    return at
 
 
 @pytest.fixture
 def complaint(capsys: pytest.CaptureFixture) -> Callable[..., str]:
-    """Call a script's main that must fail: exit status 2 and a sentence at the end of stderr, which is returned."""
+    """Call a script's main that must fail; return the sentence at the end of stderr."""
     def call(main: Callable, *argv: object) -> str:
         capsys.readouterr()
         with pytest.raises(SystemExit) as left:
-            options.run(lambda: main([str(a) for a in argv]))
+            cli.run(lambda: main([str(a) for a in argv]))
         lines = capsys.readouterr().err.strip().splitlines()
         assert left.value.code == 2
         assert "Traceback" not in "".join(lines)

@@ -1,9 +1,10 @@
-"""Runs the tests in as many processes as there are cores, up to four, which take file after file.
+"""Run the tests in as many processes as there are cores, up to four.
 
     python tests/run.py [what pytest takes]
 
-A core each, since a busy neighbour makes two threads slower than one. The first shows what it does as it goes; what the
-others had to say follows.
+Processes take file after file, each with a core of its own: a busy neighbour makes two
+threads slower than one. The first shows what it does as it goes; what the others had to
+say follows.
 """
 import os
 import subprocess
@@ -12,14 +13,19 @@ import tempfile
 
 
 def main(argv: list[str]) -> int:
-    """The exit status: 0 where all of them succeed."""
+    """Return the exit status: 0 where all processes succeed."""
     command = [sys.executable, "-m", "pytest", *argv]
-    outputs = [tempfile.TemporaryFile("w+") for _ in range(min(len(os.sched_getaffinity(0)), 4) - 1)]
+    count = min(len(os.sched_getaffinity(0)), 4)
+    outputs = [tempfile.TemporaryFile("w+") for _ in range(count - 1)]
+    others = []
     with tempfile.TemporaryDirectory() as claims:
         env = os.environ | {"PEGASUS_CLAIMS": claims}
-        others = [subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT) for out in outputs]
         try:
-            statuses = [subprocess.call(command, env=env), *(process.wait() for process in others)]
+            for out in outputs:
+                streams = {"stdout": out, "stderr": subprocess.STDOUT}
+                others.append(subprocess.Popen(command, env=env, **streams))
+            statuses = [subprocess.call(command, env=env)]
+            statuses += [process.wait() for process in others]
         finally:
             for process in others:  # which are still there when somebody interrupts
                 process.terminate()

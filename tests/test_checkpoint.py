@@ -1,19 +1,23 @@
+"""Checkpoints are saved whole, loaded as they were, and never run code."""
 import os
 import pickle
 import zipfile
+from pathlib import Path
 
-import checkpoint
 import sample
-from options import Fault
+from pegasus import checkpoint
+from pegasus.cli import UserError
 
 import pytest
 import torch
 
 
 @pytest.fixture
-def saved(tmp_path):
+def saved(tmp_path: Path) -> Path:
     path = tmp_path / "a.pt"
-    checkpoint.save(path, {"weights": torch.arange(5000.0), "history": [{"epoch": 1, "loss": 0.5}], "name": "x"})
+    history = [{"epoch": 1, "loss": 0.5}]
+    state = {"weights": torch.arange(5000.0), "history": history, "name": "x"}
+    checkpoint.save(path, state)
     return path
 
 
@@ -21,6 +25,7 @@ def test_what_is_saved_is_loaded(saved):
     state = checkpoint.load(saved)
     assert state["weights"].equal(torch.arange(5000.0))
     assert state["history"] == [{"epoch": 1, "loss": 0.5}]
+    assert state["name"] == "x"
     assert os.listdir(saved.parent) == ["a.pt"]
 
 
@@ -29,19 +34,21 @@ def test_a_flipped_bit_is_refused(saved):
     at = data.find(torch.arange(100.0).numpy().tobytes()) + 2000
     data[at] ^= 1
     saved.write_bytes(data)
-    with pytest.raises(Fault, match="a.pt: not .*damaged at"):
+    with pytest.raises(UserError, match="a.pt: not .*damaged at"):
         checkpoint.load(saved)
 
 
 class Evil:
+    """An object whose pickle makes a folder, named by $EVIL, when it is loaded."""
+
     def __reduce__(self):
         return os.mkdir, (os.environ["EVIL"],)
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("EVIL", str(tmp_path / "owned"))
-    torch.save({"format": 1, "x": Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(Fault, match="would run code"):
+    torch.save({"format": checkpoint.FORMAT, "x": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(UserError, match="would run code"):
         checkpoint.load(tmp_path / "evil.pt")
     assert not (tmp_path / "owned").exists()
     pickle.loads(pickle.dumps(Evil()))  # the trap is a real one
@@ -49,32 +56,52 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch):
 
 
 def test_files_that_are_no_checkpoints(tmp_path, complaint):
-    text, other = tmp_path / "t.pt", tmp_path / "z.pt"
+    text = tmp_path / "t.pt"
     text.write_text("hello")
-    with zipfile.ZipFile(other, "w") as archive:
-        archive.writestr("a", "b")
-    for path, words in ((text, "not a checkpoint"), (other, "not a checkpoint"), (tmp_path / "none.pt", "no such file"),
-                        (tmp_path, "can't be read")):
+    archive = tmp_path / "z.pt"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("a", "b")
+    cases = {
+        text: "not a checkpoint",
+        archive: "not a checkpoint",
+        tmp_path / "none.pt": "no such file",
+        tmp_path: "can't be read",
+    }
+    for path, words in cases.items():
         assert words in complaint(sample.main, path, tmp_path / "out.png")
     assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize("number", [1, 5, 7, 6.0, "6", None])
+def test_other_formats_are_refused(tmp_path, number):
+    torch.save({"format": number}, tmp_path / "a.pt")
+    words = "not a checkpoint of this project"
+    if isinstance(number, int):
+        words = f"checkpoint format {number}, this program reads 6; use the version"
+    with pytest.raises(UserError, match=f"a.pt: {words}"):
+        checkpoint.load(tmp_path / "a.pt")
 
 
 def test_a_failing_save_keeps_the_old_file(saved, monkeypatch):
     before = saved.read_bytes()
 
-    def full(*_):
+    def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(Fault, match="No space left.*still there"):
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(UserError, match="No space left.*still there"):
         checkpoint.save(saved, {"weights": torch.zeros(3)})
     assert saved.read_bytes() == before
     assert os.listdir(saved.parent) == ["a.pt"]
 
 
 def test_digest_is_of_contents():
-    a, b = torch.arange(4.0), torch.ones(3, dtype=torch.bfloat16)
-    digest = checkpoint.digest({"a": a, "b": b}, {"x": 1, "y": 2})
-    assert digest == checkpoint.digest({"b": b.clone(), "a": a.clone()}, {"y": 2, "x": 1})
-    assert digest != checkpoint.digest({"a": a + 1, "b": b}, {"x": 1, "y": 2})
-    assert digest != checkpoint.digest({"a": a.view(2, 2), "b": b}, {"x": 1, "y": 2})
+    a = torch.arange(4.0)
+    b = torch.ones(3, dtype=torch.bfloat16)
+    config = {"x": 1, "y": 2}
+    digest = checkpoint.digest({"a": a, "b": b}, config)
+    copies = {"b": b.clone(), "a": a.clone()}
+    assert digest == checkpoint.digest(copies, {"y": 2, "x": 1})
+    assert digest != checkpoint.digest({"a": a + 1, "b": b}, config)
+    assert digest != checkpoint.digest({"a": a.view(2, 2), "b": b}, config)
     assert digest != checkpoint.digest({"a": a, "b": b}, {"x": 1, "y": 3})

@@ -1,36 +1,120 @@
-"""Where tensors lie when there is a GPU: whole runs on a simulated one, which refuses to mix places; and on a real one.
+"""Where tensors lie when there is a GPU.
+
+Whole runs on a simulated one, which refuses to mix places, and on a real one.
 """
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
-import checkpoint
-import compose
 import reparam
-import replay
-import sample
 import train
+from pegasus import checkpoint, device
+from pegasus.cli import UserError
+from pegasus.drawing import compose
+from pegasus.drawing.sampler import SampleConfig
+from pegasus.training import cuda_graph, run_dir
 
 import pytest
 import simulated
 import torch
+from conftest import rows
+from torch import Tensor
 
 
 @pytest.fixture
 def few(small_network: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs show few pictures by small networks, since what a place computes is the same for many."""
-    chosen = functools.partial(sample.Options, n=4, steps=2)
-    monkeypatch.setattr(sample, "Options", chosen)
-    monkeypatch.setattr(sample.draw.__wrapped__, "__defaults__", (chosen(),))
+    """Let runs show few pictures: what is computed where is the same for many."""
+    prepare = functools.partial(compose.prepare, draws=12, horses=2, birds=2)
+    monkeypatch.setattr(run_dir, "SampleConfig", functools.partial(SampleConfig, n=4, steps=2))
     monkeypatch.setattr(compose, "preview", functools.partial(compose.preview, n=4))
-    monkeypatch.setattr(compose, "prepare", functools.partial(compose.prepare, draws=12, horses=2, birds=2))
+    monkeypatch.setattr(compose, "prepare", prepare)
 
 
 @pytest.fixture
 def arguments(batches: Path, tmp_path: Path) -> list[str]:
-    return ["--data", str(batches), "--run", str(tmp_path / "run"), "--batch-size", "36", "--threads", "1"]
+    places = ["--data", str(batches), "--run", str(tmp_path / "run")]
+    return [*places, "--batch-size", "36", "--threads", "1"]
 
 
-def test_simulated_gpu_refuses_a_tensor_that_lies_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+# ---- where, and in which precision ----
+
+
+def test_auto_is_cuda_where_there_is_one(monkeypatch):
+    assert [device.resolve_device(name) for name in ("auto", "cpu")] == ["cpu", "cpu"]
+    with pytest.raises(UserError, match="--device: got cuda"):
+        device.resolve_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    names = [device.resolve_device(name) for name in ("auto", "cpu", "cuda")]
+    assert names == ["cuda", "cpu", "cuda"]
+
+
+def test_products_have_the_precision_that_was_asked_for():
+    x = torch.ones(2, 2)
+    for precision in ("float32", "bfloat16"):
+        with device.autocast("cpu", precision):
+            assert (x @ x).dtype == getattr(torch, precision)
+
+
+def test_numbers_go_to_a_device():
+    numbers = device.to_device([0.5, 2.0], "cpu")
+    assert numbers.dtype == torch.float32
+    assert numbers.tolist() == [0.5, 2.0]
+    big = device.to_device([2**62 + 1], "cpu")
+    assert big.item() == 2**62 + 1
+
+
+def test_gpus_take_more_images_at_once():
+    assert device.inference_batch("cpu", 100) == 100
+    assert device.inference_batch("cuda", 100) > 100
+
+
+# ---- a captured step ----
+
+
+def accumulate(total: Tensor, x: Tensor, nothing: None, y: Tensor) -> Tensor:
+    assert nothing is None
+    return total.add_((x * y).sum(0))
+
+
+def test_a_step_runs_again_with_what_it_is_given(monkeypatch):
+    """Captured kernels read one place each, where calls put their values first."""
+    captured = []
+
+    def capture(function: Callable) -> Callable:
+        captured.append(function)
+        return function
+
+    monkeypatch.setattr(cuda_graph, "capture", capture)
+    total = torch.zeros(2)
+    replay = cuda_graph.Replay(functools.partial(accumulate, total), 4)
+    inputs = torch.arange(64.0).view(8, 4, 2)
+    for number, x in enumerate(inputs):
+        assert replay(x, None, torch.tensor(2.0)) is total
+        assert len(captured) == (number >= cuda_graph.WARM_UP)
+    assert total.equal(2 * inputs.sum((0, 1)))
+    assert inputs.equal(torch.arange(64.0).view(8, 4, 2))
+
+
+def test_a_step_of_another_size_runs_kernel_by_kernel(monkeypatch):
+    """An epoch's last step, which does not count as a call to be captured."""
+    captured = []
+    monkeypatch.setattr(cuda_graph, "capture", lambda function: captured.append(1) or function)
+    total = torch.zeros(2)
+    replay = cuda_graph.Replay(functools.partial(accumulate, total), 4)
+    for _ in range(cuda_graph.WARM_UP + 2):
+        replay(torch.ones(3, 2), None, torch.tensor(1.0))
+    assert not captured
+    for _ in range(cuda_graph.WARM_UP + 2):
+        replay(torch.ones(4, 2), None, torch.tensor(1.0))
+    replay(torch.ones(1, 2), None, torch.tensor(1.0))
+    assert captured == [1]
+    assert total.equal(torch.full((2,), 5.0 * (3 + 4) + 1))
+
+
+# ---- a simulated GPU ----
+
+
+def test_a_simulated_gpu_refuses_a_tensor_that_lies_elsewhere(monkeypatch):
     with simulated.gpu(monkeypatch):
         there = torch.ones(3, device="meta")
         assert (there + 1).cpu().tolist() == [2, 2, 2]
@@ -38,86 +122,92 @@ def test_simulated_gpu_refuses_a_tensor_that_lies_elsewhere(monkeypatch: pytest.
             there + torch.ones(3)
 
 
-@pytest.mark.parametrize("network", ["", "--prior normal --latent 8x8x4", "--arch mlp --prior conditional",
-                                     "--arch mlp --flow 2"])
+@pytest.mark.parametrize(
+    "network",
+    ["", "--prior normal --latent 8x8x4", "--arch mlp --prior conditional",
+     "--arch mlp --flow 2"],
+)
 def test_a_run_keeps_its_tensors_on_the_gpu_and_resumes_there(
-        few: None, arguments: list[str], network: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    few, arguments, network, monkeypatch
+):
     with simulated.gpu(monkeypatch):
         assert train.main([*arguments, *network.split(), "--epochs", "2"]) == 0
-        assert train.main([*arguments, "--resume", "--epochs", "3", "--no-judge"]) == 0
+        argv = [*arguments, "--resume", "--epochs", "3", "--no-judge"]
+        assert train.main(argv) == 0
 
 
 def losses(arguments: list[str], place: str, tmp_path: Path) -> list[float]:
-    """The test losses of two epochs, one of them the learned prior's."""
-    train.main([*arguments, "--epochs", "2", "--no-judge", "--overwrite", "--precision", "float32", "--device", place])
-    return [float(row.split(",")[5]) for row in (tmp_path / "run" / "log.csv").read_text().splitlines()[1:]]
+    """Return the test losses of two epochs, one of them the flow prior's."""
+    options = ["--epochs", "2", "--no-judge", "--overwrite", "--precision", "float32"]
+    assert train.main([*arguments, *options, "--device", place]) == 0
+    return [float(row["test_loss"]) for row in rows(tmp_path / "run" / "log.csv")]
 
 
-def test_gpu_and_cpu_follow_one_curve(few: None, arguments: list[str], tmp_path: Path,
-                                      monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_and_cpu_follow_one_curve(few, arguments, tmp_path, monkeypatch):
     wanted = losses(arguments, "cpu", tmp_path)
     with simulated.gpu(monkeypatch):
-        assert losses(arguments, "auto", tmp_path) == pytest.approx(wanted, rel=1e-4)
+        got = losses(arguments, "auto", tmp_path)
+    assert got == pytest.approx(wanted, rel=1e-4)
 
 
-def test_a_step_runs_again_with_what_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its captured kernels read one place each, where every call puts its own values first; None stays None."""
-    captured, total = [], torch.zeros(2)
-    monkeypatch.setattr(replay, "capture", lambda function: captured.append(function) or function)
-    step, again = lambda x, nothing, y: total.add_(x * y if nothing is None else nothing), replay.Replay()
-    inputs = torch.arange(16.0).view(8, 2)
-    for number, x in enumerate(inputs):
-        assert again(step, x, None, torch.tensor(2.0)) is total
-        assert len(captured) == (number >= replay.WARM_UP)
-    assert total.equal(2 * inputs.sum(0))
-    assert inputs.equal(torch.arange(16.0).view(8, 2))
+def test_a_run_moves_from_the_gpu_to_the_cpu(few, arguments, monkeypatch):
+    """Its moments come along."""
+    argv = [*arguments, "--prior", "normal", "--latent", "8x8x2", "--no-judge"]
+    with simulated.gpu(monkeypatch):
+        assert train.main([*argv, "--epochs", "1"]) == 0
+    resume = [*arguments, "--resume", "--no-judge", "--device", "cpu", "--epochs", "2"]
+    assert train.main(resume) == 0
 
 
-needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-
-
-@needs_a_gpu
-def test_a_real_gpu_follows_the_same_curve(few: None, arguments: list[str], tmp_path: Path,
-                                           monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = losses(arguments, "cpu", tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert losses(arguments, "cuda", tmp_path) == pytest.approx(wanted, rel=1e-2)  # its float32 products are TF32's
-
-
-@needs_a_gpu
-@pytest.mark.parametrize("step", [5, 9])  # of the autoencoder's 6, the last of 12 pictures, and of the prior's
-def test_a_run_on_a_real_gpu_goes_on_to_the_same_bits(few: None, arguments: list[str], tmp_path: Path, step: int,
-                                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    ours, command = train.Training.train_step, [*arguments, "--epochs", "3", "--no-judge"]
-
-    def stopping(self: train.Training, *args: object) -> None:
-        ours(self, *args)
-        if self.epoch * self.steps + self.step == step:
-            self.stop = 15
-    assert train.main([*command, "--run", str(tmp_path / "whole")]) == 0
-    with monkeypatch.context() as patched:
-        patched.setattr(train.Training, "train_step", stopping)
-        assert train.main(command) == 128 + 15
-    assert train.main([*command, "--resume"]) == 0
-    one, two = (checkpoint.load(tmp_path / name / "last.pt") for name in ("whole", "run"))
-    for part in ("model", "prior", "velocity"):
-        assert all(tensor.equal(two[part][name]) for name, tensor in one[part].items()), part
-    assert (tmp_path / "whole" / "log.csv").read_bytes() == (tmp_path / "run" / "log.csv").read_bytes()
-
-
-@pytest.mark.skipif(reparam.extension is None, reason="without the extension there is only the reference")
-def test_gpu_tensors_go_to_the_reference_where_the_extension_has_no_cuda_kernels(
-        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.skipif(reparam.extension is None, reason="there is only the reference")
+def test_gpu_tensors_go_to_the_reference_where_there_are_no_cuda_kernels(
+    monkeypatch, capsys
+):
     class Lean:
         cuda_architectures = ""
 
     monkeypatch.setattr(reparam, "extension", Lean)
     monkeypatch.setattr(reparam, "silent", False)
     monkeypatch.setattr(reparam, "forward_op", None)
-    wanted = reparam.reference(torch.ones(2, 3), torch.zeros(2, 3), torch.tensor(7))
+    inputs = (torch.ones(2, 3), torch.zeros(2, 3), torch.tensor(7))
+    wanted = reparam.reference(*inputs)
     with simulated.gpu(monkeypatch):
-        place = [each.to("meta") for each in (torch.ones(2, 3), torch.zeros(2, 3), torch.tensor(7))]
-        got = [each.cpu() for each in reparam.reparameterize_kl(*place)]
-    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
-    assert "no kernels for meta, so its slower PyTorch reference is used" in capsys.readouterr().err
+        there = [tensor.to("meta") for tensor in inputs]
+        got = [tensor.cpu() for tensor in reparam.reparameterize_kl(*there)]
+    for a, b in zip(got, wanted, strict=True):
+        assert a.equal(b)
+    said = capsys.readouterr().err
+    assert "no kernels for meta, so its slower PyTorch reference is used" in said
+
+
+# ---- a real GPU ----
+
+needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@needs_a_gpu
+def test_a_real_gpu_follows_the_same_curve(few, arguments, tmp_path, monkeypatch):
+    wanted = losses(arguments, "cpu", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    got = losses(arguments, "cuda", tmp_path)
+    assert got == pytest.approx(wanted, rel=1e-2)  # its float32 products are TF32's
+
+
+@needs_a_gpu
+@pytest.mark.parametrize("step", [5, 9])  # of the autoencoder's 6, and of the prior's
+def test_a_run_on_a_real_gpu_goes_on_to_the_same_bits(
+    few, arguments, tmp_path, monkeypatch, stop_at, step
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    command = [*arguments, "--epochs", "3", "--no-judge"]
+    assert train.main([*command, "--run", str(tmp_path / "whole")]) == 0
+    stop_at(step)
+    assert train.main(command) == 128 + 15
+    stop_at(None)
+    assert train.main([*command, "--resume"]) == 0
+    one, two = (checkpoint.load(tmp_path / name / "last.pt") for name in ("whole", "run"))
+    for part in ("model", "prior", "velocity"):
+        for name, tensor in one[part].items():
+            assert tensor.equal(two[part][name]), (part, name)
+    logs = [(tmp_path / name / "log.csv").read_bytes() for name in ("whole", "run")]
+    assert logs[0] == logs[1]

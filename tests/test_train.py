@@ -1,5 +1,5 @@
 """The whole thing through its command lines, on small batches."""
-import csv
+import copy
 import json
 import os
 import signal
@@ -8,52 +8,45 @@ import sys
 import time
 from pathlib import Path
 
-import checkpoint
-import phases
-import recipe
 import reparam
-import sample
 import train
+from pegasus import checkpoint
+from pegasus.data import cifar10, datasets, synthetic
+from pegasus.drawing import sampler
+from pegasus.training import config as training_config
+from pegasus.training import progress, stages
+from pegasus.training.config import TrainConfig
 
 import pytest
 import torch
-from conftest import ROOT, png
+from conftest import PICTURES, ROOT, SMALL, equal, png, rows, same
+from torch import nn
+from torch.optim import Adam
 
-PICTURES = ("curves.png", "samples.png", "reconstructions.png", "pegasus.png")
 
-
-def trained(folder: Path, *argv: object) -> int:
-    return train.main([str(a) for a in ("--run", folder, "--batch-size", 50, "--arch", "mlp", *argv)])
+def train_mlp(folder: Path, *argv: object) -> int:
+    command = ("--run", folder, "--batch-size", 50, "--arch", "mlp", *argv)
+    return train.main([str(word) for word in command])
 
 
 @pytest.fixture(scope="module")
 def run(batches, tmp_path_factory) -> Path:
     """An unbroken run of 4 epochs."""
     folder = tmp_path_factory.mktemp("run") / "a"
-    assert trained(folder, "--data", batches, "--epochs", 4, "--flip", "--schedule", "onecycle") == 0
+    argv = ("--data", batches, "--epochs", 4, "--flip", "--schedule", "onecycle")
+    assert train_mlp(folder, *argv) == 0
     return folder
 
 
-def rows(path: Path) -> list[dict]:
-    return list(csv.DictReader(path.read_text().splitlines()))
-
-
-def same(a: Path, b: Path) -> None:
-    """Weights, optimizer, log and pictures are the same to the bit."""
-    one, two = checkpoint.load(a / "last.pt"), checkpoint.load(b / "last.pt")
-    for key in one["model"]:
-        assert one["model"][key].equal(two["model"][key]), key
-    for i, moments in one["optimizer"]["state"].items():
-        assert all(moments[k].equal(two["optimizer"]["state"][i][k]) for k in moments)
-    for name in ("log.csv", *PICTURES):
-        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_a_runs_folder(run, batches):
     names = {"last.pt", "log.csv", "speed.csv", "config.json", *PICTURES}
-    assert {p.name for p in run.iterdir()} == names
+    assert {path.name for path in run.iterdir()} == names
     table = rows(run / "log.csv")
-    assert list(table[0]) == list(train.log.COLUMNS)
+    assert list(table[0]) == list(progress.LOG_COLUMNS)
     assert [row["epoch"] for row in table] == ["1", "2", "3", "4"]
     assert float(table[3]["train_loss"]) < float(table[0]["train_loss"])
     for row in table:
@@ -62,75 +55,106 @@ def test_a_runs_folder(run, batches):
         assert row["test_sse"] == row["test_distortion"]
         assert 5 < float(row["bits_per_dim"]) < 9
         assert row["data"] == batches.name
-    assert [row["epoch"] for row in rows(run / "speed.csv")] == ["1", "2", "3", "4"]
-    assert json.loads((run / "config.json").read_text())["schedule"] == "onecycle"
+    speeds = rows(run / "speed.csv")
+    assert list(speeds[0]) == list(progress.SPEED_COLUMNS)
+    assert [row["epoch"] for row in speeds] == ["1", "2", "3", "4"]
+    config = json.loads((run / "config.json").read_text())
+    assert config["schedule"] == "onecycle"
 
 
 def test_the_logged_test_loss_is_that_of_the_checkpoint(run, batches):
     """Computed again from the file, one image at a time."""
-    found = sample.load(run / "last.pt")
-    images, _ = train.source.cifar10.load(batches, "horse,bird", train.source.cifar10.TEST)
-    seed = torch.tensor(reparam.derive_seed(0, 0, phases.TEST))
+    model = sampler.load(run / "last.pt").model
+    images, _ = cifar10.load(batches, "horse,bird", cifar10.TEST)
+    seed = torch.tensor(reparam.derive_seed(0, 0, stages.TEST))
+    sse = []
     with torch.no_grad():
-        sse = [found.model(image[None] / 255, seed, i).sse for i, image in enumerate(images)]
-    logged = rows(run / "log.csv")[-1]["test_sse"]
-    assert torch.cat(sse).mean().item() == pytest.approx(float(logged), rel=1e-4)
+        for i, image in enumerate(images):
+            sse.append(model(image[None] / 255, seed, i).sse)
+    logged = float(rows(run / "log.csv")[-1]["test_sse"])
+    assert torch.cat(sse).mean().item() == pytest.approx(logged, rel=1e-4)
+
+
+def test_a_checkpoint_says_what_it_is_of(run, batches):
+    state = checkpoint.load(run / "last.pt")
+    assert state["format"] == checkpoint.FORMAT == 6
+    assert state["classes"] == ["horse", "bird"]
+    assert state["data"]["folder"] == str(batches)
+    position = [state[key] for key in ("phase", "epoch", "epochs_done", "step")]
+    assert position == ["autoencoder", 4, 4, 0]
+    assert len(state["history"]) == 4
 
 
 def test_the_same_seed_gives_the_same_run_and_another_another(run, batches, tmp_path):
     argv = ("--data", batches, "--epochs", 4, "--flip", "--schedule", "onecycle")
-    trained(tmp_path / "again", *argv)
+    train_mlp(tmp_path / "again", *argv)
     same(run, tmp_path / "again")
-    trained(tmp_path / "other", *argv, "--seed", 1)
-    assert (run / "log.csv").read_text() != (tmp_path / "other" / "log.csv").read_text()
+    train_mlp(tmp_path / "other", *argv, "--seed", 1)
+    other = (tmp_path / "other" / "log.csv").read_text()
+    assert (run / "log.csv").read_text() != other
 
 
-# train.py in steps that take a while on any machine
+# train.py in steps that take a while on any machine, and without pictures, which do too
 STEADY = """
-import time, options, train
-step = train.Training.train_step
-train.Training.train_step = lambda *given: (time.sleep(0.02), step(*given))
-options.run(train.main)
+import time, train
+from pegasus import cli
+from pegasus.training import run_dir
+run_dir.draw_pictures = lambda *about: None
+inputs = train.step_inputs
+train.step_inputs = lambda *given: (time.sleep(0.02), inputs(*given))[1]
+cli.run(train.main)
 """
+SELDOM = ("--save-seconds", 60)
 
 
-def start(folder: Path, batches: Path, *argv: object, script: tuple = ("-c", STEADY)) -> subprocess.Popen:
-    command = [sys.executable, *script, "--run", folder, "--data", batches, "--batch-size", 50, "--resume",
-               "--arch", "mlp", "--flip", "--epochs", 24, "--save-seconds", 0.5, "--no-judge", *argv]
-    return subprocess.Popen([str(c) for c in command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True)
+def start(
+    folder: Path, batches: Path, *argv: object, script: tuple = ("-c", STEADY)
+) -> subprocess.Popen:
+    """Start train.py, which saves twice a second, as a process of its own."""
+    options = ("--batch-size", 50, "--resume", "--arch", "mlp", "--flip", "--no-judge")
+    lengths = ("--epochs", 24, "--save-seconds", 0.5)
+    places = ("--run", folder, "--data", batches)
+    command = [sys.executable, *script, *places, *options, *lengths, *argv]
+    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([str(word) for word in command], cwd=ROOT, **settings)
 
 
-def interrupted(folder: Path, batches: Path, signum: int) -> int:
-    """Train until there are some rows in the log, send a signal, return the exit status."""
-    process, log = start(folder, batches), folder / "log.csv"
-    before = len(log.read_text().splitlines()) if log.exists() else 1
-    while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= before + 3
-                                          and (folder / "last.pt").exists()):
+def log_lines(folder: Path) -> int:
+    log = folder / "log.csv"
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def interrupt(folder: Path, batches: Path, signum: int) -> int:
+    """Train until there are three more rows in the log, send a signal; return the status."""
+    wanted = max(log_lines(folder), 1) + 3
+    process = start(folder, batches)
+    while process.poll() is None:
+        if log_lines(folder) >= wanted and (folder / "last.pt").exists():
+            break
         time.sleep(0.005)
     process.send_signal(signum)
     process.communicate(timeout=60)
-    assert (folder / "last.pt").exists()
-    assert checkpoint.load(folder / "last.pt")["epochs_done"] < 24, "the run was over before the signal"
+    done = checkpoint.load(folder / "last.pt")["epochs_done"]
+    assert done < 24, "the run was over before the signal"
     return process.returncode
 
 
 def test_interrupted_and_killed_runs_end_with_the_same_bits(batches, tmp_path):
-    seldom = ("--save-seconds", 60)
-    whole = start(tmp_path / "whole", batches, *seldom, script=("train.py",))
-    for signum, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9), (signal.SIGHUP, 129)):
-        if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:  # tests under nohup
-            continue
-        assert interrupted(tmp_path / "broken", batches, signum) == status
-    process = start(tmp_path / "broken", batches, *seldom, script=("train.py",))
-    for each in (whole, process):
-        output = each.communicate(timeout=120)[0]
-        assert each.returncode == 0, output
+    whole = start(tmp_path / "whole", batches, *SELDOM, script=("train.py",))
+    statuses = {signal.SIGINT: 130, signal.SIGKILL: -9}  # SIGTERM: see below
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # not under nohup
+        statuses[signal.SIGHUP] = 129
+    for signum, status in statuses.items():
+        assert interrupt(tmp_path / "broken", batches, signum) == status
+    broken = start(tmp_path / "broken", batches, *SELDOM, script=("train.py",))
+    for process in (whole, broken):
+        output = process.communicate(timeout=120)[0]
+        assert process.returncode == 0, output
     same(tmp_path / "whole", tmp_path / "broken")
 
 
 def test_a_run_that_nobody_reads_saves_and_stops(batches, tmp_path):
-    """As `train.py | head -1` leaves it; drawing is done by then."""
+    """As `train.py | head -1` leaves it."""
     process = start(tmp_path / "r", batches, "--epochs", 99)
     process.stdout.readline()
     process.stdout.close()
@@ -139,99 +163,192 @@ def test_a_run_that_nobody_reads_saves_and_stops(batches, tmp_path):
     assert 0 < state["epochs_done"] < 99
     reads, writes = os.pipe()
     os.close(reads)
-    done = subprocess.run([sys.executable, "sample.py", tmp_path / "r" / "last.pt", tmp_path / "o.png", "--n", "1"],
-                          cwd=ROOT, stdout=writes, stderr=subprocess.PIPE, text=True,
-                          env=os.environ | {"PYTHONUNBUFFERED": "", "PEGASUS_EXTENSION": "0"})
+    out = tmp_path / "o.png"
+    command = [sys.executable, "sample.py", tmp_path / "r" / "last.pt", out, "--n", "1"]
+    env = os.environ | {"PYTHONUNBUFFERED": "", "PEGASUS_EXTENSION": "0"}
+    settings = {"stdout": writes, "stderr": subprocess.PIPE, "text": True}
+    done = subprocess.run(command, cwd=ROOT, env=env, **settings)
     os.close(writes)
-    assert (done.returncode, done.stderr) == (141, "") and (tmp_path / "o.png").exists()
+    assert (done.returncode, done.stderr) == (141, "")
+    assert out.exists()
+
+
+PLAIN = f"""
+import train
+from pegasus import cli
+from pegasus.training import accelerate
+{SMALL}
+assert not accelerate.available
+cli.run(train.main)
+"""
+
+
+def test_a_run_without_the_extension(batches, tmp_path, small_network):
+    """It warns of nothing that was asked for, and follows the same curve."""
+    options = ["--data", str(batches), "--latent", "8x8x2", "--epochs", "2", "--no-judge"]
+    options += ["--batch-size", "50", "--precision", "float32"]
+    command = [sys.executable, "-c", PLAIN, "--run", str(tmp_path / "plain"), *options]
+    env = os.environ | {"PEGASUS_EXTENSION": "0"}
+    settings = {"capture_output": True, "text": True, "timeout": 120}
+    done = subprocess.run(command, cwd=ROOT, env=env, **settings)
+    assert (done.returncode, done.stderr) == (0, "")
+    train.main(["--run", str(tmp_path / "fast"), *options])
+    losses = []
+    for name in ("plain", "fast"):
+        table = rows(tmp_path / name / "log.csv")
+        losses.append([float(row["test_loss"]) for row in table])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 def test_more_epochs_train_on(batches, tmp_path):
-    trained(tmp_path / "long", "--data", batches, "--epochs", 3)
-    trained(tmp_path / "steps", "--data", batches, "--epochs", 2)
-    trained(tmp_path / "steps", "--resume", "--epochs", 3)  # the data is where the checkpoint says
-    same(tmp_path / "long", tmp_path / "steps")
-    before = (tmp_path / "long" / "log.csv").read_bytes()
-    assert trained(tmp_path / "long", "--resume") == 0  # nothing left to do
-    assert (tmp_path / "long" / "log.csv").read_bytes() == before
+    long = tmp_path / "long"
+    train_mlp(long, "--data", batches, "--epochs", 3)
+    train_mlp(tmp_path / "steps", "--data", batches, "--epochs", 2)
+    train_mlp(tmp_path / "steps", "--resume", "--epochs", 3)  # data as in the checkpoint
+    same(long, tmp_path / "steps")
+    before = (long / "log.csv").read_bytes()
+    assert train_mlp(long, "--resume") == 0  # nothing left to do
+    assert (long / "log.csv").read_bytes() == before
 
 
 def test_what_a_resume_refuses(run, batches, tmp_path, complaint):
-    def fault(*argv):
+    def refused(*argv: object) -> str:
         return complaint(train.main, "--run", run, *argv)
 
-    before = {p.name: p.read_bytes() for p in run.iterdir()}
-    assert "holds a run; --resume" in fault("--data", batches)
-    assert "--lr: got 0.5" in fault("--resume", "--lr", 0.5)
-    assert "--flip: got False" in fault("--resume", "--no-flip")
-    assert "--epochs: got 3" in fault("--resume", "--epochs", 3)
-    train.source.drawn.write(tmp_path / "other", train=50, test=20, seed=5)
-    assert "is not what" in fault("--resume", "--data", tmp_path / "other")
-    assert {p.name: p.read_bytes() for p in run.iterdir()} == before
+    before = contents(run)
+    assert "holds a run; --resume" in refused("--data", batches)
+    assert "--lr: got 0.5" in refused("--resume", "--lr", 0.5)
+    assert "--flip: got False" in refused("--resume", "--no-flip")
+    assert "--epochs: got 3" in refused("--resume", "--epochs", 3)
+    synthetic.write(tmp_path / "other", train=50, test=20, seed=5)
+    assert "is not what" in refused("--resume", "--data", tmp_path / "other")
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"config": {"epochs": 0}},
+        {"config": {"lr": "fast"}},
+        {"config": {"arch": "transformer"}},
+        {"config": {"warmup": 3}},
+        {"config": None},
+        {"epochs_done": 3, "step": 99},
+        {"epochs_done": 3},
+        {"history": [{"unicorns": 3}] * 4},
+        {"totals": torch.zeros(7)},
+        {"classes": []},
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_told_in_one_sentence(
+    run, tmp_path, complaint, change
+):
+    state = checkpoint.load(run / "last.pt")
+    for key, value in change.items():
+        if isinstance(value, dict):
+            value = state[key] | value
+        state[key] = value
+    checkpoint.save(tmp_path / "last.pt", state)
+    sentence = complaint(train.main, "--run", tmp_path, "--resume")
+    assert f"{tmp_path / 'last.pt'}: a checkpoint of another version" in sentence
+
+
+def test_a_checkpoint_of_another_format(run, tmp_path, complaint):
+    state = checkpoint.load(run / "last.pt")
+    for number in (5, 7):
+        torch.save(state | {"format": number}, tmp_path / "last.pt")
+        sentence = complaint(train.main, "--run", tmp_path, "--resume")
+        assert f"checkpoint format {number}, this program reads 6" in sentence
 
 
 def test_few_test_pictures(tmp_path):
     """Fewer than a sheet of reconstructions shows."""
-    train.source.drawn.write(tmp_path / "few", train=50, test=5)
-    assert trained(tmp_path / "r", "--data", tmp_path / "few", "--epochs", 1) == 0
-    assert png(tmp_path / "r" / "reconstructions.png")[0] == png(tmp_path / "r" / "samples.png")[0]
+    synthetic.write(tmp_path / "few", train=50, test=5)
+    folder = tmp_path / "r"
+    assert train_mlp(folder, "--data", tmp_path / "few", "--epochs", 1) == 0
+    size = png(folder / "samples.png")[0]
+    assert png(folder / "reconstructions.png")[0] == size
 
 
 def test_overwrite_begins_anew(batches, tmp_path):
-    trained(tmp_path / "r", "--data", batches, "--epochs", 2)
-    trained(tmp_path / "r", "--data", batches, "--epochs", 1, "--overwrite", "--seed", 2)
-    assert len((tmp_path / "r" / "log.csv").read_text().splitlines()) == 2
+    train_mlp(tmp_path, "--data", batches, "--epochs", 2)
+    train_mlp(tmp_path, "--data", batches, "--epochs", 1, "--overwrite", "--seed", 2)
+    assert len(rows(tmp_path / "log.csv")) == 1
+    assert len(rows(tmp_path / "speed.csv")) == 1
 
 
 def test_beta_weighs_the_rate_in_what_is_trained_and_logged(batches, tmp_path):
     rates = []
     for beta in (0.25, 4.0):
-        trained(tmp_path / str(beta), "--data", batches, "--epochs", 1, "--beta", beta)
-        row = rows(tmp_path / str(beta) / "log.csv")[0]
+        folder = tmp_path / str(beta)
+        train_mlp(folder, "--data", batches, "--epochs", 1, "--beta", beta)
+        row = {}
+        for name, value in rows(folder / "log.csv")[0].items():
+            if name.startswith(("train_", "test_")):
+                row[name] = float(value)
         for part in ("train", "test"):
-            loss, rate, distortion = (float(row[f"{part}_{name}"]) for name in ("loss", "rate", "distortion"))
-            assert loss == pytest.approx(distortion + beta * rate, rel=1e-6)
-        rates.append(rate)
+            wanted = row[f"{part}_distortion"] + beta * row[f"{part}_rate"]
+            assert row[f"{part}_loss"] == pytest.approx(wanted, rel=1e-6)
+        rates.append(row["test_rate"])
     assert rates[0] > rates[1]
 
 
-@pytest.mark.parametrize("wrong", [("--data", "/nowhere"), ("--latent", "foo"), ("--classes", "unicorn"),
-                                   ("--arch", "mlp", "--latent", "8x8x8"), ("--prior", "learned", "--flow", 1)])
-def test_overwrite_takes_nothing_where_the_new_run_is_refused(run, batches, complaint, wrong):
-    before = {p.name: p.read_bytes() for p in run.iterdir()}
-    assert wrong[-2] in complaint(train.main, "--run", run, "--data", batches, "--overwrite", *wrong)
-    assert {p.name: p.read_bytes() for p in run.iterdir()} == before
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("--data", "/nowhere"),
+        ("--latent", "foo"),
+        ("--classes", "unicorn"),
+        ("--arch", "mlp", "--latent", "8x8x8"),
+        ("--prior", "learned", "--flow", 1),
+    ],
+)
+def test_overwrite_takes_nothing_where_the_new_run_is_refused(
+    run, batches, complaint, wrong
+):
+    before = contents(run)
+    argv = ("--run", run, "--data", batches, "--overwrite", *wrong)
+    assert wrong[-2] in complaint(train.main, *argv)
+    assert contents(run) == before
 
 
 def test_a_folder_that_cannot_be_written(batches, tmp_path, complaint):
-    (tmp_path / "file").write_text("in the way")
-    for folder in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/run")):
-        assert str(folder) in complaint(train.main, "--data", batches, "--run", folder)
-    assert (tmp_path / "file").read_text() == "in the way"
+    file = tmp_path / "file"
+    file.write_text("in the way")
+    for folder in (file, file / "run", Path("/proc/run")):
+        argv = ("--data", batches, "--run", folder)
+        assert str(folder) in complaint(train.main, *argv)
+    assert file.read_text() == "in the way"
 
 
 def test_a_diverging_run_stops_and_says_so(batches, tmp_path, complaint):
-    sentence = complaint(train.main, "--data", batches, "--run", tmp_path / "r", "--arch", "mlp", "--lr", 1e9)
+    argv = ("--data", batches, "--run", tmp_path / "r", "--arch", "mlp", "--lr", 1e9)
+    sentence = complaint(train.main, *argv)
     assert "no longer finite in epoch" in sentence
     assert "lower --lr" in sentence
 
 
-def test_without_network_and_data_the_drawn_set_is_announced_everywhere(batches, tmp_path, monkeypatch, capsys):
+def test_without_network_and_data_the_synthetic_set_is_announced_everywhere(
+    batches, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "drawn").symlink_to(batches)
-    monkeypatch.setattr(train.source.Path, "resolve", lambda path: path)
-    trained(tmp_path / "r", "--epochs", 1, "--no-judge")
-    assert "DRAWN DATA" in capsys.readouterr().err
-    assert checkpoint.load(tmp_path / "r" / "last.pt")["data"]["name"] == "drawn"
-    assert (tmp_path / "r" / "log.csv").read_text().splitlines()[1].endswith(",drawn")
+    Path("data").mkdir()
+    Path("data/synthetic").symlink_to(batches)
+    monkeypatch.setattr(datasets.Path, "resolve", lambda path: path)
+    train_mlp(tmp_path / "r", "--epochs", 1, "--no-judge")
+    assert "SYNTHETIC DATA" in capsys.readouterr().err
+    state = checkpoint.load(tmp_path / "r" / "last.pt")
+    assert state["data"]["name"] == "synthetic"
+    assert rows(tmp_path / "r" / "log.csv")[0]["data"] == "synthetic"
     for name in PICTURES:
-        assert png(tmp_path / "r" / name)[1]["data"] == "drawn"
+        assert png(tmp_path / "r" / name)[1]["data"] == "synthetic"
 
 
 def test_learning_rates():
-    assert {recipe.learning_rate("constant", 0.5, p) for p in (0, 0.3, 1)} == {0.5}
-    rates = [recipe.learning_rate("onecycle", 0.5, p / 100) for p in range(101)]
+    shares = [p / 100 for p in range(101)]
+    constant = [training_config.learning_rate("constant", 0.5, p) for p in shares]
+    assert set(constant) == {0.5}
+    rates = [training_config.learning_rate("onecycle", 0.5, p) for p in shares]
     assert rates[0] == pytest.approx(0.02)
     assert max(rates) == rates[10] == pytest.approx(0.5)
     assert rates[100] == pytest.approx(0, abs=1e-9)
@@ -239,20 +356,130 @@ def test_learning_rates():
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
-def test_orders_and_coins_are_functions_of_seed_and_epoch():
-    order = phases.epoch_order(3, 7, 1000)
-    assert order.equal(phases.epoch_order(3, 7, 1000))
-    assert order.sort().values.equal(torch.arange(1000))
-    assert not order.equal(phases.epoch_order(3, 8, 1000))
-    assert not order.equal(phases.epoch_order(4, 7, 1000))
-    coins = phases.coins(3, 7, 10_000)
-    assert 4800 < coins.sum() < 5200
-    assert coins[:500].equal(phases.coins(3, 7, 500))
-    assert not coins.equal(phases.coins(3, 8, 10_000))
+# ---- the optimizer ----
 
 
-def test_gather_mirrors_and_scales():
-    images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
-    x = phases.gather(images, torch.tensor([4, 0]), torch.tensor([True, False]))
-    assert x.equal(torch.stack([images[4].flip(2), images[0]]) / 255)
-    assert phases.gather(images, torch.tensor([1]), None).equal(images[1:2] / 255)
+def make_network() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3), nn.SiLU(), nn.Flatten(), nn.Linear(64, 5)]
+    return nn.Sequential(*layers).to(memory_format=torch.channels_last)
+
+
+def backward(network: nn.Module, number: int) -> None:
+    """Leave the gradients of another batch for each number."""
+    generator = torch.Generator().manual_seed(number)
+    x = torch.randn(8, 3, 4, 4, generator=generator)
+    network.zero_grad()
+    network(x).square().mean().backward()
+
+
+def step(network: nn.Module, optimizer: Adam, number: int) -> None:
+    backward(network, number)
+    optimizer.found_inf = torch.zeros(())
+    optimizer.step()
+
+
+def moments(optimizer: Adam) -> dict:
+    return copy.deepcopy(optimizer.state_dict()["state"])
+
+
+def fused_adam(network: nn.Module) -> Adam:
+    return Adam(network.parameters(), lr=0.01, fused=True)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_adam_goes_on_from_moments_of_another_layout(layout):
+    """As a run begun without the step's kernels does with them, and the other way round."""
+    network = make_network()
+    whole = fused_adam(network)
+    step(network, whole, 0)
+    state = moments(whole)
+    for part in state.values():
+        for name in ("exp_avg", "exp_avg_sq"):
+            if part[name].dim() == 4:
+                part[name] = part[name].contiguous(memory_format=layout)
+    twin = copy.deepcopy(network)
+    resumed = fused_adam(twin)
+    train.restore_optimizer(resumed, state)
+    for p, part in resumed.state.items():
+        assert part["exp_avg"].stride() == part["exp_avg_sq"].stride() == p.stride()
+    step(network, whole, 1)
+    step(twin, resumed, 1)
+    pairs = zip(network.parameters(), twin.parameters(), strict=True)
+    assert all(p.equal(q) for p, q in pairs)
+    assert moments(resumed)[0]["step"] == 2
+
+
+def test_adam_goes_on_from_before_its_first_step():
+    network = make_network()
+    optimizer = fused_adam(network)
+    train.restore_optimizer(optimizer, moments(fused_adam(make_network())))
+    assert not optimizer.state
+    step(network, optimizer, 0)
+    assert moments(optimizer)[0]["step"] == 1
+
+
+def test_moments_of_another_network_are_refused():
+    network = make_network()
+    optimizer = fused_adam(network)
+    step(network, optimizer, 0)
+    state = moments(optimizer)
+    with pytest.raises(ValueError, match="differ in shape"):
+        train.restore_optimizer(fused_adam(nn.Linear(3, 2)), state)
+    del state[2]
+    with pytest.raises(checkpoint.MISMATCHES):
+        train.restore_optimizer(fused_adam(make_network()), state)
+
+
+def test_moments_that_do_not_fit_are_told_in_one_sentence(run, tmp_path, complaint):
+    state = checkpoint.load(run / "last.pt")
+    state["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
+    checkpoint.save(tmp_path / "last.pt", state)
+    sentence = complaint(train.main, "--run", tmp_path, "--resume", "--epochs", 5)
+    assert "another version (optimizer and model differ in shape)" in sentence
+
+
+def test_a_skipped_step_changes_nothing():
+    network = make_network()
+    optimizer = fused_adam(network)
+    step(network, optimizer, 0)
+    weights = [p.detach().clone() for p in network.parameters()]
+    state = moments(optimizer)
+    backward(network, 1)
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    assert equal([p.detach() for p in network.parameters()], weights)
+    assert equal(moments(optimizer), state)
+
+
+def test_gradients_are_divided_by_their_scale():
+    """Adam (Kingma and Ba 2015) written out, from gradients a quarter as long."""
+    network = make_network()
+    weight = network[3].weight
+    before = weight.detach().clone()
+    optimizer = fused_adam(network)
+    backward(network, 0)
+    gradient = weight.grad / 4
+    optimizer.found_inf = torch.zeros(())
+    optimizer.grad_scale = torch.tensor(4.0)
+    optimizer.step()
+    torch.testing.assert_close(optimizer.state[weight]["exp_avg"], 0.1 * gradient)
+    square = optimizer.state[weight]["exp_avg_sq"]
+    torch.testing.assert_close(square, 0.001 * gradient.square())
+    wanted = before - 0.01 * gradient / (gradient.abs() + 1e-8)
+    torch.testing.assert_close(weight.detach(), wanted)
+
+
+def test_how_far_gradients_are_clipped():
+    assert train.clip_scale(torch.tensor(5.0), None) is None
+    assert train.clip_scale(torch.tensor(5.0), 2.0).item() == 2.5
+    assert train.clip_scale(torch.tensor(0.5), 2.0).item() == 1.0
+
+
+def test_adam_stays_on_the_gpu_where_steps_are_captured():
+    stage = stages.AutoencoderStage.__new__(stages.AutoencoderStage)
+    stage.network = nn.Linear(2, 2)
+    for device, capturable in (("cpu", False), ("cuda", True)):
+        stage.config = TrainConfig(device=device)
+        group = train.make_optimizer(stage).param_groups[0]
+        assert (group["fused"], group["capturable"]) == (True, capturable)

@@ -1,0 +1,68 @@
+"""Steps that are skipped because their loss or gradient is not finite."""
+from pegasus.cli import UserError
+from pegasus.training.stages import SUMS
+
+import torch
+from torch import Tensor
+
+PATIENCE = 10  # steps skipped in a row before a run stops
+
+
+class StepGuard:
+    """Sums over an epoch's images, without those of skipped steps.
+
+    All of it stays on the device, so that nothing waits for a GPU, and follows from what
+    all processes share, so that all do the same.
+    """
+
+    def __init__(self, device: str):
+        self.totals = torch.zeros(SUMS, dtype=torch.float64, device=device)
+        # skipped steps, their images, and skipped steps in a row
+        self.skipped = torch.zeros(3, dtype=torch.int64, device=device)
+
+    def load(self, totals: Tensor, skipped: Tensor) -> None:
+        """Go on from a checkpoint's sums and counts."""
+        self.totals.copy_(totals)
+        self.skipped.copy_(skipped)
+        self.skipped[2] %= PATIENCE  # or a run saved just before it gave up would stay so
+
+    def count(self, norm: Tensor, sums: Tensor, images: int) -> Tensor:
+        """Add a step's sums; return 1.0 where the step is to be skipped, else 0.0.
+
+        norm: the length of all gradients. After PATIENCE skipped steps in a row none is
+        taken any more, so that `check` may look late.
+        """
+        finite = (norm + sums.sum()).isfinite()
+        bad = ~finite | (self.skipped[2] >= PATIENCE)
+        self.totals += torch.where(bad, 0, sums)
+        self.skipped[:2] += torch.stack([bad, bad * images])
+        self.skipped[2].add_(1).mul_(bad)
+        return bad.float()
+
+    def check(self, step: int, steps: int, folder: str, lr_flag: str) -> None:
+        """Raise UserError where PATIENCE steps in a row were skipped.
+
+        step: steps done of the whole run; steps: an epoch's. Looks at the device only now
+        and then.
+        """
+        if step % steps % PATIENCE:
+            return
+        in_a_row = int(self.skipped[2])
+        if in_a_row >= PATIENCE:
+            epoch, first = divmod(step - in_a_row, steps)
+            raise UserError(
+                f"{folder}: gradient or loss not finite in {PATIENCE} steps in a row, from "
+                f"epoch {epoch + 1}, step {first + 1} on; what was saved last is still "
+                f"there; begin again with a lower {lr_flag}"
+            )
+
+    def means(self, images: int) -> list[float]:
+        """Return means over the epoch's first `images` images."""
+        return (self.totals / (images - self.skipped[1])).tolist()
+
+    def end_epoch(self) -> int:
+        """Begin another epoch; return how many steps of the last one were skipped."""
+        skipped = int(self.skipped[0])
+        self.totals.zero_()
+        self.skipped[:2] = 0
+        return skipped

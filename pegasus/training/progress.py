@@ -1,0 +1,119 @@
+"""A run's log files and its line on the terminal."""
+import csv
+import errno
+import signal
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+from pegasus import cli, files
+
+LOG_COLUMNS = (
+    "epoch", "phase", "train_loss", "train_rate", "train_distortion", "test_loss",
+    "test_rate", "test_distortion", "test_sse", "bits_per_dim", "skipped", "data",
+)
+SPEED_COLUMNS = ("epoch", "images_per_second", "seconds")
+KEPT = "the last checkpoint is still there"
+BEGIN_LINE = "\r\033[?7l"  # around a line that is rewritten: a wrapped one would be two
+END_LINE = "\033[K\033[?7h"
+
+
+def write_rows(file: object, columns: tuple[str, ...], rows: list[dict]) -> None:
+    """Write rows of a CSV file; floats get nine significant digits."""
+    writer = csv.DictWriter(file, columns, lineterminator="\n")
+    for row in rows:
+        cells = {}
+        for name, value in row.items():
+            cells[name] = f"{value:.9g}" if isinstance(value, float) else value
+        writer.writerow(cells)
+
+
+def write_csv(path: Path, columns: tuple[str, ...], rows: list[dict]) -> None:
+    """Write a CSV file, whole or not at all. Raises UserError."""
+    with files.replace_file(path, KEPT) as temporary:
+        with open(temporary, "w", newline="") as file:
+            file.write(",".join(columns) + "\n")
+            write_rows(file, columns, rows)
+
+
+def append_csv(path: Path, columns: tuple[str, ...], row: dict) -> None:
+    """Append a row to a CSV file. Raises UserError."""
+    with files.writing(path, KEPT), open(path, "a", newline="") as file:
+        write_rows(file, columns, [row])
+
+
+def print_line(line: str, end: str) -> None:
+    """Print at once; where nobody reads any more, stop as SIGTERM does, which saves."""
+    try:
+        print(line, end=end, flush=True)
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):  # a pipe or terminal is gone
+            raise
+        cli.silence()
+        signal.raise_signal(signal.SIGTERM)
+
+
+class Progress:
+    """A line that is rewritten on a terminal, or a line an epoch elsewhere; speed.csv."""
+
+    def __init__(self, last_epoch: int, epochs: int, images: int, done: int, leads: bool):
+        """last_epoch: of this stage. images: an epoch's. done: of all epochs, by now.
+
+        leads: whether this process shows and writes anything.
+        """
+        self.last_epoch = last_epoch
+        self.epochs = epochs
+        self.images = images
+        self.leads = leads
+        self.terminal = bool(leads and sys.stdout and sys.stdout.isatty())
+        self.start = time.monotonic()
+        self.epoch_start = self.start
+        self.training = 0.0  # seconds of the epoch up to its last step
+        self.shown = 0.0
+        self.begun = done  # images done before this start
+        self.before = done  # images done before this epoch
+
+    def line(self, epoch: int, done: int, numbers: dict[str, float]) -> str:
+        """Describe the run when so many images of all epochs are done."""
+        elapsed = time.monotonic() - self.start
+        each = elapsed / max(done - self.begun, 1)
+        left = timedelta(seconds=round(each * (self.last_epoch * self.images - done)))
+        values = "  ".join(f"{name} {value:,.2f}" for name, value in numbers.items())
+        speed = f"{self.images_per_second(done):,.0f} images/s"
+        return f"epoch {epoch}/{self.epochs}  {left} left  {speed}  {values}"
+
+    def images_per_second(self, done: int) -> float:
+        return (done - self.before) / max(self.training, 1e-9)
+
+    def is_due(self) -> bool:
+        """Note the time of a step; return whether to show it: five times a second."""
+        now = time.monotonic()
+        self.training = now - self.epoch_start
+        return self.terminal and now - self.shown > 0.2
+
+    def show(self, epoch: int, epoch_images: int, numbers: dict[str, float]) -> None:
+        """Rewrite the terminal's line. epoch_images: done of this epoch."""
+        self.shown = time.monotonic()
+        done = (epoch - 1) * self.images + epoch_images
+        print_line(BEGIN_LINE + self.line(epoch, done, numbers) + END_LINE, "")
+
+    def end_epoch(self, epoch: int, numbers: dict[str, float], speed_path: Path) -> None:
+        """Print the epoch's line and add to speed.csv.
+
+        Images a second are up to the last step, seconds with the test.
+        """
+        if not self.leads:
+            return
+        now = time.monotonic()
+        done = epoch * self.images
+        speed = self.images_per_second(done)
+        row = {"epoch": epoch, "images_per_second": speed, "seconds": now - self.epoch_start}
+        append_csv(speed_path, SPEED_COLUMNS, row)
+        line = self.line(epoch, done, numbers)
+        self.before = done
+        self.epoch_start = now
+        if self.terminal:
+            line = BEGIN_LINE + line + END_LINE
+        stays = epoch == self.last_epoch or not self.terminal
+        print_line(line, "\n" if stays else "")

@@ -1,0 +1,35 @@
+"""Signals that ask a run to save and stop."""
+import signal
+
+WANTED = [signal.SIGINT, signal.SIGTERM]
+if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
+    WANTED.append(signal.SIGHUP)
+
+
+class StopSignal:
+    """Takes signals that ask to stop.
+
+    asked: the number of the last one, 0 until there is one. agreed: that of all
+    processes together, which then stop after the same step.
+    """
+
+    def __init__(self):
+        self.asked = 0
+        self.agreed = 0
+
+    def listen(self) -> None:
+        for signum in WANTED:
+            signal.signal(signum, self.receive)
+
+    def receive(self, signum: int, _frame: object) -> None:
+        """Note a signal. A second SIGINT or SIGTERM ends the process at once."""
+        self.asked = signum
+        hangup = signum == signal.SIGHUP  # terminals hang up twice
+        signal.signal(signum, signal.SIG_IGN if hangup else signal.SIG_DFL)
+
+    def release(self) -> None:
+        """Let signals end the process again."""
+        for signum in WANTED:
+            interrupt = signum == signal.SIGINT
+            handler = signal.default_int_handler if interrupt else signal.SIG_DFL
+            signal.signal(signum, handler)

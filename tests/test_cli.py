@@ -1,0 +1,278 @@
+"""Command lines: what they take and refuse, what is said of errors, options out of a file."""
+import dataclasses
+import errno
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import reparam
+import sample
+import train
+from pegasus import checkpoint, cli, evaluate, study
+from pegasus.checkpoint import CompactConfig
+from pegasus.cli import UserError
+from pegasus.drawing.sampler import SampleConfig
+from pegasus.evaluate import EvaluateConfig
+from pegasus.study import StudyConfig
+from pegasus.training.config import TrainConfig, resolve
+
+import pytest
+import torch
+from conftest import ROOT
+
+SCRIPTS = (
+    (train, TrainConfig),
+    (sample, SampleConfig),
+    (evaluate, EvaluateConfig),
+    (study, StudyConfig),
+    (checkpoint, CompactConfig),
+)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--epochs", "-1"], ["--epochs", "got -1", "1 or more"]),
+        (["--epochs", "2.5"], ["--epochs", "'2.5'", "whole number"]),
+        (["--lr", "nan"], ["--lr", "got nan", "above 0"]),
+        (["--lr", "0"], ["--lr", "got 0", "above 0"]),
+        (["--beta", "inf"], ["--beta", "got inf", "0.0 or more"]),
+        (["--batch-size", "0"], ["--batch-size", "got 0", "1 or more"]),
+        (["--arch", "nonsense"], ["--arch", "nonsense", "mlp"]),
+        (["--epoch", "3"], ["--epoch"]),
+        (["--seed", "9" * 400], ["--seed", "below 2^63"]),
+        (["--seed", str(2**63)], ["--seed", "below 2^63"]),
+        (["--epochs", "9" * 5000], ["--epochs", "whole number"]),
+        (["--threads", "1025"], ["--threads", "at most 1024"]),
+        (["--run", "runs/\udc80"], ["--run", "UTF-8"]),
+    ],
+)
+def test_bad_options_are_one_sentence(complaint, argv, words):
+    sentence = complaint(train.main, *argv)
+    assert all(word in sentence for word in words), sentence
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--n", "65536"],
+        ["--columns", "65536"],
+        ["--scale", "64", "--n", "99"],
+        ["--best", "10000", "--n", "10000"],
+    ],
+)
+def test_a_sheet_that_fits_into_no_memory(complaint, tmp_path, argv):
+    places = (tmp_path / "none.pt", tmp_path / "out.png")
+    assert "wanted at most 268,435,456" in complaint(sample.main, *places, *argv)
+
+
+def test_what_was_given_is_told_apart_from_defaults():
+    config, given = cli.parse(TrainConfig, ["--lr", "2e-3", "--flip"], "")
+    assert given == {"lr", "flip"}
+    assert (config.lr, config.flip, config.batch_size) == (2e-3, True, 128)
+
+
+def test_an_option_whose_name_python_reserves():
+    argv = ["a.pt", "b.png", "--from", "photo.png"]
+    config, given = cli.parse(SampleConfig, argv, "")
+    assert (config.checkpoint, config.from_) == ("a.pt", "photo.png")
+    assert given == {"checkpoint", "out", "from_"}
+    assert cli.flag_of("from_") == "--from"
+    assert cli.flag_of("batch_size") == "--batch-size"
+
+
+def test_help_lists_the_options(capsys):
+    for script, config_class in SCRIPTS:
+        with pytest.raises(SystemExit) as left:
+            script.main(["--help"])
+        assert left.value.code == 0
+        said = capsys.readouterr().out
+        for field in dataclasses.fields(config_class):
+            positional = field.metadata.get("positional")
+            flag = field.name if positional else cli.flag_of(field.name)
+            assert f"  {flag}" in said or f", {flag}" in said, (script.__name__, flag)
+
+
+# ---- defaults ----
+
+
+def test_the_defaults_of_mlp_are_the_papers_recipe():
+    config = resolve(TrainConfig(arch="mlp"))
+    model = (config.likelihood, config.latent, config.beta, config.flip)
+    assert model == ("mse", "128", 1.0, False)
+    training = (config.schedule, config.lr, config.batch_size, config.epochs)
+    assert training == ("constant", 1e-3, 128, 300)
+    assert config.prior == "normal"
+
+
+def test_what_is_given_stands_beside_defaults():
+    config = resolve(TrainConfig(arch="mlp", lr=0.5, flip=True))
+    assert (config.lr, config.flip, config.schedule) == (0.5, True, "constant")
+    conv = resolve(TrainConfig(arch="conv"))
+    assert (conv.likelihood, conv.prior, conv.latent) == ("gaussian", "learned", "8x8x8")
+
+
+@pytest.mark.parametrize(
+    ("avx2", "avx512_bf16", "counted", "taken"),
+    [
+        (True, True, True, True),  # Zen 4 or Sapphire Rapids
+        (False, False, True, True),  # ARM
+        (True, False, True, False),  # Skylake to Ice Lake, Arrow Lake
+        (True, False, False, False),  # Zen 3
+    ],
+)
+def test_bfloat16_is_the_default_where_the_processor_computes_with_it(
+    monkeypatch, avx2, avx512_bf16, counted, taken
+):
+    monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: avx2)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: counted)
+    config = resolve(TrainConfig(device="cpu"))
+    assert config.precision == ("bfloat16" if taken else "float32")
+
+
+def test_cuda_where_there_is_none(complaint, tmp_path):
+    sentence = complaint(train.main, "--device", "cuda", "--run", tmp_path / "r")
+    assert "--device: got cuda, but torch finds no CUDA device" in sentence
+
+
+def test_make_leaves_epochs_and_seed_to_the_run_where_they_are_not_given():
+    def commands(*words: str) -> str:
+        command = ["make", "-n", "PYTHON=python", *words]
+        settings = {"capture_output": True, "text": True, "check": True}
+        env = {"PATH": os.environ["PATH"]}
+        return subprocess.run(command, cwd=ROOT, env=env, **settings).stdout
+
+    assert "--epochs" not in commands("train")
+    assert "--seed" not in commands("train")
+    assert '--epochs "5" --seed "3" ' in commands("train", "EPOCHS=5", "SEED=3")
+    assert '--run "runs/paper" --arch mlp' in commands("paper")
+    assert '--run "mine" --arch mlp' in commands("paper", "RUN=mine")
+
+
+# ---- options out of a file ----
+
+
+def test_options_of_a_run_pass_the_check_that_files_get():
+    cli.check(TrainConfig())
+    cli.check(resolve(TrainConfig(lr=1 / 3, seed=-7, save_seconds=0.1, run="-x=1 y")))
+    cli.check(TrainConfig(lr=1, save_seconds=0))  # whole numbers will do
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"epochs": 0},
+        {"epochs": 2**63},
+        {"epochs": 1.0},
+        {"epochs": True},
+        {"epochs": None},
+        {"epochs": "3"},
+        {"batch_size": -1},
+        {"threads": 1025},
+        {"components": 65_537},
+        {"lr": 0.0},
+        {"lr": float("nan")},
+        {"lr": "1e-3"},
+        {"lr": True},
+        {"beta": float("inf")},
+        {"beta": -0.1},
+        {"beta": 10**400},
+        {"arch": "transformer"},
+        {"arch": ["mlp"]},
+        {"arch": None},
+        {"likelihood": "poisson"},
+        {"flip": 1},
+        {"judge": None},
+        {"run": 3},
+        {"seed": torch.tensor(3)},
+    ],
+)
+def test_options_out_of_a_file_that_no_command_line_gives(change):
+    """Wrong types, numbers out of range, unknown choices."""
+    with pytest.raises(ValueError, match=cli.flag_of(next(iter(change)))):
+        cli.check(replace(TrainConfig(), **change))
+
+
+# ---- what is said of errors ----
+
+
+def test_a_full_gpu_is_told_in_one_sentence(complaint):
+    def main(_: list[str]) -> None:
+        with checkpoint.matching(ROOT / "last.pt"):
+            text = "CUDA out of memory. Tried to allocate 2.00 GiB"
+            raise torch.OutOfMemoryError(text)
+
+    sentence = complaint(main)
+    assert "the GPU's memory is full (CUDA out of memory" in sentence
+    assert "another version" not in sentence
+
+
+def test_full_memory_is_told_in_one_sentence(complaint):
+    def main(_: list[str]) -> None:
+        torch.empty(2**60)
+
+    assert "memory is full ([enforce fail" in complaint(main)
+
+
+def raising(error: Exception):
+    def main(_: list[str]) -> None:
+        raise error
+
+    return main
+
+
+def test_errors_that_the_user_can_mend_are_one_sentence(complaint):
+    assert complaint(raising(UserError("so"))).endswith(": so")
+    missing = FileNotFoundError(errno.ENOENT, "No such file", "a.png")
+    assert complaint(raising(missing)).endswith(": a.png: No such file")
+    assert complaint(raising(MemoryError())).endswith("(MemoryError); ask for less")
+
+
+def test_bugs_are_told_whole():
+    with pytest.raises(KeyError, match="bug"):
+        cli.run(lambda: raising(KeyError("bug"))([]))
+
+
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), 130), (None, 3)])
+def test_exit_statuses(error, status):
+    def main() -> int:
+        if error:
+            raise error
+        return 3
+
+    with pytest.raises(SystemExit) as left:
+        cli.run(main)
+    assert left.value.code == status
+
+
+def test_long_errors_are_cut():
+    assert cli.brief("a\n  b\tc") == "a b c"
+    assert cli.brief(ValueError()) == "ValueError"
+    assert cli.brief("x" * 999) == "x" * 200 + "..."
+
+
+def run_script(command: list[str], **env: str) -> subprocess.CompletedProcess:
+    settings = {"capture_output": True, "text": True, "timeout": 60}
+    return subprocess.run(command, cwd=ROOT, env=os.environ | env, **settings)
+
+
+@pytest.mark.parametrize(
+    "script",
+    [["train.py"], ["sample.py"], ["-m", "pegasus.evaluate"], ["-m", "pegasus.checkpoint"],
+     ["-m", "pegasus.study"], ["-m", "pegasus.data.download"]],
+)
+def test_a_python_without_torch_is_told_which_one_to_use(script):
+    done = run_script([sys.executable, "-S", "-E", *script])
+    assert done.returncode == 2
+    assert "has no numpy; use .venv/bin/python" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not reparam.extension, reason="the reference has no instruction sets")
+def test_an_unknown_instruction_set_is_told_in_one_sentence():
+    done = run_script([sys.executable, "sample.py", "--help"], PEGASUS_SIMD="abacus")
+    assert done.returncode == 2
+    assert "PEGASUS_SIMD: got 'abacus', wanted one of baseline" in done.stderr
+    assert "Traceback" not in done.stderr
