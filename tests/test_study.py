@@ -1,57 +1,128 @@
 import json
 import math
+import signal
 
-import options
-import drawn
-import recipe
-import study
+import train
+from pegasus import cli, study
+from pegasus.cli import UserError
+from pegasus.data import synthetic
+from pegasus.training import config
 
 import pytest
 import torch
 from conftest import ROOT
 
+ROWS = {
+    "one": "--arch mlp --latent 4 --epochs 1",
+    "two": "--arch mlp --latent 4 --epochs 1 --flow 1",
+}
+
+
+def train_here(arguments, folder):
+    """Train in this process, which is faster."""
+    assert train.main([*arguments, "--run", str(folder), "--resume"]) == 0
+
 
 def test_a_study_goes_on(batches, tmp_path, monkeypatch, complaint):
-    """Finished runs are not made again, a new row is, and the table holds the mean over the runs of each."""
-    rows = {"one": "--arch mlp --latent 4 --epochs 1", "two": "--arch mlp --latent 4 --epochs 1 --flow 1"}
-    monkeypatch.setattr(study, "ROWS", {"one": rows["one"]})
+    """Finished runs are not made again, a new row is; the table has means over runs."""
+    monkeypatch.setattr(study, "ROWS", {"one": ROWS["one"]})
     out = tmp_path / "docs" / "study"
-    argv = [str(a) for a in ("--data", batches, "--runs", tmp_path / "runs", "--out", out, "--n", 200)]
-    study.main([*argv, "--seeds", "1"])
-    first, sheet = out.with_suffix(".jsonl").read_text(), (out / "one.png").read_bytes()
-    monkeypatch.setattr(study, "ROWS", rows)
-    monkeypatch.setattr(study, "picture", lambda found, path: path.write_text(""))
-    study.main([*argv, "--seeds", "1"])
-    study.main([*argv, "--seeds", "2", "--rows", "two"])
+    lines_file = out.with_suffix(".jsonl")
+    page_file = out.with_suffix(".md")
+    arguments = ["--data", batches, "--runs", tmp_path / "runs", "--out", out, "--n", 200]
+    arguments = [str(argument) for argument in arguments]
+    study.main([*arguments, "--seeds", "1"])
+    first = lines_file.read_text()
+    sheet = (out / "one.png").read_bytes()
+    monkeypatch.setattr(study, "ROWS", ROWS)
+    monkeypatch.setattr(study, "train", train_here)
+    monkeypatch.setattr(study, "picture", lambda sampler, path: path.write_text(""))
+    study.main([*arguments, "--seeds", "1"])
+    study.main([*arguments, "--seeds", "2", "--rows", "two"])
     assert (out / "one.png").read_bytes() == sheet
-    text = out.with_suffix(".jsonl").read_text()
+    text = lines_file.read_text()
     assert text.startswith(first)
     lines = [json.loads(line) for line in text.splitlines()]
-    wanted = [f"{rows['one']} --seed 0", *(f"{rows['two']} --seed {seed}" for seed in (0, 1))]
+    wanted = [f"{ROWS['one']} --seed 0"]
+    wanted += [f"{ROWS['two']} --seed {seed}" for seed in (0, 1)]
     assert [line["command"] for line in lines] == wanted
-    table = out.with_suffix(".md").read_text()
+    page = page_file.read_text()
     bits = torch.tensor([line["figures"]["bits_per_dim_elbo"] for line in lines[1:]])
-    assert f"| two | 1 | 2 | {bits.mean():.3f} ± {bits.std():.3f} |" in table
-    assert f"`train.py {rows['two']}`" in table
-    out.with_suffix(".md").unlink()
-    study.main([*argv, "--rows", "none"])
-    assert out.with_suffix(".md").read_text() == table
-    drawn.write(tmp_path / "other", train=25, test=10)
-    assert f"got other, but {out}.jsonl is of {batches.name}" in complaint(
-        study.main, "--data", tmp_path / "other", "--out", out, "--seeds", 2)
-    assert "got three, wanted names out of one, two" in complaint(study.main, *argv, "--rows", "three")
+    assert f"| two | 1 | 2 | {bits.mean():.3f} ± {bits.std():.3f} |" in page
+    assert f"`train.py {ROWS['two']}`" in page
+    page_file.unlink()
+    study.main([*arguments, "--rows", "none"])
+    assert page_file.read_text() == page
+    synthetic.write(tmp_path / "other", train=25, test=10)
+    other = ["--data", tmp_path / "other", "--out", out, "--seeds", 2]
+    said = complaint(study.main, *other)
+    assert f"got other, but {out}.jsonl is of {batches.name}" in said
+    said = complaint(study.main, *arguments, "--rows", "three")
+    assert "got three, wanted names out of one, two" in said
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """A stand-in for train.py, to be written."""
+    monkeypatch.setattr(study, "TRAIN", tmp_path / "script.py")
+    return study.TRAIN
+
+
+def test_a_run_that_stops_is_told(script, tmp_path):
+    script.write_text("import sys; sys.exit(2)")
+    with pytest.raises(UserError, match="run: .* status 2; the same command goes on"):
+        study.train([], tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_interrupted_it_waits_until_the_run_is_saved(script, tmp_path, name):
+    """SIGTERM is passed on; SIGINT a terminal sends to both, here the script itself."""
+    signum = getattr(signal, name)
+    script.write_text(
+        f"""
+import os, pathlib, signal, sys, time
+
+def save(signum, frame):
+    time.sleep(1)
+    pathlib.Path({str(tmp_path / "saved")!r}).touch()
+    sys.exit(128 + signum)
+
+signal.signal(signal.{name}, save)
+os.kill(os.getppid(), signal.{name})
+if signal.{name} == signal.SIGINT:
+    os.kill(os.getpid(), signal.{name})
+time.sleep(60)
+"""
+    )
+    before = signal.getsignal(signal.SIGTERM)
+    wanted = f"status {128 + signum}; the same command goes on"
+    with pytest.raises(UserError, match=wanted):
+        study.train([], tmp_path / "run")
+    assert (tmp_path / "saved").exists()
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_cell():
     runs = [{"a": {"b": value}} for value in (0.1, 0.2, 0.6)]
-    assert study.cell(runs, "a b", "{:.1%}") == f"30.0% ± {100 * math.sqrt(0.07):.1f}%"
+    spread = f"30.0% ± {100 * math.sqrt(0.07):.1f}%"
+    assert study.cell(runs, "a b", "{:.1%}") == spread
     assert study.cell(runs[:1], "a b", "{:.2f}") == "0.10"
     with pytest.raises(KeyError):
         study.cell(runs, "a c", "{:.2f}")
 
 
+def test_the_page_is_written_from_the_figures_that_are_there(tmp_path):
+    figures = (ROOT / "docs" / "study.jsonl").read_text()
+    (tmp_path / "study.jsonl").write_text(figures)
+    study.main(["--rows", "none", "--out", str(tmp_path / "study")])
+    page = (tmp_path / "study.md").read_text()
+    assert "| paper | 300 | 1 | 7.326 | 7.267 | 10.4 |" in page
+    assert all(f"![{name}](study/{name}.png)" in page for name in study.ROWS)
+
+
 def test_the_papers_recipe_is_the_same_wherever_it_stands():
     """In the Makefile, here, and what --arch mlp takes by default."""
-    assert study.PAPER in " ".join((ROOT / "Makefile").read_text().replace("\\\n", " ").split())
-    paper, _ = options.parse(recipe.Options, study.PAPER.split(), "")
-    assert recipe.resolve(paper) == recipe.resolve(recipe.Options(arch="mlp"))
+    makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    assert study.PAPER in " ".join(makefile.split())
+    paper, _ = cli.parse(config.TrainConfig, study.PAPER.split(), "")
+    assert config.resolve(paper) == config.resolve(config.TrainConfig(arch="mlp"))
