@@ -33,7 +33,7 @@ $(VENV)/.ready: requirements.txt requirements-dev.txt
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
 	@touch $@
 
-build: $(READY)  ## virtual environment, packages and extension
+build: $(READY)  ## virtual environment, packages and extensions
 	@$(PYTHON) setup.py -q build_ext --inplace
 
 train: build  ## train in RUN, or go on with the run there
@@ -48,21 +48,22 @@ paper: build  ## the paper's recipe in runs/paper
 
 # before there is a run: the checkpoint that comes along
 CHECKPOINT = $(if $(shell test -e "$(RUN)/last.pt" && echo yes),$(RUN)/last.pt,pegasus.pt)
-sample: build  ## draw a sheet from the run in RUN, else from pegasus.pt, to OUT
-	$(PYTHON) sample.py "$(CHECKPOINT)" "$(OUT)" $(ARGS)
+# Drawing is quick without the extension: where it is not built, none is built for this.
+sample: $(READY)  ## draw a sheet from the run in RUN, else from pegasus.pt, to OUT
+	$(if $(wildcard pegasus_op*.so),,PEGASUS_EXTENSION=0) $(PYTHON) sample.py "$(CHECKPOINT)" "$(OUT)" $(ARGS)
 
 evaluate: build  ## bits/dim, Frechet distance and how a judge classifies draws of the run in RUN
-	$(PYTHON) evaluate.py "$(RUN)/last.pt" $(ARGS)
+	$(PYTHON) -m pegasus.evaluate "$(RUN)/last.pt" $(ARGS)
 
 study: build  ## the paper's model and each piece, up to three runs each, in docs/study.md: hours; resumes
-	$(PYTHON) study.py --data "$(DATA)" $(ARGS)
+	$(PYTHON) -m pegasus.study --data "$(DATA)" $(ARGS)
 
 test: build  ## all tests, on up to four cores
 	$(PYTHON) tests/run.py
 
 faults: build  ## 30 kills, 200 flipped bytes, full disks, bad servers: the long form of what `make test` does in short
 	KILLS=$(KILLS) FLIPS=$(FLIPS) $(PYTHON) -m pytest -rP tests/test_faults.py tests/test_damage.py \
-	  tests/test_skipped.py tests/test_servers.py
+	  tests/test_guard.py tests/test_download.py
 
 fuzz: build  ## 100,000 inputs each for batches, checkpoints, their pickles and command lines; installs atheris
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-fuzz.txt
@@ -75,20 +76,21 @@ soak: build  ## 2,000 epochs on 500 pictures: memory and open files stay what th
 lint: build  ## ruff
 	$(PYTHON) -m ruff check .
 
-# The op's tests with an extension built under ASan + UBSan, then the CUDA source, verbatim, on the CPU. The tests run
-# on copies in a folder of their own, so that no other build of the extension can be the one that is imported. Leaks
-# are the interpreter's own and not looked for.
+# Tests of both extensions, built under ASan + UBSan, then the CUDA source, verbatim, on the CPU. The tests run on copies
+# in a folder of their own, so that no other build can be the one that is imported. Leaks are the interpreter's own and
+# not looked for.
 SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1
-sanitize: build  ## the op, and its CUDA source on the CPU, under ASan and UBSan
+sanitize: build  ## the kernels, and the op's CUDA source on the CPU, under ASan and UBSan
 	mkdir -p build/sanitize
-	cp -r *.py tests build/sanitize
-	PEGASUS_FLAGS="$(SANITIZE)" PEGASUS_CUDA=0 $(PYTHON) setup.py -q build_ext \
-	  --build-lib build/sanitize --build-temp build/sanitize/temp
+	rm -rf build/sanitize/csrc build/sanitize/tests build/sanitize/pegasus
+	cp -r *.py csrc pegasus tests build/sanitize
 	python=$$(command -v $(PYTHON)); python=$$(cd $$(dirname $$python) && pwd)/$$(basename $$python); \
-	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. \
+	cd build/sanitize && \
+	PEGASUS_FLAGS="$(SANITIZE)" PEGASUS_CUDA=0 $$python setup.py -q build_ext --inplace && \
+	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. \
 	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	  $$python -m pytest -q -c /dev/null --rootdir=. -p no:cacheprovider \
-	  tests/test_op.py tests/test_reparam.py tests/test_fused.py tests/test_refusals.py tests/test_bits.py
+	  tests/test_op.py tests/test_reparam.py tests/test_accelerate.py tests/test_refusals.py tests/test_bits.py
 	tests/cuda_on_cpu/run.sh address,undefined build/cuda_on_cpu
 
 cuda-check: build  ## the CUDA source compiles for every architecture, and no kernel spills
@@ -98,7 +100,8 @@ arm-check:  ## the op and the step's kernels give the same bits on a 64-bit ARM,
 	tests/aarch64/run.sh build/aarch64
 
 clean:  ## remove what a build leaves
-	rm -rf build *.egg-info *.so .pytest_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__
+	rm -rf build *.egg-info *.so .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
 
 distclean: clean  ## also the virtual environment; runs and data stay
 	rm -rf $(VENV)

@@ -1,4 +1,4 @@
-"""Train a variational autoencoder on CIFAR-10's horses and birds.
+"""Train a variational autoencoder on CIFAR-10's horses and birds, then a prior for it.
 
     python train.py                               # a convolutional network, 300 epochs
     python train.py --resume                      # goes on where that stopped
@@ -7,6 +7,9 @@
 A run's folder, runs/pegasus, holds the checkpoint last.pt, log.csv (nats and squared
 error an image), speed.csv, config.json and pictures. A resumed run ends with the same
 bits as one that was never stopped. Options: pegasus/training/config.py, or --help.
+
+The first stage of a run trains the autoencoder, a second one a prior of its latents. A
+stage gives loss and test, in pegasus/training/stages.py; the loop, train_stage, is here.
 """
 import contextlib
 import math
@@ -23,16 +26,16 @@ from pegasus.training.accelerate import accelerate
 from pegasus.training.config import TrainConfig, resume_config
 from pegasus.training.distributed import Workers
 from pegasus.training.progress import Progress
-from pegasus.training.run import Run, Stage
+from pegasus.training.run import Run
 from pegasus.training.signals import StopSignal
-from pegasus.training.stages import Batch, derived_seeds, epoch_flips, epoch_order
+from pegasus.training.stages import Batch, Stage, derived_seeds, epoch_flips, epoch_order
 
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Adam
 
-PREPARING = "drawing the parts of Pegasi, a minute or several; cut off, --resume does it"
+PREPARING = "drawing the parts of Pegasi; this takes minutes; --resume does it if cut off"
 
 
 def make_optimizer(stage: Stage) -> Adam:
@@ -44,7 +47,7 @@ def make_optimizer(stage: Stage) -> Adam:
 def restore_optimizer(optimizer: Adam, moments: dict) -> None:
     """Take Adam's moments from a checkpoint, each in the memory layout of its weight.
 
-    Raises what `checkpoint.matching` knows where they are another network's.
+    Raises what `checkpoint.explain_mismatch` knows where they are another network's.
     """
     if not moments:  # saved before the first step
         return
@@ -60,80 +63,91 @@ def restore_optimizer(optimizer: Adam, moments: dict) -> None:
 def batches(run: Run) -> list[tuple[Tensor, Tensor | None]]:
     """Return what is left of an epoch: rows of the images, and which are mirrored."""
     config = run.config
-    order = epoch_order(config.seed, run.epoch, run.images).to(config.device)
+    order = epoch_order(config.seed, run.epoch, run.image_count).to(config.device)
     rows = order.split(config.batch_size)
     mirrored = [None] * len(rows)
     if config.flip:
-        flips = epoch_flips(config.seed, run.epoch, run.images).to(config.device)
+        flips = epoch_flips(config.seed, run.epoch, run.image_count).to(config.device)
         mirrored = flips.split(config.batch_size)
     return list(zip(rows, mirrored, strict=True))[run.step :]
 
 
 def step_inputs(run: Run, stage: Stage) -> tuple[Tensor, Tensor]:
-    """Return a step's seeds, and its learning rate beside the stage's progress, 0 to 1."""
+    """Return a step's seeds, and its learning rate with the stage's progress, 0 to 1."""
     config = run.config
     seeds = derived_seeds(config.seed, run.steps_done, stage.purposes, config.device)
-    steps = (stage.last_epoch - stage.first_epoch) * run.steps
-    progress = (run.steps_done - stage.first_epoch * run.steps) / steps
-    pace = [stage.learning_rate(progress), progress]
-    return seeds, device.to_device(pace, config.device)
+    steps = (stage.last_epoch - stage.first_epoch) * run.steps_per_epoch
+    progress = (run.steps_done - stage.first_epoch * run.steps_per_epoch) / steps
+    lr_and_progress = [stage.learning_rate(progress), progress]
+    return seeds, device.to_device(lr_and_progress, config.device)
 
 
-def clip_scale(norm: Tensor, max_norm: float | None) -> Tensor | None:
-    """Return what gradients of a length are divided by to be no longer than max_norm."""
+def clip_divisor(norm: Tensor, max_norm: float | None) -> Tensor | None:
+    """Return the number to divide gradients of a norm by, to bring it down to max_norm."""
     return None if max_norm is None else (norm / max_norm).clamp(min=1.0)
 
 
-def log_epoch(run: Run, stage: Stage, progress: Progress) -> None:
-    """Test, log and show what the epoch brought. Raises UserError for a loss of NaN."""
-    means = run.guard.means(run.images)
+def show_step(run: Run, stage: Stage, display: Progress) -> None:
+    """Take a step's time; show the epoch's means now and then."""
+    display.note_step()
+    if display.is_due():
+        metrics = stage.metrics(run.guard.means(run.epoch_images))
+        display.show(run.epoch + 1, run.epoch_images, metrics)
+
+
+def finish_epoch(run: Run, stage: Stage, display: Progress) -> None:
+    """Test, log and show the epoch, and go on to the next one.
+
+    Raises UserError for a loss that is not finite.
+    """
+    means = run.guard.means(run.image_count)
     values = stage.test(means)
     if not math.isfinite(sum(values.values())):
         raise UserError(
             f"{run.folder}: the loss is no longer finite in epoch {run.epoch + 1}; what was "
             f"saved last is still there; begin again with a lower {stage.lr_flag}"
         )
-    run.end_epoch(stage.name, values, progress.leads)
+    run.end_epoch(stage.name, values, display.leads)  # counts run.epoch
     shown = stage.metrics(means) | {"test loss": values["test_loss"]}
     if "bits_per_dim" in values:
         shown["bits/dim"] = values["bits_per_dim"]
-    progress.end_epoch(run.epoch, shown, run.folder / "speed.csv")
+    display.end_epoch(run.epoch, shown, run.folder / "speed.csv")
 
 
 def train_stage(run: Run, stage: Stage, optimizer: Adam, workers: Workers, stop: StopSignal):
     """Train a stage to its end, or until a signal: the training loop."""
     parameters = list(stage.network.parameters())
 
-    def step(rows: Tensor, mirrored: Tensor | None, seeds: Tensor, pace: Tensor) -> Tensor:
-        lr, share_done = pace
-        batch = Batch(rows, mirrored, len(rows), 0, seeds, share_done)
+    # On a GPU captured as a CUDA graph: it reads tensors only, and calls no .item().
+    def step(rows: Tensor, mirrored: Tensor | None, seeds: Tensor, lr_and_progress: Tensor):
+        lr, progress = lr_and_progress
+        batch = Batch(rows, mirrored, len(rows), row_offset=0, seeds=seeds, progress=progress)
         optimizer.param_groups[0]["lr"] = lr
         optimizer.zero_grad()
         loss, sums = stage.loss(batch.part(workers.share(len(rows))))
         loss.backward()
-        workers.sum(sums)
+        workers.sum_(sums)
         workers.sum_gradients(parameters)
         norm = get_total_norm([p.grad for p in parameters])
-        optimizer.found_inf = run.guard.count(norm, sums, len(rows))  # 1: skip the step
-        optimizer.grad_scale = clip_scale(norm, stage.max_norm)  # divides the gradients
+        # Fused Adam reads both: 1.0 skips the step, gradients are divided by the other.
+        optimizer.found_inf = run.guard.record(norm, sums, len(rows))
+        optimizer.grad_scale = clip_divisor(norm, stage.max_norm)
         optimizer.step()
-        stage.after_step(optimizer.state[parameters[0]]["step"])
+        stage.after_step(optimizer.state[parameters[0]]["step"])  # steps not skipped
         return sums
 
     if run.config.device != "cpu" and workers.size == 1:
         step = cuda_graph.Replay(step, run.config.batch_size)
-    counts = (stage.last_epoch, run.config.epochs, run.images, run.images_done)
-    progress = Progress(*counts, workers.leads)
+    counts = (stage.last_epoch, run.config.epochs, run.image_count, run.images_done)
+    display = Progress(*counts, workers.leads)
     while run.epoch < stage.last_epoch:
         for rows, mirrored in batches(run):
             step(rows, mirrored, *step_inputs(run, stage))
             run.step += 1
-            run.guard.check(run.steps_done, run.steps, run.config.run, stage.lr_flag)
-            if progress.is_due():
-                metrics = stage.metrics(run.guard.means(run.epoch_images))
-                progress.show(run.epoch + 1, run.epoch_images, metrics)
-            if run.step == run.steps:
-                log_epoch(run, stage, progress)
+            run.guard.check(run.steps_done, run.steps_per_epoch, run.folder, stage.lr_flag)
+            show_step(run, stage, display)
+            if run.step == run.steps_per_epoch:
+                finish_epoch(run, stage, display)
             stop.agreed = workers.max(stop.asked, run.config.device)
             if stop.agreed:
                 return
@@ -145,20 +159,22 @@ def save(run: Run, stage: Stage, optimizer: Adam, workers: Workers) -> dict | No
     """Save checkpoint and pictures, in the first process alone; return the state."""
     if workers.leads:
         return run.save(stage, optimizer)
-    run.timer.saved()
+    run.timer.saved()  # the others wait as long until the next time
     return None
 
 
 def train(run: Run, state: dict | None, workers: Workers, stop: StopSignal) -> dict | None:
     """Train all epochs that are left; return the state of the last save.
 
-    state: of the checkpoint to go on from.
+    state: of the checkpoint to go on from; it is emptied.
     """
-    with checkpoint.matching(run.last_path if state else None):
+    with checkpoint.explain_mismatch(run.last_path if state else None):
         stage = run.next_stage(workers, state)
         optimizer = make_optimizer(stage)
         if state and state["phase"] == stage.name:
             restore_optimizer(optimizer, state["optimizer"]["state"])
+    if state:
+        state.clear()  # frees what the networks have copied
     stop.listen()
     train_stage(run, stage, optimizer, workers, stop)
     while run.epoch < run.config.epochs and not stop.agreed:
@@ -168,7 +184,7 @@ def train(run: Run, state: dict | None, workers: Workers, stop: StopSignal) -> d
     return save(run, stage, optimizer, workers)
 
 
-def begin(
+def open_run(
     config: TrainConfig, given: set[str], workers: Workers
 ) -> tuple[Run, dict | None]:
     """Return the run that is asked for, and the checkpoint's state where it goes on.
@@ -176,30 +192,30 @@ def begin(
     given: names of options on the command line. Raises UserError.
     """
     torch.set_flush_denormal(True)  # denormals take 5 to 40 times as long
-    state = workers.first(lambda: run_dir.read_state(config))
+    state = workers.leader_first(lambda: run_dir.read_state(config))
     last = Path(config.run) / "last.pt"
-    expected = None
-    with checkpoint.matching(last if state else None):
+    expected = None  # data of the checkpoint, which must be the same
+    with checkpoint.explain_mismatch(last if state else None):
         config = resume_config(config, given, state)
         if state:
             expected = {key: str(state["data"][key]) for key in ("folder", "digest")}
     torch.set_num_threads(config.threads)
     torch.backends.cudnn.deterministic = True  # a resumed run is to have the same bits
-    data = workers.first(lambda: datasets.load(config.data, config.classes, expected))
-    with checkpoint.matching(last if state else None):
+    data = workers.leader_first(lambda: datasets.load(config.data, config.classes, expected))
+    with checkpoint.explain_mismatch(last if state else None):
         run = Run(config, data)
         if state:
             run.restore(state)
     if workers.leads:
-        run_dir.begin(config, data, run.history)
-        print(run_dir.describe(config, data, run.images, run.epoch), flush=True)
+        run_dir.prepare(config, data, run.history)
+        print(run_dir.describe(config, data, run.image_count, run.epoch), flush=True)
     return run, state
 
 
 def finish(run: Run, state: dict) -> None:
     """Put the classifier and parts of Pegasi into the checkpoint of a finished run.
 
-    state: of its last save. It draws without them already.
+    state: of its last save, from which sample.py can draw without them already.
     """
     config = run.config
     if not config.judge:
@@ -221,12 +237,12 @@ def main(argv: list[str] | None = None) -> int:
     config, given = cli.parse(TrainConfig, argv, __doc__)
     workers = Workers(device.resolve_device(config.device))
     folder = Path(config.run)
-    if workers.restarts and run_dir.same_job(folder):
+    if workers.restarts and run_dir.same_job(folder):  # a lost process was replaced
         config = replace(config, resume=True, overwrite=False)
     stop = StopSignal()
     with run_dir.lock(folder) if workers.leads else contextlib.nullcontext():
-        try:  # a process that ends without leaving its group may abort, and hide why
-            run, state = begin(config, given, workers)
+        try:  # leave the group on errors too: its abort would hide them
+            run, state = open_run(config, given, workers)
             state = train(run, state, workers, stop)
         finally:
             workers.leave()
@@ -236,7 +252,7 @@ def main(argv: list[str] | None = None) -> int:
         if workers.leads and not stop.asked:
             stop.release()
             finish(run, state)
-    return 128 + stop.agreed if stop.agreed else 0
+    return (128 + stop.agreed) if stop.agreed else 0  # as a shell reports a signal
 
 
 if __name__ == "__main__":

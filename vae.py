@@ -1,4 +1,4 @@
-"""The variational autoencoder: two networks and one objective, in nats an image.
+"""The variational autoencoder: two networks, and the terms of their loss.
 
 The paper, "Winged Horses with a Vanilla Variational Auto encoder", trains the VAE of
 Kingma and Welling (2014) with a squared error:
@@ -7,7 +7,10 @@ Kingma and Welling (2014) with a squared error:
     xhat = decoder(z),  z ~ N(mu, exp(logvar)),  mu, logvar = encoder(x)
 
 That is `VAE("mlp", "mse")`. `VAE("conv", "gaussian", (8, 8, 8))` draws better pictures:
-a small residual network, a pixel variance that is measured, a grid of latents.
+a residual network, a measured pixel variance, latents in 8 channels of 8 x 8.
+AutoencoderStage.loss in pegasus/training/stages.py adds up the loss, in nats per image.
+Checkpoints rely on the names of modules here, variants.py on the encoder's last and the
+decoder's first layer, accelerate.py on GroupNorm followed by SiLU in nn.Sequential.
 """
 import math
 from typing import NamedTuple
@@ -17,24 +20,24 @@ import reparam
 import torch
 from torch import Tensor, nn
 
-IMAGE = (3, 32, 32)
-PIXELS = 3072  # values of an image
+IMAGE_SHAPE = (3, 32, 32)
+IMAGE_VALUES = 3072
 CHANNELS = (64, 64)  # of the convolutional network, at 16 x 16 and at 8 x 8
 
 
 class Terms(NamedTuple):
-    """The objective's parts for each image, float32 (B,)."""
+    """The parts of the loss for each image, float32 (B,)."""
     rate: Tensor  # the KL divergence, nats
-    sse: Tensor  # squared error summed over an image's values in [0, 1]
+    sse: Tensor  # squared error, summed over values in [0, 1]; see VAE.distortion
 
 
-def mlp(latent: tuple[int, ...]) -> tuple[nn.Sequential, nn.Sequential]:
-    """Build the paper's encoder and decoder, 512 ReLU units each."""
-    (size,) = latent
-    encoder = [nn.Flatten(), nn.Linear(PIXELS, 512), nn.ReLU()]
-    encoder += [nn.Linear(512, 2 * size)]  # mu beside logvar
-    decoder = [nn.Linear(size, 512), nn.ReLU(), nn.Linear(512, PIXELS)]
-    decoder += [nn.Unflatten(1, IMAGE)]
+def build_mlp(latent: tuple[int, ...]) -> tuple[nn.Sequential, nn.Sequential]:
+    """Build the paper's encoder, and its decoder to logits, for a vector of latents."""
+    size = latent[0]
+    encoder = [nn.Flatten(), nn.Linear(IMAGE_VALUES, 512), nn.ReLU()]
+    encoder += [nn.Linear(512, 2 * size)]  # mu, then logvar
+    decoder = [nn.Linear(size, 512), nn.ReLU(), nn.Linear(512, IMAGE_VALUES)]
+    decoder += [nn.Unflatten(1, IMAGE_SHAPE)]
     return nn.Sequential(*encoder), nn.Sequential(*decoder)
 
 
@@ -56,7 +59,7 @@ class Residual(nn.Module):
         return x + self.body(x)
 
 
-def conv(latent: tuple[int, ...]) -> tuple[nn.Sequential, nn.Sequential]:
+def build_conv(latent: tuple[int, ...]) -> tuple[nn.Sequential, nn.Sequential]:
     """Build a residual encoder and decoder around a grid of 8 x 8.
 
     latent: (channels, 8, 8), or (size,) for a vector, which adds a linear layer at
@@ -72,7 +75,7 @@ def conv(latent: tuple[int, ...]) -> tuple[nn.Sequential, nn.Sequential]:
         Residual(coarse),
         nn.GroupNorm(8, coarse),
         nn.SiLU(),
-        nn.Conv2d(coarse, 2 * channels, 1),  # mu beside logvar
+        nn.Conv2d(coarse, 2 * channels, 1),  # mu, then logvar
     ]
     decoder = [
         nn.Conv2d(channels, coarse, 3, padding=1),
@@ -92,21 +95,21 @@ def conv(latent: tuple[int, ...]) -> tuple[nn.Sequential, nn.Sequential]:
 
 
 def gaussian_nll(sse: Tensor, variance: Tensor) -> Tensor:
-    """Return -log N(x; xhat, variance I) in nats an image, (B,).
+    """Return -log N(x; xhat, variance I) in nats per image.
 
-    One variance for all values. With the batch's mean squared error, its optimum, this
-    is the objective of sigma-VAE (Rybkin et al. 2021, section 3).
+    One variance for all values. The best one is the mean squared error; with the batch's
+    this is the objective of sigma-VAE (Rybkin et al. 2021, section 3).
     """
-    return sse / (2 * variance) + PIXELS / 2 * torch.log(2 * math.pi * variance)
+    return sse / (2 * variance) + IMAGE_VALUES / 2 * torch.log(2 * math.pi * variance)
 
 
 def bits_per_dim(sse: Tensor, rate: Tensor, variance: Tensor) -> Tensor:
-    """Return bits for each of an image's 3,072 bytes, up to the binning of pixels."""
-    nats = (gaussian_nll(sse, variance) + rate) / PIXELS + math.log(256)
+    """Return bits for each of an image's bytes, taking their values as continuous."""
+    nats = (gaussian_nll(sse, variance) + rate) / IMAGE_VALUES + math.log(256)
     return nats / math.log(2)
 
 
-NETWORKS = {"mlp": mlp, "conv": conv}
+NETWORKS = {"mlp": build_mlp, "conv": build_conv}
 LIKELIHOODS = ("mse", "gaussian")
 
 
@@ -122,7 +125,7 @@ class VAE(nn.Module):
         self.latent_size = math.prod(latent)
         self.likelihood = likelihood
         self.encoder, self.decoder = NETWORKS[arch](latent)
-        self.register_buffer("variance", torch.tensor(0.5))  # of a pixel, once measured
+        self.register_buffer("variance", torch.tensor(0.5))  # set after each epoch
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Encode images in [0, 1] to mu and logvar, float32 (B, latent_size)."""
@@ -136,27 +139,27 @@ class VAE(nn.Module):
     def forward(
         self, x: Tensor, seed: Tensor, row_offset: int = 0, progress: Tensor | None = None
     ) -> Terms:
-        """Return rate and squared error of images (B, 3, 32, 32), one sample of z each.
+        """Return rate and squared error of images (B, 3, 32, 32), with one z each.
 
-        seed, row_offset: the noise, as in `reparam.reparameterize_kl`.
-        progress: of the training, 0 to 1; for subclasses whose training changes.
+        seed (int64, one element) and row_offset (of x's first row in the whole batch)
+        decide the noise. progress: of training, 0 to 1, for ConditionalVAE alone.
         """
         mu, logvar = self.encode(x)
         z, rate = reparam.reparameterize_kl(mu, logvar, seed, row_offset)
         return Terms(rate, squared_error(x, self.decode(z)))
 
     def distortion(self, sse: Tensor, variance: Tensor) -> Tensor:
-        """Return the loss's other part: squared error, or nats at a pixel variance."""
-        if self.likelihood == "mse":  # the paper's: a variance of 1/2, up to a constant
+        """Return the reconstruction term: squared error, or nats at a pixel variance."""
+        if self.likelihood == "mse":  # gaussian_nll at 1/2, less a constant
             return sse
         return gaussian_nll(sse, variance)
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """Decode images again from their posterior means, (B, 3, 32, 32)."""
+        """Encode images and decode their posterior means, (B, 3, 32, 32)."""
         mu, _ = self.encode(x)
         return self.decode(mu)
 
-    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def posterior_moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return posterior means (B, d) and the mean of the covariances, float64 (d, d)."""
         mu, logvar = self.encode(x)
         return mu, logvar.exp().double().mean(0).diag()
@@ -172,6 +175,6 @@ def from_bytes(images: Tensor) -> Tensor:
     return images.float().div_(255)
 
 
-def noise(n: int, size: int, seed: int) -> Tensor:
+def sampling_noise(n: int, size: int, seed: int) -> Tensor:
     """Return standard normals (n, size); row i is a function of (seed, i) alone."""
     return reparam.normals(n, size, torch.tensor(seed))

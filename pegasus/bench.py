@@ -187,7 +187,7 @@ def usual_epoch(
         mu, logvar = model.encode(x)
         z, kl = eager(mu, logvar, None)
         sse = (x - model.decode(z)).pow(2).flatten(1).sum(1)
-        variance = sse.detach().mean() / vae.PIXELS
+        variance = sse.detach().mean() / vae.IMAGE_VALUES
         loss = (model.distortion(sse, variance) + kl).mean()
         optimizer.zero_grad()
         loss.backward()

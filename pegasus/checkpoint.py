@@ -46,7 +46,7 @@ def save(path: Path, state: dict) -> None:
         try:
             torch.save(state | {"format": FORMAT}, file)
         except RuntimeError as error:  # torch's own for a failed write
-            raise error.__context__ or error from None  # the OSError says why
+            raise error.__context__ or error from None  # the OSError before it says why
         file.flush()
         os.fsync(file.fileno())
     sync_folder(path.resolve().parent)
@@ -136,10 +136,10 @@ def not_finite(state: object, name: str = "") -> str:
 
 
 @contextlib.contextmanager
-def matching(path: Path | None) -> Iterator[None]:
-    """Make a UserError of the errors of a state that does not fit this program.
+def explain_mismatch(path: Path | None) -> Iterator[None]:
+    """Explain, as a UserError, errors of a state that does not fit this program.
 
-    Without a file to name they pass.
+    Without a file to name they pass as they are.
     """
     try:
         yield
@@ -204,7 +204,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{source}: has no learned prior, so drawing needs nearly all of it; "
             "use it as it is"
         )
-    with matching(source):
+    with explain_mismatch(source):
         state = compact(state)
     save(out, state)
     print(f"{out}: {out.stat().st_size / 2**20:.1f} MiB")

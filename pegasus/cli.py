@@ -81,10 +81,10 @@ def in_range(
 ) -> bool:
     """Return whether a number is finite, fits into 64 bits and lies in a range."""
     if isinstance(value, int):
-        finite = -(2**63) <= value < 2**63
+        fits = -(2**63) <= value < 2**63
     else:
-        finite = math.isfinite(value)
-    return finite and value >= least and value > above and value <= most
+        fits = math.isfinite(value)
+    return fits and value >= least and value > above and value <= most
 
 
 def number(kind: type, **limits: float) -> Callable[[str], int | float]:
@@ -180,10 +180,7 @@ def parse(
 
 
 def check(config: object) -> None:
-    """Hold options that come out of a file to what a command line may give.
-
-    Raises ValueError.
-    """
+    """Check options out of a file as the command line would. Raises ValueError."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         kind = option_type(field)

@@ -22,15 +22,15 @@ def resolve_device(name: str) -> str:
 
 
 def supports_bfloat16(device: str) -> bool:
-    """Return whether a device multiplies bfloat16 matrices faster than others.
+    """Return whether a device multiplies matrices faster in bfloat16 than in float32.
 
     Of x86-64 processors those with AVX512_BF16 do. oneDNN counts others too, which
     emulate it or have no gradients in it.
     """
     if device == "cuda":
         return torch.cuda.is_bf16_supported(False)
-    has_avx2 = torch.cpu._is_avx2_supported()
-    if has_avx2 and not torch.cpu._is_avx512_bf16_supported():
+    is_x86 = torch.cpu._is_avx2_supported()
+    if is_x86 and not torch.cpu._is_avx512_bf16_supported():
         return False
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 

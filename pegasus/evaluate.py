@@ -144,7 +144,7 @@ def posterior_samples(
     rows = []
     for i in range(k):
         noise_seed = reparam.derive_seed(seed, i, BOUND)
-        eps = vae.noise(len(x), parts[0].mu.shape[1], noise_seed)
+        eps = vae.sampling_noise(len(x), parts[0].mu.shape[1], noise_seed)
         inputs = (x, eps, model.variance, log_likelihood)
         terms = [sample_component(part, *inputs) for part in parts]
         log_p, log_weight = (torch.stack(values) for values in zip(*terms, strict=True))
@@ -181,7 +181,7 @@ def bounds(
         distortion = -samples.log_likelihood.mean(0)
         rows.append(torch.stack([-elbo, -tighter, rate, distortion]))
     elbo, tighter, rate, distortion = torch.cat(rows, 1).mean(1).tolist()
-    bits = vae.PIXELS * math.log(2)
+    bits = vae.IMAGE_VALUES * math.log(2)
     return {
         "bits_per_dim_elbo": elbo / bits,
         "bits_per_dim_iw": tighter / bits,

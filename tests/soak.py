@@ -33,13 +33,13 @@ def open_files() -> int:
 def measure(epochs: int) -> list[tuple[float, int]]:
     """Train; return memory and open files after each epoch."""
     measured = []
-    log_epoch = train.log_epoch
+    finish_epoch = train.finish_epoch
 
     def log_and_measure(*args: object) -> None:
-        log_epoch(*args)
+        finish_epoch(*args)
         measured.append((memory(), open_files()))
 
-    train.log_epoch = log_and_measure
+    train.finish_epoch = log_and_measure
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "data")
         synthetic.write(data, train=625, test=125)  # four in five are horses or birds

@@ -276,7 +276,7 @@ def run_velocity(velocity: nn.Module) -> Tensor:
 
 
 def run_vae(model: nn.Module) -> Tensor:
-    x = torch.rand(5, *vae.IMAGE, generator=torch.Generator().manual_seed(2))
+    x = torch.rand(5, *vae.IMAGE_SHAPE, generator=torch.Generator().manual_seed(2))
     return torch.stack(model(x, torch.tensor(7)))
 
 
@@ -367,6 +367,6 @@ def test_the_classifier_can_be_accelerated():
     plain = classifier.Classifier()
     fast = copy.deepcopy(plain)
     accelerate(fast)
-    images = torch.rand(3, *vae.IMAGE)
+    images = torch.rand(3, *vae.IMAGE_SHAPE)
     for a, b in zip(*(classifier.classify(c, images) for c in (plain, fast)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)

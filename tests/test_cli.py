@@ -200,7 +200,7 @@ def test_options_out_of_a_file_that_no_command_line_gives(change):
 
 def test_a_full_gpu_is_told_in_one_sentence(complaint):
     def main(_: list[str]) -> None:
-        with checkpoint.matching(ROOT / "last.pt"):
+        with checkpoint.explain_mismatch(ROOT / "last.pt"):
             text = "CUDA out of memory. Tried to allocate 2.00 GiB"
             raise torch.OutOfMemoryError(text)
 

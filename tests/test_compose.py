@@ -1,5 +1,5 @@
 import vae
-from pegasus.drawing import collage, compose
+from pegasus.drawing import wing_shapes, compose
 from pegasus.models.flow_prior import FlowPrior
 
 import pytest
@@ -8,7 +8,7 @@ import torch
 SKY = torch.tensor([0.8, 0.9, 1.0])
 DARK_SKY = torch.tensor([0.05, 0.05, 0.1])
 BROWN = torch.tensor([0.4, 0.2, 0.1])
-BLUE = torch.tensor(collage.SKY)
+BLUE = torch.tensor(wing_shapes.SKY)
 CLASSES = ("horse", "bird")
 
 
@@ -42,7 +42,7 @@ def close(a, b, atol):
 
 
 def test_a_silhouette_is_what_is_unlike_the_border():
-    mask = collage.silhouettes(scene(SKY, (12, 20, 8, 24)))[0, 0]
+    mask = wing_shapes.silhouettes(scene(SKY, (12, 20, 8, 24)))[0, 0]
     assert mask[14:18, 10:22].min() > 0.8
     assert torch.cat([mask[:9], mask[23:]]).max() < 0.05
 
@@ -52,78 +52,78 @@ def test_a_silhouette_is_what_is_unlike_the_border():
 )
 def test_wings_stand_upright_however_the_bird_flies(box):
     """Stretched to one form, so both are nearly the same wing."""
-    wing, overlap = collage.make_wings(scene(SKY, box))
+    wing, overlap = wing_shapes.make_wings(scene(SKY, box))
     mask = wing[0, 0]
     assert mask.shape == (32, 32)
     assert 0 < overlap.item() <= 1
     assert mask[16].sum() > 10
     assert mask[:, 16].sum() > 20
     turned = scene(SKY, (box[2], box[3], box[0], box[1]))
-    close(mask, collage.make_wings(turned)[0][0, 0], atol=0.2)
+    close(mask, wing_shapes.make_wings(turned)[0][0, 0], atol=0.2)
 
 
 def test_outline_finds_the_back_and_the_head():
-    sky, first, back = collage.outline(horse())
+    sky, first, back = wing_shapes.outline(horse())
     torch.testing.assert_close(sky[0], SKY)
     assert abs(back.item() - 15) <= 1
     assert first[0, 6] < first[0, 16]
-    assert first[0, 30] == collage.SIZE
-    left, right = collage.head_pixels(horse())[0]
+    assert first[0, 30] == wing_shapes.SIZE
+    left, right = wing_shapes.head_pixels(horse())[0]
     assert left > right + 5
-    left, right = collage.head_pixels(horse().flip(3))[0]
+    left, right = wing_shapes.head_pixels(horse().flip(3))[0]
     assert right > left + 5
 
 
 def test_a_whole_horse_ranks_before_a_cut_one():
-    whole = collage.body_score(horse())
-    assert whole > collage.body_score(scene(SKY, (15, 32, 0, 32)))
+    whole = wing_shapes.body_score(horse())
+    assert whole > wing_shapes.body_score(scene(SKY, (15, 32, 0, 32)))
     ground = horse()  # of the coat's color, as where the middle shows nothing else
     ground[..., 29:, :] = ground[..., 20:21, 16:17]
-    assert whole > collage.body_score(ground) + 1
+    assert whole > wing_shapes.body_score(ground) + 1
     headless = horse(right=5)
-    assert whole > collage.body_score(headless) + 1
+    assert whole > wing_shapes.body_score(headless) + 1
     broad = horse()  # as the picture
     broad[..., 15:22, :] = broad[..., 20:21, 16:17]
-    assert whole > collage.body_score(broad) + 1
+    assert whole > wing_shapes.body_score(broad) + 1
 
 
 def test_a_calm_sky_ranks_before_a_noisy_one():
     noisy = horse()
     generator = torch.Generator().manual_seed(0)
     noisy[:, :, :9] = torch.rand(1, 3, 9, 32, generator=generator)
-    assert collage.sky_score(horse()) > collage.sky_score(noisy)
+    assert wing_shapes.sky_score(horse()) > wing_shapes.sky_score(noisy)
 
 
 @pytest.mark.parametrize("down", [-8, -4, 0])
 def test_room_above_the_back_wherever_it_was(down):
-    roomy = collage.make_room(horse(down))
+    roomy = wing_shapes.make_room(horse(down))
     assert roomy.shape == (1, 3, 32, 32)
-    assert abs(collage.outline(roomy)[2].item() - 15) <= 1
+    assert abs(wing_shapes.outline(roomy)[2].item() - 15) <= 1
     close(roomy[0, :, 2, 16], SKY, atol=0.01)
 
 
 def test_skies_turn_blue():
     before = horse()
-    after = collage.paint_sky(before)
+    after = wing_shapes.paint_sky(before)
     close(after[0, :, 2, 16], BLUE, atol=0.05)
     close(after[0, :, 17:], before[0, :, 17:], atol=0.2)
     before = light_horse()
-    after = collage.paint_sky(before)
+    after = wing_shapes.paint_sky(before)
     close(after[0, :, 2, 16], BLUE, atol=0.05)
     close(after[0, :, 10:15, 6:8], before[0, :, 10:15, 6:8], atol=0.05)
 
 
 def test_skies_like_the_coat_stay():
     night = horse(sky=DARK_SKY)
-    assert collage.paint_sky(night).equal(night)
+    assert wing_shapes.paint_sky(night).equal(night)
     light = 1 - night
-    assert collage.paint_sky(light).equal(light)
+    assert wing_shapes.paint_sky(light).equal(light)
 
 
 def test_wings_lie_on_the_back_and_leave_the_rest():
-    wing, _ = collage.make_wings(bird())
-    before = collage.paint_sky(horse())
-    after, cover = collage.add_wings(before, wing)
+    wing, _ = wing_shapes.make_wings(bird())
+    before = wing_shapes.paint_sky(horse())
+    after, cover = wing_shapes.add_wings(before, wing)
     assert after.min() >= 0
     assert after.max() <= 1
     assert cover[0, 0, :15].sum() > 40
@@ -141,10 +141,10 @@ def test_wings_lie_on_the_back_and_leave_the_rest():
 
 
 def test_the_far_wing_is_behind_the_head_and_the_near_one_before_the_back():
-    wing, _ = collage.make_wings(bird())
-    before = collage.paint_sky(horse(right=14))
-    after, cover = collage.add_wings(before, wing)
-    _, free = collage.add_wings(collage.paint_sky(horse()), wing)
+    wing, _ = wing_shapes.make_wings(bird())
+    before = wing_shapes.paint_sky(horse(right=14))
+    after, cover = wing_shapes.add_wings(before, wing)
+    _, free = wing_shapes.add_wings(wing_shapes.paint_sky(horse()), wing)
     assert free[..., 9:14, 11:13].max() > 0.9  # where it is without such a head
     assert cover[..., 9:15, 5:13].max() < 0.1
     close(after[..., 9:15, 5:12], before[..., 9:15, 5:12], atol=0.05)
@@ -152,10 +152,10 @@ def test_the_far_wing_is_behind_the_head_and_the_near_one_before_the_back():
 
 
 def test_the_far_wing_is_in_shade_beside_a_light_coat():
-    wing, _ = collage.make_wings(bird())
-    dark, dark_cover = collage.add_wings(collage.paint_sky(horse()), wing)
-    light_coat = collage.paint_sky(light_horse(color=0.95))
-    light, light_cover = collage.add_wings(light_coat, wing)
+    wing, _ = wing_shapes.make_wings(bird())
+    dark, dark_cover = wing_shapes.add_wings(wing_shapes.paint_sky(horse()), wing)
+    light_coat = wing_shapes.paint_sky(light_horse(color=0.95))
+    light, light_cover = wing_shapes.add_wings(light_coat, wing)
     covered = (torch.minimum(dark_cover, light_cover) > 0.95)[0, 0]
     far = covered.clone()
     far[:, 16:] = False
@@ -172,11 +172,11 @@ def test_horses_of_the_coat_that_is_wanted_are_preferred(brightness):
     horses = pair.repeat(3, 1, 1, 1).flip(3)
     chosen = compose.choose_horses(horses, None, (), 3, brightness)
     assert len(chosen) == 3
-    is_light = collage.coat_color(chosen).mean(1) > 0.6
+    is_light = wing_shapes.coat_color(chosen).mean(1) > 0.6
     assert (is_light == (brightness > 0)).all()
-    left, right = collage.head_pixels(chosen).unbind(1)
+    left, right = wing_shapes.head_pixels(chosen).unbind(1)
     assert (left > right + 5).all()
-    back = collage.outline(chosen)[2]
+    back = wing_shapes.outline(chosen)[2]
     assert ((back - 15).abs() <= 1).all()
     close(chosen[:, :, 2, 16], BLUE.expand(3, 3), atol=0.05)
 
@@ -241,7 +241,7 @@ def test_wings_are_resampled_as_a_bird_all_else_as_a_horse(trio, monkeypatch, st
     images = torch.rand(1, 3, 32, 32)
     compose.resample(model, prior, images, cover, torch.zeros(1, 128), 3, steps)
     weights, *rest = calls[0]
-    assert rest == [compose.START, left]
+    assert rest == [compose.START_TIME, left]
     assert list(weights) == [3, 1]
     wing = weights[1].view(2, 8, 8)
     assert wing[..., :4].eq(2).all()

@@ -141,7 +141,7 @@ def test_what_processes_do_together():
         import torch
         from pegasus.training.distributed import Workers
         workers = Workers("cpu")
-        print(workers.sum(torch.tensor([1.0, workers.rank])).tolist())
+        print(workers.sum_(torch.tensor([1.0, workers.rank])).tolist())
         print(workers.max(15 * workers.rank, "cpu"), workers.max(0, "cpu"))
         rows = workers.share(5)
         print(list(range(5))[rows] == [[0, 1], [2, 3, 4]][workers.rank])
@@ -151,7 +151,7 @@ def test_what_processes_do_together():
         workers.sum_gradients([p])
         print(p.grad.tolist())
         try:
-            workers.first(lambda: 1 / 0)
+            workers.leader_first(lambda: 1 / 0)
         except ZeroDivisionError:
             print("alike")
         workers.leave()"""
@@ -170,9 +170,9 @@ def test_alone_a_process_is_a_group_of_one(monkeypatch):
     workers = Workers("cpu")
     assert (workers.rank, workers.size, workers.leads) == (0, 1, True)
     tensor = torch.ones(3)
-    assert workers.sum(tensor) is tensor
+    assert workers.sum_(tensor) is tensor
     assert workers.max(15, "cuda") == 15  # without asking a GPU
-    assert workers.first(lambda: 7) == 7
+    assert workers.leader_first(lambda: 7) == 7
     assert workers.share(5) == slice(0, 5)
     workers.leave()
 

@@ -97,7 +97,7 @@ def test_bounds_of_a_model():
     model.variance.fill_(0.05)
     images = torch.randint(40, 216, (30, 3, 32, 32), dtype=torch.uint8)
     figures = evaluate.bounds(model, images, 16, seed=3, batch_size=7)
-    both = (figures["rate"] + figures["distortion"]) / (vae.PIXELS * math.log(2))
+    both = (figures["rate"] + figures["distortion"]) / (vae.IMAGE_VALUES * math.log(2))
     assert figures["bits_per_dim_elbo"] == pytest.approx(both, abs=1e-3)
     assert figures["bits_per_dim_iw"] < figures["bits_per_dim_elbo"]
     with torch.no_grad():

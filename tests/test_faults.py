@@ -175,7 +175,7 @@ def test_killed_runs_end_with_the_same_bits(batches, tmp_path):
 
 def after_begin(monkeypatch: pytest.MonkeyPatch, change: Callable[[], object]) -> None:
     """Do something once a run has begun and written its config.json and log.csv."""
-    begin = run_dir.begin
+    begin = run_dir.prepare
 
     def begin_and_change(*args: object) -> None:
         begin(*args)

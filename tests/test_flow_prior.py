@@ -162,17 +162,17 @@ def test_classes_hidden():
     """
     both = torch.tensor([[0, 2]]).repeat(20_000, 1)
     seed = torch.tensor(9)
-    picked = flow_prior.drop_labels(both, 4, seed, 0)
+    picked = flow_prior.choose_labels(both, 4, seed, 0)
     shares = [(picked == number).double().mean().item() for number in (4, 0, 2)]
     assert shares == pytest.approx([0.15, 0.425, 0.425], abs=0.01)
-    assert picked[100:].equal(flow_prior.drop_labels(both[100:], 4, seed, 100))
-    assert not picked.equal(flow_prior.drop_labels(both, 4, torch.tensor(10), 0))
+    assert picked[100:].equal(flow_prior.choose_labels(both[100:], 4, seed, 100))
+    assert not picked.equal(flow_prior.choose_labels(both, 4, torch.tensor(10), 0))
 
 
 def test_images_with_and_without_a_coat_count_alike_for_their_class():
     both = torch.tensor([[0, 2]]).repeat(20_000, 1)
     both[::2, 1] = 0  # half of them have no coat
-    picked = flow_prior.drop_labels(both, 4, torch.tensor(9), 0)
+    picked = flow_prior.choose_labels(both, 4, torch.tensor(9), 0)
     weights = flow_prior.label_weights(picked, both)
     of_class = weights * (picked == 0)
     without = of_class[::2].sum().item()
@@ -201,7 +201,7 @@ def test_samples_follow_the_average_in_chunks(start):
     weights = {0: torch.rand(70, 1), 1: 0.5}
     got = flow_prior.sample_ode(prior, weights, z, start, 3)
     times = [start + (1 - start) * i / 3 for i in range(4)]
-    field = flow_prior.guided_velocity(prior.ema, prior.none, weights)
+    field = flow_prior.guided_velocity(prior.ema, prior.unconditional, weights)
     with torch.no_grad(), flow_prior.device.fast_autocast(z):
         wanted = flow_prior.integrate(field, z, times)
     torch.testing.assert_close(got, wanted, rtol=0.02, atol=0.05)
@@ -227,7 +227,7 @@ def toy_stage(velocity: nn.Module, **attributes: object) -> PriorStage:
     stage = PriorStage.__new__(PriorStage)
     stage.config = TrainConfig(device="cpu", precision="float32")
     stage.network = velocity
-    stage.prior = SimpleNamespace(normalize=lambda z: z, none=2, ema=velocity)
+    stage.prior = SimpleNamespace(normalize=lambda z: z, unconditional=2, ema=velocity)
     stage.workers = Workers("cpu")
     for name, value in attributes.items():
         setattr(stage, name, value)
@@ -244,7 +244,7 @@ def test_gradients_are_of_the_weighted_loss():
     stage = toy_stage(toy, posteriors=posteriors, labels=both)
     loss, sums = stage.loss(Batch(rows, None, 80, 0, seeds, torch.tensor(0.0)))
     got = torch.autograd.grad(loss, list(toy.parameters()))
-    labels = flow_prior.drop_labels(both[rows], 2, seeds[3], 0)
+    labels = flow_prior.choose_labels(both[rows], 2, seeds[3], 0)
     weights = flow_prior.label_weights(labels, both[rows])
     error = stage.matching_loss(toy, posteriors[:, rows], labels, seeds[:3], 0)
     wanted = torch.autograd.grad((weights * error).sum() / 80, list(toy.parameters()))
@@ -281,7 +281,7 @@ def train_toy(toy: Toy) -> None:
     stage = toy_stage(toy)
     for step in range(1200):
         optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / 1200)
-        labels = flow_prior.drop_labels(both, 2, torch.tensor(step), 0)
+        labels = flow_prior.choose_labels(both, 2, torch.tensor(step), 0)
         seeds = torch.tensor([3 * step, 3 * step + 1, 3 * step + 2])
         loss = stage.matching_loss(toy, posteriors, labels, seeds, 0).mean()
         optimizer.zero_grad()

@@ -178,7 +178,7 @@ def test_nine_in_a_row_do_not(batches, tmp_path, spoil):
 
 def count(step_guard: StepGuard, norm: float, loss: float = 2.0) -> float:
     sums = torch.tensor([loss, 1.0, 0.5])
-    return step_guard.count(torch.tensor(norm), sums, 10).item()
+    return step_guard.record(torch.tensor(norm), sums, 10).item()
 
 
 def test_sums_and_means_are_of_the_steps_taken():

@@ -12,7 +12,7 @@ import train
 import vae
 from pegasus.cli import UserError
 from pegasus.data import cifar10
-from pegasus.drawing import collage, compose, plots, sampler
+from pegasus.drawing import wing_shapes, compose, plots, sampler
 from pegasus.drawing.sampler import SampleConfig, Sampler
 from pegasus.models import flow_prior, gaussians
 from pegasus.models.classifier import Classifier, classify, pegasus_score
@@ -293,7 +293,7 @@ def test_best_of_a_coat_have_the_score_and_the_coat(plain, coat, sign):
     config = SampleConfig(n=64, seed=3, coat=coat)
     images = sampler.sample(plain, config)
     best = sampler.sample(plain, replace(config, best=8))
-    light = [collage.coat_color(x).mean() for x in (best, images)]
+    light = [wing_shapes.coat_color(x).mean() for x in (best, images)]
     assert sign * (light[0] - light[1]) > 0
     like = []
     for x in (best, images):

@@ -15,7 +15,7 @@ from pegasus.drawing.sampler import SampleConfig
 from pegasus.models import classifier
 from pegasus.training import config as training_config
 from pegasus.training import run_dir, stages
-from pegasus.training.config import TrainConfig, resume_config, split
+from pegasus.training.config import TrainConfig, resume_config, first_stage_epochs
 from pegasus.training.distributed import Workers
 from pegasus.training.run import Run
 from pegasus.training.stages import Batch, PriorStage
@@ -79,7 +79,7 @@ def test_gather_mirrors_and_scales():
     assert x.equal(torch.stack([images[4].flip(2), images[0]]) / 255)
     assert stages.gather(images, torch.tensor([1]), None).equal(images[1:2] / 255)
     nothing = torch.zeros(0, dtype=torch.int64)
-    assert stages.gather(images, nothing, nothing.bool()).shape == (0, *vae.IMAGE)
+    assert stages.gather(images, nothing, nothing.bool()).shape == (0, *vae.IMAGE_SHAPE)
 
 
 def test_a_process_gets_its_rows_of_a_batch():
@@ -161,7 +161,7 @@ def test_the_autoencoders_loss_is_its_objective(run, batches, tmp_path):
     batch = Batch(rows, None, 3, 0, torch.tensor([4]), torch.tensor(0.0))
     loss, sums = stage.loss(batch)
     terms = model(resumed.data.images[rows] / 255, torch.tensor(4))
-    variance = terms.sse.mean() / vae.PIXELS
+    variance = terms.sse.mean() / vae.IMAGE_VALUES
     nll = vae.gaussian_nll(terms.sse, variance)
     torch.testing.assert_close(loss, (nll + 0.5 * terms.rate).mean())
     wanted = torch.stack([nll.sum(), terms.rate.sum(), terms.sse.sum()])
@@ -363,7 +363,7 @@ def test_how_epochs_of_a_resumed_run_are_split(run):
     """
     def parts(state: dict, **given: int) -> tuple[int, int]:
         config = resume_config(TrainConfig(**given), set(given), state)
-        return split(config), config.epochs
+        return first_stage_epochs(config), config.epochs
 
     state = checkpoint.load(run / "last.pt")
     assert parts(state, epochs=300) == (1, 300)

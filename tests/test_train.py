@@ -14,7 +14,7 @@ from pegasus import checkpoint
 from pegasus.data import cifar10, datasets, synthetic
 from pegasus.drawing import sampler
 from pegasus.training import config as training_config
-from pegasus.training import progress, stages
+from pegasus.training import progress, signals, stages
 from pegasus.training.config import TrainConfig
 
 import pytest
@@ -104,17 +104,14 @@ inputs = train.step_inputs
 train.step_inputs = lambda *given: (time.sleep(0.02), inputs(*given))[1]
 cli.run(train.main)
 """
-SELDOM = ("--save-seconds", 60)
+LONG = ("--epochs", 24, "--flip", "--no-judge", "--resume")
 
 
-def start(
-    folder: Path, batches: Path, *argv: object, script: tuple = ("-c", STEADY)
-) -> subprocess.Popen:
-    """Start train.py, which saves twice a second, as a process of its own."""
-    options = ("--batch-size", 50, "--resume", "--arch", "mlp", "--flip", "--no-judge")
-    lengths = ("--epochs", 24, "--save-seconds", 0.5)
+def start(folder: Path, batches: Path, *argv: object) -> subprocess.Popen:
+    """Start a process that trains for long and saves twice a second."""
     places = ("--run", folder, "--data", batches)
-    command = [sys.executable, *script, *places, *options, *lengths, *argv]
+    options = ("--batch-size", 50, "--arch", "mlp", "--save-seconds", 0.5, *LONG, *argv)
+    command = [sys.executable, "-c", STEADY, *places, *options]
     settings = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([str(word) for word in command], cwd=ROOT, **settings)
 
@@ -140,17 +137,28 @@ def interrupt(folder: Path, batches: Path, signum: int) -> int:
 
 
 def test_interrupted_and_killed_runs_end_with_the_same_bits(batches, tmp_path):
-    whole = start(tmp_path / "whole", batches, *SELDOM, script=("train.py",))
-    statuses = {signal.SIGINT: 130, signal.SIGKILL: -9}  # SIGTERM: see below
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # not under nohup
-        statuses[signal.SIGHUP] = 129
-    for signum, status in statuses.items():
+    for signum, status in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
         assert interrupt(tmp_path / "broken", batches, signum) == status
-    broken = start(tmp_path / "broken", batches, *SELDOM, script=("train.py",))
-    for process in (whole, broken):
-        output = process.communicate(timeout=120)[0]
-        assert process.returncode == 0, output
+    for name in ("broken", "whole"):
+        assert train_mlp(tmp_path / name, "--data", batches, *LONG) == 0
     same(tmp_path / "whole", tmp_path / "broken")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_first_signal_is_noted_and_the_second_ends_the_process(monkeypatch, signum):
+    """Terminals hang up twice: the second SIGHUP is ignored."""
+    wanted = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    monkeypatch.setattr(signals, "WANTED", wanted)  # also under nohup
+    stop = signals.StopSignal()
+    stop.listen()
+    assert stop.asked == 0
+    signal.raise_signal(signum)
+    assert stop.asked == signum
+    hangup = signum == signal.SIGHUP
+    assert signal.getsignal(signum) == (signal.SIG_IGN if hangup else signal.SIG_DFL)
+    stop.release()
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_run_that_nobody_reads_saves_and_stops(batches, tmp_path):
@@ -379,7 +387,7 @@ def step(network: nn.Module, optimizer: Adam, number: int) -> None:
     optimizer.step()
 
 
-def moments(optimizer: Adam) -> dict:
+def posterior_moments(optimizer: Adam) -> dict:
     return copy.deepcopy(optimizer.state_dict()["state"])
 
 
@@ -471,9 +479,9 @@ def test_gradients_are_divided_by_their_scale():
 
 
 def test_how_far_gradients_are_clipped():
-    assert train.clip_scale(torch.tensor(5.0), None) is None
-    assert train.clip_scale(torch.tensor(5.0), 2.0).item() == 2.5
-    assert train.clip_scale(torch.tensor(0.5), 2.0).item() == 1.0
+    assert train.clip_divisor(torch.tensor(5.0), None) is None
+    assert train.clip_divisor(torch.tensor(5.0), 2.0).item() == 2.5
+    assert train.clip_divisor(torch.tensor(0.5), 2.0).item() == 1.0
 
 
 def test_adam_stays_on_the_gpu_where_steps_are_captured():

@@ -18,7 +18,7 @@ def model() -> vae.VAE:
 
 @pytest.fixture
 def x() -> Tensor:
-    return torch.rand(6, *vae.IMAGE, generator=torch.Generator().manual_seed(1))
+    return torch.rand(6, *vae.IMAGE_SHAPE, generator=torch.Generator().manual_seed(1))
 
 
 def test_the_papers_network(model):
@@ -26,14 +26,14 @@ def test_the_papers_network(model):
     encoder = [(512, 3072), (512,), (256, 512), (256,)]
     decoder = [(512, 128), (512,), (3072, 512), (3072,)]
     assert shapes == encoder + decoder
-    h = torch.rand(2, *vae.IMAGE)
+    h = torch.rand(2, *vae.IMAGE_SHAPE)
     w = [p.detach() for p in model.parameters()]
     hidden = (h.flatten(1) @ w[0].T + w[1]).clamp(min=0)
     wanted = hidden @ w[2].T + w[3]
     torch.testing.assert_close(torch.cat(model.encode(h), 1), wanted)
     z = torch.randn(2, 128)
     hidden = (z @ w[4].T + w[5]).clamp(min=0)
-    xhat = (hidden @ w[6].T + w[7]).sigmoid().view(2, *vae.IMAGE)
+    xhat = (hidden @ w[6].T + w[7]).sigmoid().view(2, *vae.IMAGE_SHAPE)
     torch.testing.assert_close(model.decode(z), xhat)
 
 
@@ -65,7 +65,7 @@ def test_the_gaussian_likelihood_is_a_normal_density(x):
 
 def test_the_mean_squared_error_is_the_best_variance(x):
     sse = (x - torch.rand_like(x)).square().sum((1, 2, 3))
-    best = sse.mean() / vae.PIXELS
+    best = sse.mean() / vae.IMAGE_VALUES
     least = vae.gaussian_nll(sse, best).mean()
     for factor in (0.99, 1.01):
         assert vae.gaussian_nll(sse, best * factor).mean() > least
@@ -74,12 +74,12 @@ def test_the_mean_squared_error_is_the_best_variance(x):
 def test_bits_per_dim_of_a_known_code():
     """A pixel costs its Gaussian's entropy plus 8 bits; the rate adds."""
     variance = torch.tensor(0.01)
-    sse = vae.PIXELS * variance
+    sse = vae.IMAGE_VALUES * variance
     entropy = Normal(0.0, variance.sqrt()).entropy()
     expected = (entropy + math.log(256)) / math.log(2)
     bits = vae.bits_per_dim(sse, torch.tensor(0.0), variance)
     torch.testing.assert_close(bits, expected)
-    rate = torch.tensor(vae.PIXELS * math.log(2))  # a bit for each value
+    rate = torch.tensor(vae.IMAGE_VALUES * math.log(2))  # a bit for each value
     torch.testing.assert_close(vae.bits_per_dim(sse, rate, variance), expected + 1)
 
 
@@ -109,7 +109,7 @@ def test_a_grids_latents_lie_where_they_are_in_the_picture():
 def test_reconstructions_and_moments(model, x):
     mu, logvar = model.encode(x)
     assert model.reconstruct(x).equal(model.decode(mu))
-    mean, covariance = model.moments(x)
+    mean, covariance = model.posterior_moments(x)
     assert mean.equal(mu)
     torch.testing.assert_close(covariance, torch.diag(logvar.double().exp().mean(0)))
 
@@ -123,9 +123,9 @@ def test_bytes_become_numbers_between_0_and_1():
 
 
 def test_a_rows_noise_is_a_function_of_seed_and_row():
-    noise = vae.noise(1000, 5, 3)
+    noise = vae.sampling_noise(1000, 5, 3)
     assert noise.shape == (1000, 5)
-    assert vae.noise(10, 5, 3).equal(noise[:10])
-    assert not vae.noise(10, 5, 4).allclose(noise[:10])
+    assert vae.sampling_noise(10, 5, 3).equal(noise[:10])
+    assert not vae.sampling_noise(10, 5, 4).allclose(noise[:10])
     assert abs(noise.mean()) < 0.05
     assert noise.std().item() == pytest.approx(1, abs=0.05)

@@ -82,7 +82,7 @@ def test_a_conditional_prior_needs_a_vector_and_no_flow(change):
 def test_a_plain_model_is_one_component():
     torch.manual_seed(0)
     model = vae.VAE(latent=(4,))
-    x = torch.rand(3, *vae.IMAGE)
+    x = torch.rand(3, *vae.IMAGE_SHAPE)
     (part,) = variants.components(model, x)
     mu, logvar = model.encode(x)
     assert part.log_share.equal(torch.zeros(3))
@@ -151,7 +151,7 @@ def test_a_householder_model(arch, latent):
     torch.manual_seed(0)
     model = HouseholderVAE(arch, "gaussian", latent, 3)
     d = model.latent_size
-    x = torch.rand(2, *vae.IMAGE)
+    x = torch.rand(2, *vae.IMAGE_SHAPE)
     terms = model(x, torch.tensor(2))
     mu, logvar, u = model.encode_reflected(x)
     h = matrices(u)
@@ -161,7 +161,7 @@ def test_a_householder_model(arch, latent):
     prior = MultivariateNormal(torch.zeros(d), torch.eye(d))
     rate = kl_divergence(posterior, prior)
     torch.testing.assert_close(terms.rate, rate, rtol=1e-3, atol=1e-3)
-    eps = vae.noise(2, d, 2)
+    eps = vae.sampling_noise(2, d, 2)
     z = (h @ (mu + (logvar / 2).exp() * eps)[:, :, None])[:, :, 0]
     sse = (x - model.decode(z)).square().sum((1, 2, 3))
     torch.testing.assert_close(terms.sse, sse, rtol=1e-4, atol=1e-3)
@@ -204,15 +204,15 @@ def test_a_run_with_a_flow(batches, tmp_path, complaint):
     loaded = sampler.load(tmp_path / "r" / "last.pt")
     model = loaded.model
     assert len(model.flow.layers) == 2
-    assert sampler.sample(loaded).shape == (64, *vae.IMAGE)
+    assert sampler.sample(loaded).shape == (64, *vae.IMAGE_SHAPE)
     assert "--flow: got 1" in complaint(train.main, *argv, "--resume", "--flow", 1)
-    x = torch.rand(4, *vae.IMAGE)
+    x = torch.rand(4, *vae.IMAGE_SHAPE)
     weights = evaluate.posterior_samples(model, x, 200, seed=0).log_weight
     with torch.no_grad():
         terms = [model(x, torch.tensor(seed)) for seed in range(200)]
     rate, sse = (torch.stack(part).double().mean(0) for part in zip(*terms, strict=True))
     nll = vae.gaussian_nll(sse, model.variance.double())
-    bins = vae.PIXELS * math.log(255)  # of 1/255
+    bins = vae.IMAGE_VALUES * math.log(255)  # of 1/255
     torch.testing.assert_close(weights.mean(0), -rate - nll - bins, rtol=0.01, atol=0)
 
 
@@ -257,11 +257,11 @@ def one_hot(model: ConditionalVAE, k: int, n: int) -> Tensor:
 def test_the_sum_over_codes(arch):
     """Rates, errors and latents of every code against torch.distributions."""
     model = conditional_model(arch=arch)
-    x = torch.rand(3, *vae.IMAGE)
+    x = torch.rand(3, *vae.IMAGE_SHAPE)
     log_share, posteriors, priors = by_hand(model, x)
     share = Categorical(logits=log_share)
     rate = kl_divergence(share, Categorical(torch.ones(3, 4)))
-    eps = vae.noise(3, 6, 5)
+    eps = vae.sampling_noise(3, 6, 5)
     sse = 0
     for k in range(4):
         divergence = kl_divergence(posteriors[k], priors[k]).sum(1)
@@ -279,7 +279,7 @@ def test_the_sum_over_codes(arch):
 def test_a_relaxed_code(arch):
     """Its rate is the same sum; the decoder gets the mixture of codes."""
     model = conditional_model(arch=arch)
-    x = torch.rand(3, *vae.IMAGE)
+    x = torch.rand(3, *vae.IMAGE_SHAPE)
     seed = torch.tensor(5)
     log_share, _, _ = by_hand(model, x)
     terms = model(x, seed, 0, 0.3)
@@ -287,7 +287,7 @@ def test_a_relaxed_code(arch):
     torch.testing.assert_close(terms.rate, rate, rtol=1e-4, atol=1e-4)
     code = ((log_share + variants.gumbel(3, 4, seed)) / 0.85).softmax(1)
     joint = model.encoder(x) + code @ model.conditional.shift
-    z = joint[:, :6] + (joint[:, 6:] / 2).exp() * vae.noise(3, 6, 5)
+    z = joint[:, :6] + (joint[:, 6:] / 2).exp() * vae.sampling_noise(3, 6, 5)
     sse = (x - model.decode(z, code)).square().flatten(1).sum(1)
     torch.testing.assert_close(terms.sse, sse, rtol=1e-4, atol=1e-4)
 
@@ -296,13 +296,13 @@ def test_a_relaxed_code(arch):
 def test_one_code_is_a_plain_model_with_a_learned_diagonal_prior(progress):
     """The same loss and gradients from N(m, s^2) written out, relaxed or not."""
     model = conditional_model(components=1)
-    x = torch.rand(5, *vae.IMAGE)
+    x = torch.rand(5, *vae.IMAGE_SHAPE)
     terms = model(x, torch.tensor(3), 0, progress)
     (terms.sse + terms.rate).mean().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     _, (posterior,), (prior,) = by_hand(model, x)
-    z = posterior.mean + posterior.stddev * vae.noise(5, 6, 3)
+    z = posterior.mean + posterior.stddev * vae.sampling_noise(5, 6, 3)
     xhat = model.decoder(torch.cat([z, torch.ones(5, 1)], 1)).sigmoid()
     divergence = kl_divergence(posterior, prior).sum(1)
     loss = (x - xhat).square().flatten(1).sum(1) + divergence
@@ -347,7 +347,7 @@ def test_a_training_step_reaches_all_of_the_prior(batches, tmp_path):
 @pytest.mark.parametrize("progress", [None, 0.5])
 def test_a_rows_noise_is_its_own(progress):
     model = conditional_model()
-    x = torch.rand(7, *vae.IMAGE)
+    x = torch.rand(7, *vae.IMAGE_SHAPE)
     seed = torch.tensor(9)
     whole = model(x, seed, 0, progress)
     parts = [model(x[:2], seed, 0, progress), model(x[2:], seed, 2, progress)]
@@ -376,7 +376,7 @@ def test_gumbel_draws_codes_from_their_probabilities():
     share = torch.tensor([0.5, 0.3, 0.15, 0.05])
     counts = (share.log() + noise).argmax(1).bincount() / n
     torch.testing.assert_close(counts, share, rtol=0, atol=0.005)
-    both = torch.cat([noise, vae.noise(n, 4, 1)], 1)
+    both = torch.cat([noise, vae.sampling_noise(n, 4, 1)], 1)
     assert both.T.corrcoef()[:4, 4:].abs().max() < 0.01
     prior = variants.Conditional(4, 2, 3)
     codes = prior.relax(share.log().expand(n, -1), seed, 0, 0.01)
@@ -392,12 +392,12 @@ def likelihood(x: Tensor, xhat: Tensor, variance: Tensor) -> Tensor:
 def test_bounds_against_brute_force():
     """Each sample's ELBO and weight from joint densities of x, z and c."""
     model = conditional_model()
-    x = (torch.rand(5, *vae.IMAGE) * 255).round() / 255
+    x = (torch.rand(5, *vae.IMAGE_SHAPE) * 255).round() / 255
     with torch.no_grad():
         samples = evaluate.posterior_samples(model, x, 6, 2, likelihood)
         log_share, posteriors, priors = by_hand(model, x)
     for i in range(6):
-        eps = vae.noise(5, 6, reparam.derive_seed(2, i, evaluate.BOUND))
+        eps = vae.sampling_noise(5, 6, reparam.derive_seed(2, i, evaluate.BOUND))
         rows = []
         for k in range(4):
             z = posteriors[k].mean + posteriors[k].stddev * eps
@@ -416,14 +416,14 @@ def test_bounds_against_brute_force():
 
 def test_the_bound_of_many_samples_is_the_larger():
     model = conditional_model()
-    x = (torch.rand(5, *vae.IMAGE) * 255).round() / 255
+    x = (torch.rand(5, *vae.IMAGE_SHAPE) * 255).round() / 255
     samples = evaluate.posterior_samples(model, x, 6, 2, likelihood)
     assert (samples.log_weight >= samples.elbo).all()
     tighter = evaluate.importance_weighted(samples.log_weight)
     assert (tighter >= samples.elbo.mean(0)).all()
     bounds = evaluate.bounds(model, (x * 255).byte(), 6, seed=2)
     assert bounds["bits_per_dim_iw"] < bounds["bits_per_dim_elbo"]
-    both = (bounds["rate"] + bounds["distortion"]) / (vae.PIXELS * math.log(2))
+    both = (bounds["rate"] + bounds["distortion"]) / (vae.IMAGE_VALUES * math.log(2))
     assert bounds["bits_per_dim_elbo"] == pytest.approx(both, abs=2e-3)
 
 
@@ -436,7 +436,7 @@ def test_codes_of_latents_and_samples_of_the_prior():
     n = 30_000
     code = model.sample_codes(n, 4)
     assert model.sample_codes(5, 4).equal(code[:5])
-    z = model.sample_latents(vae.noise(n, 6, 4), code).detach()
+    z = model.sample_latents(vae.sampling_noise(n, 6, 4), code).detach()
     assert prior.infer(z).equal(code)  # that far apart
     number = code.argmax(1)
     third = torch.ones(3) / 3
@@ -461,7 +461,7 @@ def test_the_likeliest_code_of_latents_between_the_means():
 
 def test_the_posterior_is_the_likeliest_codes():
     model = conditional_model()
-    x = torch.rand(9, 3, 1, 1).expand(-1, *vae.IMAGE)
+    x = torch.rand(9, 3, 1, 1).expand(-1, *vae.IMAGE_SHAPE)
     log_share, posteriors, _ = by_hand(model, x)
     best = log_share.argmax(1)
     assert len(best.unique()) > 1
@@ -473,7 +473,7 @@ def test_the_posterior_is_the_likeliest_codes():
 
 def test_components_decode_from_standard_coordinates():
     model = conditional_model()
-    x = torch.rand(3, *vae.IMAGE)
+    x = torch.rand(3, *vae.IMAGE_SHAPE)
     log_share, posteriors, priors = by_hand(model, x)
     parts = variants.components(model, x)
     for k, (part, posterior, prior) in enumerate(zip(parts, posteriors, priors, strict=True)):

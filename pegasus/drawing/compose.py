@@ -4,7 +4,7 @@
 parts: horses seen whole from the side with room above the back, and birds whose
 silhouettes make wings. `pegasus` puts a bird twice over a horse's back, upright and
 light, in pixels (sums of latents or of velocities leave no wings), mixes the result's
-latents with noise as at t = START (SDEdit: Meng et al. 2022), and follows the prior
+latents with noise as at t = START_TIME (SDEdit: Meng et al. 2022), and follows the prior
 from there, as a bird where wings are and as a horse elsewhere.
 """
 import math
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import reparam
 import vae
 from pegasus import cli, device
-from pegasus.drawing import collage
+from pegasus.drawing import wing_shapes
 from pegasus.models import gaussians
 from pegasus.models.classifier import (
     Classifier,
@@ -28,9 +28,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-BIRD, HORSE, SAMPLE, TRIAL, NOISE = range(5)  # what a derived seed is for
+# purposes of derived seeds
+BIRD_SEED, HORSE_SEED, SAMPLE_SEED, TRIAL_SEED, NOISE_SEED = range(5)
 BIRD_CLASS = 1  # the classes are a horse's, a bird's
-START = 0.8  # later, less is the model's; earlier, wings and light heads fade
+START_TIME = 0.8  # later, less is the model's; earlier, wings and light heads fade
 CANDIDATES = 1000  # photographs of a class that a preview chooses from
 BATCH = 250  # images that the autoencoder takes at a time
 BRIGHTNESS = {"any": 0, "white": 4, "dark": -4}  # how much a light coat counts
@@ -65,12 +66,12 @@ def noise(model: VAE, n: int, seed: int) -> Tensor:
 
     The last column decides which Pegasi are mirrored.
     """
-    return vae.noise(n, model.latent_size + 1, seed).to(model.variance.device)
+    return vae.sampling_noise(n, model.latent_size + 1, seed).to(model.variance.device)
 
 
 def sample_class(model: VAE, prior: FlowPrior, class_number: int, n: int) -> Tensor:
     """Sample images (n, 3, 32, 32) of a class."""
-    eps = noise(model, n, reparam.derive_seed(0, class_number, SAMPLE))[:, :-1]
+    eps = noise(model, n, reparam.derive_seed(0, class_number, SAMPLE_SEED))[:, :-1]
     return decode(model, prior, sample_ode(prior, {class_number: 3.0}, eps, 0.0, 10))
 
 
@@ -99,7 +100,7 @@ def mirror(images: Tensor, where: Tensor) -> Tensor:
 
 def face_left(horses: Tensor) -> Tensor:
     """Return horses (n, 3, 32, 32), mirrored where their heads are at the right."""
-    left, right = collage.head_pixels(horses).unbind(1)
+    left, right = wing_shapes.head_pixels(horses).unbind(1)
     return mirror(horses, right > left)
 
 
@@ -110,10 +111,10 @@ def choose_birds(
 
     names: classes that a bird may be taken for. Plain backgrounds are preferred.
     """
-    border = collage.border_pixels(birds)
+    border = wing_shapes.border_pixels(birds)
     clutter = (border - border.median(2, keepdim=True).values).abs().mean((1, 2))
     batches = birds.split(100)  # for memory: a bird takes 64 KB
-    overlap = torch.cat([collage.make_wings(batch)[1] for batch in batches])
+    overlap = torch.cat([wing_shapes.make_wings(batch)[1] for batch in batches])
     score = overlap + 0.05 * log_probability(classifier, birds, names) - clutter
     return birds[top_rows(score, n)]
 
@@ -132,15 +133,15 @@ def choose_horses(
     below 0 a dark one counts.
     """
     def best(horses: Tensor, n: int, row: int, certainty: float) -> Tensor:
-        off = (collage.outline(horses)[2] - row).abs()  # from where a back should be
+        off = (wing_shapes.outline(horses)[2] - row).abs()  # from where a back should be
         like = log_probability(classifier, horses, names)
-        light = collage.coat_color(horses).mean(1)
+        light = wing_shapes.coat_color(horses).mean(1)
         score = certainty * (like - 0.1 * off) + brightness * light
-        score = score + collage.sky_score(horses) + collage.body_score(horses)
+        score = score + wing_shapes.sky_score(horses) + wing_shapes.body_score(horses)
         return horses[top_rows(score, n)]
 
     candidates = best(horses, 3 * n, row=10, certainty=1)
-    candidates = collage.paint_sky(collage.make_room(candidates))
+    candidates = wing_shapes.paint_sky(wing_shapes.make_room(candidates))
     return face_left(best(candidates, n, row=15, certainty=3))
 
 
@@ -151,8 +152,8 @@ def paste_wings(
 
     Returns images (n, 3, 32, 32) and the wings' masks (n, 1, 32, 32).
     """
-    wings, _ = collage.make_wings(birds)
-    images, cover = collage.add_wings(horses, wings)
+    wings, _ = wing_shapes.make_wings(birds)
+    images, cover = wing_shapes.add_wings(horses, wings)
     return mirror(images, mirrored), mirror(cover, mirrored)
 
 
@@ -165,19 +166,19 @@ def resample(
     class_number: int,
     steps: int = 16,
 ) -> Tensor:
-    """Let the prior draw images with pasted wings anew from START on.
+    """Let the prior draw images with pasted wings anew from START_TIME on.
 
     cover: the wings' masks. eps: noise (n, d). class_number: the horse's. steps: of the
-    whole way from noise, of which the part from START on is taken. Returns normalized
+    whole way from noise, of which the part from START_TIME on is taken. Returns normalized
     latents (n, d).
     """
     channels, side, _ = model.latent_shape
     wing = (1.5 * functional.adaptive_avg_pool2d(cover, side)).clamp(max=1)
     wing = wing.expand(-1, channels, -1, -1).flatten(1)
     weights = {class_number: 2 * (1 - wing), BIRD_CLASS: 2 * wing}
-    z = torch.lerp(eps, encode(model, prior, images), START)
-    steps_left = math.ceil(round((1 - START) * steps, 9))  # 2.0000000001 is 2
-    return sample_ode(prior, weights, z, START, steps_left)
+    z = torch.lerp(eps, encode(model, prior, images), START_TIME)
+    steps_left = math.ceil(round((1 - START_TIME) * steps, 9))  # 2.0000000001 is 2
+    return sample_ode(prior, weights, z, START_TIME, steps_left)
 
 
 def make_pegasi(
@@ -229,8 +230,8 @@ def trial_score(
     winged = similar_classes(classes[1], classes)
     score = 0.0
     for trial in range(2):
-        eps = noise(model, len(horses), reparam.derive_seed(0, trial, TRIAL))
-        pairs = cycle_rows(birds, len(horses), trial, TRIAL)
+        eps = noise(model, len(horses), reparam.derive_seed(0, trial, TRIAL_SEED))
+        pairs = cycle_rows(birds, len(horses), trial, TRIAL_SEED)
         z = make_pegasi(model, prior, horses, pairs, eps, class_number)
         images = decode(model, prior, z)
         score = score + (
@@ -301,11 +302,11 @@ def pegasus(
     Row i is a function of (parts, seed, i) alone. photo: an image (1, 3, 32, 32) of a
     horse to give wings, instead of the parts' horses.
     """
-    eps = noise(model, n, reparam.derive_seed(seed, 0, NOISE))
-    horses = cycle_rows(parts[coat], n, seed, HORSE).to(eps)
-    birds = cycle_rows(parts["birds"], n, seed, BIRD).to(eps)
+    eps = noise(model, n, reparam.derive_seed(seed, 0, NOISE_SEED))
+    horses = cycle_rows(parts[coat], n, seed, HORSE_SEED).to(eps)
+    birds = cycle_rows(parts["birds"], n, seed, BIRD_SEED).to(eps)
     if photo is not None:
-        horse = face_left(collage.paint_sky(collage.make_room(photo.to(eps))))
+        horse = face_left(wing_shapes.paint_sky(wing_shapes.make_room(photo.to(eps))))
         horses = encode(model, prior, horse).expand_as(horses)
     number = gaussians.class_number(classes, coat)
     z = []
@@ -326,7 +327,7 @@ def choose_photographs(
     birds = vae.from_bytes(images[labels == 1][:CANDIDATES])
     horses = choose_horses(horses, None, (), n)
     birds = choose_birds(birds, None, (), n // 2)
-    return cycle_rows(horses, n, 0, HORSE), cycle_rows(birds, n, 0, BIRD)
+    return cycle_rows(horses, n, 0, HORSE_SEED), cycle_rows(birds, n, 0, BIRD_SEED)
 
 
 @torch.no_grad()
@@ -339,7 +340,7 @@ def preview(
     where there is a prior, drawn anew by it.
     """
     horses, birds = choose_photographs(images, labels, n)
-    eps = noise(model, n, reparam.derive_seed(0, 0, NOISE))
+    eps = noise(model, n, reparam.derive_seed(0, 0, NOISE_SEED))
     images, cover = paste_wings(horses.to(eps), birds.to(eps), eps[:, -1] > 0)
     if prior is None:
         return model.reconstruct(images)

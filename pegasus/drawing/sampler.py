@@ -12,7 +12,7 @@ import reparam
 import vae
 from pegasus import checkpoint
 from pegasus.cli import UserError, option
-from pegasus.drawing import collage, compose, plots
+from pegasus.drawing import compose, plots, wing_shapes
 from pegasus.models import classifier, gaussians, variants
 from pegasus.models.classifier import Classifier
 from pegasus.models.flow_prior import FlowPrior, sample_ode
@@ -139,6 +139,8 @@ def from_state(state: dict, model: VAE, prior: FlowPrior | None) -> Sampler:
         prior_state = UNTRAINED
     fitted = {name: Gaussian(*pair) for name, pair in state["densities"].items()}
     compose.check(state["bank"], model.latent_size)
+    if state["bank"] is not None and prior is None:
+        raise ValueError("parts of Pegasi without a learned prior")
     gaussians.check(fitted, state["classes"], model.latent_size, prior is not None)
     about = {
         "Software": "Pegasus VAE",
@@ -163,7 +165,7 @@ def from_state(state: dict, model: VAE, prior: FlowPrior | None) -> Sampler:
 def load(path: Path) -> Sampler:
     """Read a checkpoint's sampler to the CPU. Raises UserError where it is none."""
     state = checkpoint.load(path)
-    with checkpoint.matching(path):
+    with checkpoint.explain_mismatch(path):
         model = variants.build(state["config"])
         model.load_state_dict(state["model"])
         prior = None
@@ -253,7 +255,7 @@ def sheet_noise(sampler: Sampler, config: SampleConfig, seed: int) -> Tensor:
     number = torch.arange(config.n)
     if config.mode == "morph":
         number = number // config.columns
-    eps = vae.noise(int(number[-1]) + 1, sampler.model.latent_size, seed)
+    eps = vae.sampling_noise(int(number[-1]) + 1, sampler.model.latent_size, seed)
     return eps[number]
 
 
@@ -421,7 +423,7 @@ def ranking(sampler: Sampler, images: Tensor, config: SampleConfig) -> Tensor:
         score = classifier.pegasus_score(probabilities, classes)
     if config.coat == "any":
         return score
-    light = collage.coat_color(images).mean(1)
+    light = wing_shapes.coat_color(images).mean(1)
     if config.coat == "dark":
         light = -light
     return rank(score) + rank(light)

@@ -75,8 +75,8 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        inside = self.inside(self.norm(x.contiguous())).flatten(2).contiguous()
-        heads = inside.unflatten(1, (3, self.heads, -1)).transpose(3, 4)
+        qkv = self.inside(self.norm(x.contiguous())).flatten(2).contiguous()
+        heads = qkv.unflatten(1, (3, self.heads, -1)).transpose(3, 4)
         query, key, value = heads.unbind(1)  # (B, heads, places, channels of a head)
         y = functional.scaled_dot_product_attention(query, key, value)
         return x + self.out(y.transpose(2, 3).flatten(1, 2).view_as(x))
@@ -85,17 +85,18 @@ class Attention(nn.Module):
 class Velocity(nn.Module):
     """v(z, t, class) for latents on a grid: a U-net of 8 x 8 and 4 x 4.
 
-    Class number `classes`, one past the last, is "any". At first v is zero everywhere.
+    Class numbers are 0 to `unconditional`, which stands for "any". At first v is zero
+    everywhere. Checkpoints know the layers by their names here.
     """
 
-    def __init__(self, latent_shape: tuple[int, int, int], classes: int):
+    def __init__(self, latent_shape: tuple[int, int, int], unconditional: int):
         super().__init__()
         fine, coarse = CHANNELS
         self.latent_shape = latent_shape
         self.time = nn.Sequential(
             nn.Linear(32, CONDITION), nn.SiLU(), nn.Linear(CONDITION, CONDITION)
         )
-        self.name = nn.Embedding(classes + 1, CONDITION)
+        self.name = nn.Embedding(unconditional + 1, CONDITION)  # of the class
         self.enter = nn.Conv2d(latent_shape[0], fine, 3, padding=1)
         self.down = nn.ModuleList(Block(fine) for _ in range(2))
         self.shrink = nn.Conv2d(fine, coarse, 2, stride=2)
@@ -138,8 +139,9 @@ class FlowPrior(nn.Module):
 
     def __init__(self, latent_shape: tuple[int, int, int], classes: int):
         super().__init__()
-        self.none = classes + len(gaussians.COATS)  # "any"; coats are of the first class
-        self.velocity = Velocity(latent_shape, self.none)
+        # class numbers: the classes, the first one's coats, "any"
+        self.unconditional = classes + len(gaussians.COATS)
+        self.velocity = Velocity(latent_shape, self.unconditional)
         self.ema = copy.deepcopy(self.velocity).requires_grad_(False)
         size = math.prod(latent_shape)
         self.register_buffer("mean", torch.zeros(size))
@@ -158,6 +160,10 @@ class FlowPrior(nn.Module):
         self.mean.copy_(mean.repeat_interleave(cells))
         self.std.copy_(std.repeat_interleave(cells))
 
+    def is_measured(self) -> bool:
+        """Return whether `measure` has set the normalization."""
+        return bool(self.mean.any())
+
     def drawing_state(self) -> dict[str, Tensor]:
         """Return the tensors that drawing needs: all but the trained velocity."""
         average = {f"average.{name}": p for name, p in self.ema.state_dict().items()}
@@ -168,7 +174,7 @@ class FlowPrior(nn.Module):
     ) -> None:
         """Take what `drawing_state` gave and, to train on, the velocity's weights.
 
-        Without these the average's stand in for them.
+        If these are not given, the averaged weights are used.
         """
         average = {}
         for name, tensor in state.items():
@@ -189,31 +195,35 @@ class FlowPrior(nn.Module):
     @torch.no_grad()
     def update_ema(self, steps: Tensor, decay: float = 0.995) -> None:
         """Move the averaged weights after so many steps of training."""
-        nearer = 1 - (steps / (9 + steps)).clamp(max=decay)  # at first faster
+        rate = 1 - (steps / (9 + steps)).clamp(max=decay)  # at first faster
         pairs = zip(self.ema.parameters(), self.velocity.parameters(), strict=True)
         for average, weight in pairs:
-            average.lerp_(weight, nearer)
+            average.lerp_(weight, rate)
 
 
-def drop_labels(labels: Tensor, none: int, seed: Tensor, first: int) -> Tensor:
-    """Pick one of a row's two class numbers (B, 2), or for 15 % `none`; int64 (B,).
+def choose_labels(
+    class_and_coat: Tensor, unconditional: int, seed: Tensor, row_offset: int
+) -> Tensor:
+    """Return each row's class, its coat or, for the share DROPPED, none; int64 (B,).
 
-    Row i depends on (seed, first + i) alone.
+    class_and_coat: class numbers (B, 2). Class and coat are as likely. Row i depends on
+    (seed, row_offset + i) alone.
     """
-    chance = reparam.words(len(labels), 1, seed, first)[:, 0, 0] / 2**32
+    words = reparam.words(len(class_and_coat), 1, seed, row_offset)
+    chance = words[:, 0, 0] / 2**32
     half = DROPPED + (1 - DROPPED) / 2
-    picked = torch.where(chance < half, labels[:, 0], labels[:, 1])
-    return torch.where(chance < DROPPED, none, picked)
+    labels = torch.where(chance < half, class_and_coat[:, 0], class_and_coat[:, 1])
+    return torch.where(chance < DROPPED, unconditional, labels)
 
 
-def label_weights(picked: Tensor, labels: Tensor) -> Tensor:
-    """Return what makes up for `drop_labels`, (B,): 2 for a coat's row given its class.
+def label_weights(labels: Tensor, class_and_coat: Tensor) -> Tensor:
+    """Return weights of the loss (B,): 2 for a row with a coat given its class, else 1.
 
-    Such a row gets that label half as often as one without a coat, and samples of the
+    Such rows get that label half as often as those without a coat, and samples of the
     class would have few coats.
     """
-    has_coat = labels[:, 0] != labels[:, 1]
-    return 1 + (picked == labels[:, 0]) * has_coat
+    name, coat = class_and_coat.unbind(1)
+    return 1 + (labels == name) * (name != coat)
 
 
 def integrate(field: Field, z: Tensor, times: Sequence[float]) -> Tensor:
@@ -239,17 +249,19 @@ def integrate(field: Field, z: Tensor, times: Sequence[float]) -> Tensor:
 
 
 def guided_velocity(
-    velocity: nn.Module, none: int, weights: dict[int, float | Tensor]
+    velocity: nn.Module, unconditional: int, weights: dict[int, float | Tensor]
 ) -> Field:
     """Return v_any + sum_k w_k (v_k - v_any) as a function of latents and time.
 
-    weights: of class numbers; a number, or (B, 1) where images differ, or (B, d) where
-    places of the grid do. A class alone at weight 1, and no class at all, need one
-    evaluation a call instead of several.
+    unconditional: the class number of "any". weights: of class numbers; a number, or
+    (B, 1) where images differ, or (B, d) where places of the grid do. A class alone at
+    weight 1, and no class at all, need one evaluation a call instead of several.
     """
-    plain = all(isinstance(w, float) and w == 1 for w in weights.values())
-    single = len(weights) < 2 and plain
-    numbers = list(weights) if weights and single else [none, *weights]
+    unguided = all(isinstance(w, float) and w == 1 for w in weights.values())
+    single = len(weights) < 2 and unguided
+    numbers = [unconditional, *weights]
+    if single and weights:
+        numbers = list(weights)
 
     def field(z: Tensor, t: float) -> Tensor:
         classes = torch.tensor(numbers, device=z.device).repeat_interleave(len(z))
@@ -258,11 +270,11 @@ def guided_velocity(
         v = velocity(repeated, times, classes).view(len(numbers), *z.shape)
         if single:
             return v[0]
-        guided = v[0]
+        v_any = v[0]
         differences = 0
-        for weight, part in zip(weights.values(), v[1:], strict=True):
-            differences = differences + weight * (part - guided)
-        return guided + differences
+        for weight, v_class in zip(weights.values(), v[1:], strict=True):
+            differences = differences + weight * (v_class - v_any)
+        return v_any + differences
 
     return field
 
@@ -285,7 +297,7 @@ def sample_ode(
         chunk_weights = {}
         for number, weight in weights.items():
             chunk_weights[number] = weight[rows] if isinstance(weight, Tensor) else weight
-        field = guided_velocity(prior.ema, prior.none, chunk_weights)
+        field = guided_velocity(prior.ema, prior.unconditional, chunk_weights)
         with device.fast_autocast(z):
             chunks.append(integrate(field, z[rows], times))
     return torch.cat(chunks)

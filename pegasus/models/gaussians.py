@@ -37,8 +37,8 @@ def aggregate(mu: Tensor, within: Tensor) -> Gaussian:
     """Return the aggregate posterior: m = mean mu, S = cov(mu) + mean covariance.
 
     mu: posterior means (n, d). within: the mean of the posterior covariances (d, d).
-    cov(mu) off its diagonal is taken n / (n + d) times, as if d further images had shown
-    none: few images would otherwise claim directions in which they never vary.
+    Off its diagonal cov(mu) is multiplied by n / (n + d), which shrinks it where images
+    are few: they would otherwise claim directions in which they never vary.
     """
     mean = mu.mean(0, dtype=torch.float64)
     between = 0.0
@@ -122,7 +122,7 @@ def fit_classes(
         for first in range(0, len(members), batch_size):
             batch = members[first : first + batch_size]
             x = vae.from_bytes(images[batch].to(model.variance.device))
-            mean, covariance = model.moments(x)
+            mean, covariance = model.posterior_moments(x)
             mu[first : first + batch_size] = mean
             within = within + covariance.cpu() * (len(batch) / len(members))
         fitted[name] = [tensor.float() for tensor in aggregate(mu, within)]

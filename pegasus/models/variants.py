@@ -181,7 +181,7 @@ class HouseholderVAE(VAE):
         mu, _, units = self.encode_reflected(x)
         return self.decode(reflect(mu, units))
 
-    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def posterior_moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         mu, logvar, units = self.encode_reflected(x)
         return reflect(mu, units), mean_covariance(logvar.exp(), units)
 
@@ -261,8 +261,8 @@ class Conditional(nn.Module):
 class ConditionalVAE(VAE):
     """A VAE with a prior of K Gaussians and a decoder that is told which one.
 
-    A training forward uses one relaxed code an image; its terms are no bound. Without
-    `progress` the terms are those of the bound, summed over hard codes.
+    With `progress` (training) each image has one relaxed code, and the terms bound
+    nothing. Without it they are those of the ELBO, summed over hard codes.
     """
 
     def __init__(self, arch: str, likelihood: str, latent: tuple, count: int):

@@ -27,11 +27,11 @@ if os.environ.get("PEGASUS_EXTENSION", "1") != "0":
 ops = torch.ops.pegasus_step
 LANES = 16  # channels have to be a multiple
 BLOCK = 2**17  # floats of Winograd planes that a thread takes at a time: its cache
-G = torch.tensor(  # Winograd's, for tiles of 4 x 4; csrc/step/tiles.cpp has the others
+G = torch.tensor(  # Winograd's, for tiles of 4 x 4; see csrc/step/winograd_kernels.cpp
     [[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]
 )
 G2 = torch.kron(G / 24, G / 24)  # in both directions: kernels (9, ...) to (36, ...)
-SCRATCH = threading.local()  # what `scratch` gave
+SCRATCH = threading.local()  # tensors by name
 
 
 class NormSiLUFunction(torch.autograd.Function):
@@ -112,7 +112,7 @@ def scratch(name: str, *shape: int) -> Tensor:
     size = math.prod(shape)
     memory = vars(SCRATCH).get(name)
     if memory is None or memory.numel() < size:
-        # outside of modes that its next user may not be in
+        # a plain tensor, whatever mode this caller is in: it is kept for others
         with torch.inference_mode(False), _disable_current_modes():
             memory = torch.empty(size, dtype=torch.float32, device="cpu")
         setattr(SCRATCH, name, memory)

@@ -18,9 +18,12 @@ FREE = {  # what may change when a run goes on
 }
 
 
+OF_THIS_START = {"run", "resume", "overwrite", "device"}  # never the stored ones
+
+
 @dataclass(frozen=True)
 class TrainConfig:
-    """Options of train.py; None is decided by `resolve`."""
+    """Options of train.py. `resolve` decides None, "auto" and 0 threads."""
     data: str = option(
         "auto",
         "auto ($CIFAR10_DIR, data/cifar-10-batches-bin, the download, else synthetic), "
@@ -72,7 +75,7 @@ class TrainConfig:
     epochs: int = option(300, "passes over the training pictures", least=1, most=10**9)
     autoencoder_epochs: int | None = option(
         None,
-        "how many of them are the autoencoder's; by default all, with a learned prior a "
+        "how many of --epochs are the autoencoder's; by default all, with a learned prior a "
         "third, at most 20, from 100 on a fifth",
         least=1,
     )
@@ -123,8 +126,8 @@ def default_split(epochs: int) -> int:
     return max(1, third, round(epochs / 5))
 
 
-def split(config: TrainConfig) -> int:
-    """Return how many of a run's epochs are its autoencoder's."""
+def first_stage_epochs(config: TrainConfig) -> int:
+    """Return how many of a run's epochs are its autoencoder's, at most all."""
     return min(config.autoencoder_epochs or config.epochs, config.epochs)
 
 
@@ -148,16 +151,16 @@ def resolve_prior(config: TrainConfig) -> str:
     return prior
 
 
-def resolve_place(config: TrainConfig) -> TrainConfig:
+def resolve_machine(config: TrainConfig) -> TrainConfig:
     """Decide on device, threads and precision for this machine. Raises UserError."""
-    place = device.resolve_device(config.device)
+    where = device.resolve_device(config.device)
     threads = config.threads
     if threads == 0:
         threads = torch.get_num_threads()
     precision = config.precision
     if precision == "auto":
-        precision = "bfloat16" if device.supports_bfloat16(place) else "float32"
-    return replace(config, device=place, threads=threads, precision=precision)
+        precision = "bfloat16" if device.supports_bfloat16(where) else "float32"
+    return replace(config, device=where, threads=threads, precision=precision)
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
@@ -173,34 +176,44 @@ def resolve(config: TrainConfig) -> TrainConfig:
     for name, value in RECIPES[config.arch].items():
         if getattr(config, name) is None:
             decided[name] = value
-    return resolve_place(replace(config, **decided))
+    return resolve_machine(replace(config, **decided))
 
 
 def check_unchanged(config: TrainConfig, given: set[str], stored: TrainConfig) -> None:
     """Raise UserError where an option that a run keeps is given another value."""
-    for name in sorted(given - FREE - {"data"}):
+    for name in sorted(given - FREE - {"data"}):  # datasets.load compares the data itself
         got = getattr(config, name)
         had = getattr(stored, name)
-        if got != had and (name, got) != ("precision", "auto"):
+        asks_for_none = (name, got) == ("precision", "auto")
+        if got != had and not asks_for_none:
             raise UserError(
                 f"{cli.flag_of(name)}: got {got}, but the run in {config.run} has {had}; "
                 "leave it out, use another --run, or --overwrite"
             )
 
 
+def in_first_stage(state: dict) -> bool:
+    """Return whether a run with a learned prior still trains its autoencoder."""
+    epochs = state["config"]["autoencoder_epochs"]
+    if epochs is None or state["phase"] == "prior":
+        return False
+    return state["epochs_done"] < epochs
+
+
 def resume_config(config: TrainConfig, given: set[str], state: dict | None) -> TrainConfig:
     """Return the options of this start: on resume the run's own, but for FREE ones.
 
     given: names of options on the command line. Raises UserError where others change,
-    and what `checkpoint.matching` knows where the state fits no program of this version.
+    and what `checkpoint.explain_mismatch` knows where the state fits no program of this version.
     """
     if state is None:
         return resolve(config)
-    stored = TrainConfig(**state["config"] | {"device": "auto"})  # it may move
+    # the device is chosen anew: a run may go on elsewhere
+    stored = TrainConfig(**state["config"] | {"device": "auto"})
     cli.check(stored)
     check_unchanged(config, given, stored)
     changed = {"data": config.data} if config.data != "auto" else {}
-    for name in FREE & (given | {"run", "resume", "overwrite", "device"}):
+    for name in OF_THIS_START | (FREE & given):
         changed[name] = getattr(config, name)
     merged = replace(stored, **changed)
     begun = state["epochs_done"] + (state["step"] > 0)
@@ -209,12 +222,10 @@ def resume_config(config: TrainConfig, given: set[str], state: dict | None) -> T
             f"--epochs: got {merged.epochs}, but {config.run} has begun epoch {begun}; "
             f"ask for {begun} or more, --overwrite, or another --run"
         )
-    in_first_stage = state["phase"] != "prior" and stored.autoencoder_epochs is not None
     by_default = stored.autoencoder_epochs == default_split(stored.epochs)
-    if in_first_stage and by_default and "autoencoder_epochs" not in given:
-        if state["epochs_done"] < stored.autoencoder_epochs:  # follow the new --epochs
-            part = max(default_split(merged.epochs), begun)
-            merged = replace(merged, autoencoder_epochs=part)
+    if in_first_stage(state) and by_default and "autoencoder_epochs" not in given:
+        part = max(default_split(merged.epochs), begun)  # follows the new --epochs
+        merged = replace(merged, autoencoder_epochs=part)
     return resolve(merged)
 
 

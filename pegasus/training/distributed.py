@@ -14,7 +14,7 @@ from pegasus.cli import UserError
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # before a group exists: its defaults would keep it alive
+import torch.distributed.nn  # unused; imported later its defaults would hold a group
 from torch import Tensor
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ class Workers:
         """Return the contiguous part of n rows that is this process's."""
         return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def sum_(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
@@ -65,7 +65,7 @@ class Workers:
         for p in parameters:
             grad = torch.zeros_like(p) if p.grad is None else p.grad
             flat.append(grad.flatten().float())
-        total = self.sum(torch.cat(flat))
+        total = self.sum_(torch.cat(flat))
         sizes = [p.numel() for p in parameters]
         for p, part in zip(parameters, total.split(sizes), strict=True):
             # in the weight's layout, which fused Adam takes for granted
@@ -79,7 +79,7 @@ class Workers:
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         return int(largest)
 
-    def first(self, work: Callable[[], T]) -> T:
+    def leader_first(self, work: Callable[[], T]) -> T:
         """Do something in process 0 before it is done in the others.
 
         These then find the files that it made, or fail alike.

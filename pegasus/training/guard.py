@@ -1,4 +1,6 @@
 """Steps that are skipped because their loss or gradient is not finite."""
+from pathlib import Path
+
 from pegasus.cli import UserError
 from pegasus.training.stages import SUMS
 
@@ -24,10 +26,10 @@ class StepGuard:
         """Go on from a checkpoint's sums and counts."""
         self.totals.copy_(totals)
         self.skipped.copy_(skipped)
-        self.skipped[2] %= PATIENCE  # or a run saved just before it gave up would stay so
+        self.skipped[2] %= PATIENCE  # so that a run saved as it gave up can go on
 
-    def count(self, norm: Tensor, sums: Tensor, images: int) -> Tensor:
-        """Add a step's sums; return 1.0 where the step is to be skipped, else 0.0.
+    def record(self, norm: Tensor, sums: Tensor, images: int) -> Tensor:
+        """Add a step's sums; return 1.0 if the optimizer is to skip the step, else 0.0.
 
         norm: the length of all gradients. After PATIENCE skipped steps in a row none is
         taken any more, so that `check` may look late.
@@ -39,20 +41,20 @@ class StepGuard:
         self.skipped[2].add_(1).mul_(bad)
         return bad.float()
 
-    def check(self, step: int, steps: int, folder: str, lr_flag: str) -> None:
+    def check(self, steps_done: int, steps_per_epoch: int, folder: Path, lr_flag: str) -> None:
         """Raise UserError where PATIENCE steps in a row were skipped.
 
-        step: steps done of the whole run; steps: an epoch's. Looks at the device only now
-        and then.
+        steps_done: of the whole run. Looks at the device only now and then.
         """
-        if step % steps % PATIENCE:
+        step_in_epoch = steps_done % steps_per_epoch  # 0 after the last one
+        if step_in_epoch % PATIENCE:
             return
         in_a_row = int(self.skipped[2])
         if in_a_row >= PATIENCE:
-            epoch, first = divmod(step - in_a_row, steps)
+            epoch, step = divmod(steps_done - in_a_row, steps_per_epoch)
             raise UserError(
                 f"{folder}: gradient or loss not finite in {PATIENCE} steps in a row, from "
-                f"epoch {epoch + 1}, step {first + 1} on; what was saved last is still "
+                f"epoch {epoch + 1}, step {step + 1} on; what was saved last is still "
                 f"there; begin again with a lower {lr_flag}"
             )
 

@@ -6,6 +6,7 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import TextIO
 
 from pegasus import cli, files
 
@@ -15,11 +16,22 @@ LOG_COLUMNS = (
 )
 SPEED_COLUMNS = ("epoch", "images_per_second", "seconds")
 KEPT = "the last checkpoint is still there"
-BEGIN_LINE = "\r\033[?7l"  # around a line that is rewritten: a wrapped one would be two
+BEGIN_LINE = "\r\033[?7l"  # and without line wrap: a wrapped line could not be rewritten
 END_LINE = "\033[K\033[?7h"
 
 
-def write_rows(file: object, columns: tuple[str, ...], rows: list[dict]) -> None:
+def check_row(row: dict) -> None:
+    """Raise ValueError for what is no row of log.csv."""
+    texts = {"phase": str, "data": str}
+    for name, value in row.items():
+        if not isinstance(value, texts.get(name, int | float)):
+            raise ValueError(f"a row of the log has {name} {value!r:.60}")
+    needed = {"epoch", "phase", "train_loss", "test_loss"}
+    if not needed <= set(row) <= set(LOG_COLUMNS):
+        raise ValueError(f"a row of the log has the columns {', '.join(row)}")
+
+
+def write_rows(file: TextIO, columns: tuple[str, ...], rows: list[dict]) -> None:
     """Write rows of a CSV file; floats get nine significant digits."""
     writer = csv.DictWriter(file, columns, lineterminator="\n")
     for row in rows:
@@ -44,7 +56,7 @@ def append_csv(path: Path, columns: tuple[str, ...], row: dict) -> None:
 
 
 def print_line(line: str, end: str) -> None:
-    """Print at once; where nobody reads any more, stop as SIGTERM does, which saves."""
+    """Print at once; where nobody reads any more, raise SIGTERM: the run saves and stops."""
     try:
         print(line, end=end, flush=True)
     except OSError as error:
@@ -69,32 +81,35 @@ class Progress:
         self.terminal = bool(leads and sys.stdout and sys.stdout.isatty())
         self.start = time.monotonic()
         self.epoch_start = self.start
-        self.training = 0.0  # seconds of the epoch up to its last step
-        self.shown = 0.0
-        self.begun = done  # images done before this start
-        self.before = done  # images done before this epoch
+        self.training_seconds = 0.0  # of the epoch, up to its last step
+        self.shown_at = 0.0
+        self.images_at_start = done
+        self.images_before_epoch = done
 
     def line(self, epoch: int, done: int, numbers: dict[str, float]) -> str:
         """Describe the run when so many images of all epochs are done."""
         elapsed = time.monotonic() - self.start
-        each = elapsed / max(done - self.begun, 1)
+        each = elapsed / max(done - self.images_at_start, 1)
         left = timedelta(seconds=round(each * (self.last_epoch * self.images - done)))
         values = "  ".join(f"{name} {value:,.2f}" for name, value in numbers.items())
         speed = f"{self.images_per_second(done):,.0f} images/s"
-        return f"epoch {epoch}/{self.epochs}  {left} left  {speed}  {values}"
+        stage = f"{left} left to epoch {self.last_epoch}"
+        return f"epoch {epoch}/{self.epochs}  {stage}  {speed}  {values}"
 
     def images_per_second(self, done: int) -> float:
-        return (done - self.before) / max(self.training, 1e-9)
+        return (done - self.images_before_epoch) / max(self.training_seconds, 1e-9)
+
+    def note_step(self) -> None:
+        """Take the time: images a second are those up to the epoch's last step."""
+        self.training_seconds = time.monotonic() - self.epoch_start
 
     def is_due(self) -> bool:
-        """Note the time of a step; return whether to show it: five times a second."""
-        now = time.monotonic()
-        self.training = now - self.epoch_start
-        return self.terminal and now - self.shown > 0.2
+        """Return whether to rewrite the terminal's line: five times a second."""
+        return self.terminal and time.monotonic() - self.shown_at > 0.2
 
     def show(self, epoch: int, epoch_images: int, numbers: dict[str, float]) -> None:
         """Rewrite the terminal's line. epoch_images: done of this epoch."""
-        self.shown = time.monotonic()
+        self.shown_at = time.monotonic()
         done = (epoch - 1) * self.images + epoch_images
         print_line(BEGIN_LINE + self.line(epoch, done, numbers) + END_LINE, "")
 
@@ -111,7 +126,7 @@ class Progress:
         row = {"epoch": epoch, "images_per_second": speed, "seconds": now - self.epoch_start}
         append_csv(speed_path, SPEED_COLUMNS, row)
         line = self.line(epoch, done, numbers)
-        self.before = done
+        self.images_before_epoch = done
         self.epoch_start = now
         if self.terminal:
             line = BEGIN_LINE + line + END_LINE

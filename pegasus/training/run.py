@@ -11,14 +11,12 @@ from pegasus.models import variants
 from pegasus.models.flow_prior import FlowPrior
 from pegasus.training import progress, run_dir
 from pegasus.training.accelerate import accelerate
-from pegasus.training.config import TrainConfig, split
+from pegasus.training.config import TrainConfig, first_stage_epochs
 from pegasus.training.distributed import Workers
 from pegasus.training.guard import StepGuard
-from pegasus.training.stages import AutoencoderStage, PriorStage
+from pegasus.training.stages import AutoencoderStage, PriorStage, Stage
 
 import torch
-
-Stage = AutoencoderStage | PriorStage
 
 
 class SaveTimer:
@@ -37,7 +35,7 @@ class SaveTimer:
         now = time.monotonic()
         pause = self.seconds
         if pause is None:
-            # at first often: somebody may be watching
+            # 200: saving takes 0.5 %; at first more, since somebody may be watching
             pause = min(200 * self.cost, (now - self.begun) / 3)
             pause = min(max(60.0, pause), 600.0)
         return now - self.last >= pause
@@ -55,7 +53,7 @@ class Run:
         self.config = config
         self.data = data
         self.preview = run_dir.preview_data(data)
-        self.images = len(data.images)
+        self.image_count = len(data.images)
         self.model = variants.build(asdict(config)).to(config.device)
         self.prior = None
         if config.prior == "learned":
@@ -79,38 +77,36 @@ class Run:
         return self.folder / "last.pt"
 
     @property
-    def steps(self) -> int:
-        """Steps of an epoch."""
-        return math.ceil(self.images / self.config.batch_size)
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.image_count / self.config.batch_size)
 
     @property
     def steps_done(self) -> int:
         """Steps of the whole run that are done."""
-        return self.epoch * self.steps + self.step
+        return self.epoch * self.steps_per_epoch + self.step
 
     @property
     def images_done(self) -> int:
         """Images of all epochs that are done."""
-        return self.epoch * self.images + self.epoch_images
+        return self.epoch * self.image_count + self.epoch_images
 
     @property
     def epoch_images(self) -> int:
         """Images of the epoch under way that are done."""
-        return min(self.step * self.config.batch_size, self.images)
+        return min(self.step * self.config.batch_size, self.image_count)
 
     def restore(self, state: dict) -> None:
         """Go on from a checkpoint.
 
-        What does not fit raises one of the errors that `checkpoint.matching` knows.
+        What does not fit raises one of the errors that `checkpoint.explain_mismatch` knows.
         """
         self.model.load_state_dict(state["model"])
         self.epoch = state["epochs_done"]
         self.step = state["step"]
         self.history = state["history"]
-        columns = set(progress.LOG_COLUMNS)
-        known = all(set(row) <= columns for row in self.history)
-        fits = len(self.history) == self.epoch and self.step in range(self.steps)
-        if not known or not fits:
+        for row in self.history:
+            progress.check_row(row)
+        if len(self.history) != self.epoch or self.step not in range(self.steps_per_epoch):
             raise ValueError(
                 f"{self.epoch} epochs and {self.step} steps do not fit a history of "
                 f"{len(self.history)}"
@@ -119,15 +115,15 @@ class Run:
             self.prior.load_drawing_state(state["prior"], state["velocity"])
         self.guard.load(state["totals"], state["skipped"])
         self.extras["judge"] = state["judge"]
-        if self.epoch == self.config.epochs:  # else made anew by what is learned
+        if self.epoch == self.config.epochs:  # else they are made again at the end
             self.extras["bank"] = state["bank"]
-        sampler.from_state(state, self.model, self.prior)  # checks what is drawn from
+        sampler.from_state(state, self.model, self.prior)  # checks what it draws from
 
     def next_stage(self, workers: Workers, state: dict | None = None) -> Stage:
         """Return the stage of the epoch under way, or of a checkpoint's state."""
         config = self.config
         begun = state is not None and state["phase"] == "prior"
-        due = split(config) <= self.epoch < config.epochs
+        due = first_stage_epochs(config) <= self.epoch < config.epochs
         if self.prior is not None and (begun or due):
             stage = PriorStage(config, self.data, self.model, self.prior, workers)
             self.data = self.preview  # frees the other photographs
@@ -137,7 +133,7 @@ class Run:
         return stage
 
     def state(self, stage: Stage, optimizer: torch.optim.Optimizer) -> dict:
-        """Return all that a resume and sample.py need, as plain types."""
+        """Return all that a resume and sample.py need: tensors and plain types."""
         data = self.data
         state = {
             "config": asdict(self.config),
@@ -148,7 +144,7 @@ class Run:
             "velocity": None,
             "optimizer": {"state": optimizer.state_dict()["state"]},
             "phase": stage.name,
-            "epoch": self.epoch + self.step / self.steps,
+            "epoch": self.epoch + self.step / self.steps_per_epoch,
             "epochs_done": self.epoch,
             "step": self.step,
             "totals": self.guard.totals,

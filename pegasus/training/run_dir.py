@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import vae
 from pegasus import checkpoint, files
@@ -19,7 +20,7 @@ from pegasus.drawing import compose, plots, sampler
 from pegasus.drawing.sampler import SampleConfig, Sampler
 from pegasus.models.flow_prior import FlowPrior
 from pegasus.training import progress
-from pegasus.training.config import TrainConfig, split
+from pegasus.training.config import TrainConfig, first_stage_epochs
 from vae import VAE
 
 import torch
@@ -56,7 +57,7 @@ def lock(folder: Path) -> Iterator[None]:
                 (folder / "lock").unlink()  # while it is still locked
 
 
-def take_lock(folder: Path, file: object) -> None:
+def take_lock(folder: Path, file: BinaryIO) -> None:
     """Lock an open file of a folder. Raises UserError where another process has it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -103,8 +104,11 @@ def same_job(folder: Path) -> bool:
     return False
 
 
-def begin(config: TrainConfig, data: Dataset, history: list[dict]) -> None:
-    """Write config.json, and log.csv anew from the history: no row stands there twice."""
+def prepare(config: TrainConfig, data: Dataset, history: list[dict]) -> None:
+    """Write config.json, and log.csv anew from the history: no row stands there twice.
+
+    With --overwrite the old checkpoint goes; without a history speed.csv begins anew.
+    """
     folder = Path(config.run)
     if config.overwrite:  # only now, when nothing speaks against the new run any more
         (folder / "last.pt").unlink(missing_ok=True)
@@ -125,7 +129,7 @@ def describe(config: TrainConfig, data: Dataset, images: int, epochs_done: int) 
     """Return what is trained, in a line or two."""
     lines = []
     if config.prior == "learned":
-        first = split(config)
+        first = first_stage_epochs(config)
         rest = config.epochs - first
         lines.append(f"{first} epochs for the autoencoder, {rest} for the prior of its latents")
     where = f"to {config.run}"
@@ -167,6 +171,7 @@ def draw_pictures(
         name = plots.SYNTHETIC if preview.name == "synthetic" else preview.name
         caption = f"{name}: {', '.join(preview.classes)}"
         plots.save(plots.curves(state["history"], caption), folder / "curves.png", about)
+    # reconstructions do not come from the prior: no caption about it
     without_prior = {key: value for key, value in about.items() if key != "prior"}
     pairs = reconstruction_pairs(model, preview)
     save_sheet(folder, "reconstructions", pairs, without_prior)
@@ -180,8 +185,8 @@ def draw_pegasi(
     folder: Path, state: dict, source: Sampler, preview: Dataset, about: dict
 ) -> None:
     """Draw Pegasi; of training photographs where the model has no parts for them yet."""
-    under_way = state["epoch"] < state["config"]["epochs"] or state["config"]["judge"]
-    if "prior" in about and under_way and not state["bank"]:
+    parts_will_come = state["epoch"] < state["config"]["epochs"] or state["config"]["judge"]
+    if "prior" in about and parts_will_come and not state["bank"]:
         images = compose.preview(source.model, source.prior, preview.images, preview.labels)
         about = about | {"prior": sampler.PREVIEW}
     else:

@@ -9,8 +9,8 @@ if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
 class StopSignal:
     """Takes signals that ask to stop.
 
-    asked: the number of the last one, 0 until there is one. agreed: that of all
-    processes together, which then stop after the same step.
+    asked: the number of the last one, 0 until there is one. agreed: the largest of all
+    processes, which then stop after the same step; 0 until there is one.
     """
 
     def __init__(self):

@@ -10,24 +10,24 @@ from pegasus import device
 from pegasus.data.datasets import Dataset
 from pegasus.models import flow_prior, gaussians
 from pegasus.models.flow_prior import FlowPrior
-from pegasus.training.config import TrainConfig, learning_rate, split
+from pegasus.training.config import TrainConfig, first_stage_epochs, learning_rate
 from pegasus.training.distributed import Workers
 from vae import VAE
 
 import torch
 from torch import Tensor, nn
 
-# purposes of the seeds derived from the run's
+# purposes of the seeds derived from the run's: their numbers decide every run's bits
 ORDER, FLIP, NOISE, TEST, START, TIME, LABEL = range(7)
-SUMS = 3  # sums over an epoch's images that are kept
+SUMS = 3  # sums over images that a stage's loss returns
 
 
 class Batch(NamedTuple):
     """The images of a step, or one process's part of them."""
     rows: Tensor  # of the training images, int64 (B,)
     mirrored: Tensor | None  # which of them are mirrored, bool (B,)
-    size: int  # images in all processes' rows together
-    row_offset: int  # of the part's first row
+    size: int  # images of the whole step
+    row_offset: int  # of this part's first row in the step
     seeds: Tensor  # one for each of the stage's purposes
     progress: Tensor  # of the stage, 0 to 1
 
@@ -53,8 +53,8 @@ def epoch_flips(seed: int, epoch: int, n: int) -> Tensor:
 
 
 def gather(images: Tensor, rows: Tensor, mirrored: Tensor | None) -> Tensor:
-    """Return some of the images (n, 3, 32, 32) of bytes in [0, 1], some mirrored."""
-    x = images.flatten(1).index_select(0, rows).view(-1, *vae.IMAGE)
+    """Pick rows of byte images (n, 3, 32, 32), mirror some; return float32 in [0, 1]."""
+    x = images.flatten(1).index_select(0, rows).view(-1, *vae.IMAGE_SHAPE)
     if mirrored is not None:
         # eight bytes at once: bytes one by one take longer than all else here
         flipped = x.flip(3).view(torch.int64)
@@ -63,10 +63,10 @@ def gather(images: Tensor, rows: Tensor, mirrored: Tensor | None) -> Tensor:
     return vae.from_bytes(x)
 
 
-def derived_seeds(seed: int, step: int, purposes: tuple[int, ...], place: str) -> Tensor:
+def derived_seeds(seed: int, step: int, purposes: tuple[int, ...], where: str) -> Tensor:
     """Return the seeds of some purposes at one step of a run, int64, on a device."""
     seeds = [reparam.derive_seed(seed, step, purpose) for purpose in purposes]
-    return device.to_device(seeds, place)
+    return device.to_device(seeds, where)
 
 
 class AutoencoderStage:
@@ -85,7 +85,7 @@ class AutoencoderStage:
         self.images = data.images.to(config.device)
         self.test_images = data.test_images.to(config.device)
         self.first_epoch = 0
-        self.last_epoch = split(config)
+        self.last_epoch = first_stage_epochs(config)
 
     def learning_rate(self, progress: float) -> float:
         return learning_rate(self.config.schedule, self.config.lr, progress)
@@ -94,12 +94,12 @@ class AutoencoderStage:
         """Return this process's part of the loss, and sums over its rows.
 
         The sums are of distortion, rate and squared error. The variance is the mean
-        squared error of all processes' rows: by its own, each would train another
-        objective.
+        squared error of all processes' rows: with its own alone, each process would
+        minimize a different loss.
         """
         terms = self.forward(batch)
-        sse = self.workers.sum(terms.sse.detach().sum())
-        variance = sse / (batch.size * vae.PIXELS)
+        sse = self.workers.sum_(terms.sse.detach().sum())
+        variance = sse / (batch.size * vae.IMAGE_VALUES)
         distortion = self.network.distortion(terms.sse, variance)
         loss = (distortion + self.config.beta * terms.rate).sum() / batch.size
         parts = (distortion, terms.rate, terms.sse)
@@ -108,7 +108,7 @@ class AutoencoderStage:
     def forward(self, batch: Batch) -> vae.Terms:
         x = gather(self.images, batch.rows, batch.mirrored)
         if len(x) == 0:  # convolutions take no empty batch: compute one, count none
-            x = x.new_zeros(1, *vae.IMAGE)
+            x = x.new_zeros(1, *vae.IMAGE_SHAPE)
         with device.autocast(self.config.device, self.config.precision):
             terms = self.network(x, batch.seeds, batch.row_offset, batch.progress)
         n = len(batch.rows)
@@ -125,11 +125,11 @@ class AutoencoderStage:
 
     @torch.no_grad()
     def test(self, means: list[float]) -> dict[str, float]:
-        """Set the pixel variance to the epoch's mean squared error, and test.
+        """Set the pixel variance to the epoch's mean squared error, then test.
 
-        Returns columns of the log.
+        means: over the epoch's images. Returns columns of the log.
         """
-        variance = self.network.variance.fill_(means[2] / vae.PIXELS).double()
+        variance = self.network.variance.fill_(means[2] / vae.IMAGE_VALUES).double()
         rate, sse = self.test_terms()
         distortion = self.network.distortion(sse, variance)
         columns = {f"train_{name}": value for name, value in self.metrics(means).items()}
@@ -145,18 +145,18 @@ class AutoencoderStage:
 
         Their noise is that of seed 0, so that all epochs and runs test alike.
         """
-        place = self.config.device
-        seed = derived_seeds(0, 0, (TEST,), place)
+        where = self.config.device
+        seed = derived_seeds(0, 0, (TEST,), where)
         share = self.workers.share(len(self.test_images))
         totals = self.test_images.new_zeros(2, dtype=torch.float64)
         # convolutions take 64 KB an image and layer
-        size = device.inference_batch(place, 500 if self.config.arch == "mlp" else 128)
+        size = device.inference_batch(where, 500 if self.config.arch == "mlp" else 128)
         for first in range(share.start, share.stop, size):
             images = self.test_images[first : min(first + size, share.stop)]
-            with device.autocast(place, self.config.precision):
+            with device.autocast(where, self.config.precision):
                 terms = self.network(vae.from_bytes(images), seed, first)
             totals += torch.stack([terms.rate.sum(), terms.sse.sum()])
-        return self.workers.sum(totals) / len(self.test_images)
+        return self.workers.sum_(totals) / len(self.test_images)
 
     def fit_gaussians(self) -> dict[str, list[Tensor]]:
         """Return the Gaussians of the classes' latents as they are now."""
@@ -187,21 +187,20 @@ class PriorStage:
         prior: FlowPrior,
         workers: Workers,
     ):
-        place = config.device
         self.config = config
         self.prior = prior
         self.network = prior.velocity
         self.workers = workers
-        self.first_epoch = split(config)
+        self.first_epoch = first_stage_epochs(config)
         self.last_epoch = config.epochs
         # first, for memory: before there are posteriors
-        self.gaussians = AutoencoderStage(config, data, model, workers).fit_gaussians()
+        self.fitted = AutoencoderStage(config, data, model, workers).fit_gaussians()
         self.posteriors = encode_all(model, data.images, config, config.flip)
         self.test_posteriors = encode_all(model, data.test_images, config)
         labels = gaussians.labels_with_coats(data.images, data.labels, data.classes)
-        self.labels = labels.to(place)
-        self.test_labels = data.test_labels.to(place)
-        if not prior.mean.any():  # else as it was when the stage began
+        self.labels = labels.to(config.device)
+        self.test_labels = data.test_labels.to(config.device)  # without coats
+        if not prior.is_measured():  # else as it was when the stage began
             prior.measure(*self.posteriors)
 
     def learning_rate(self, progress: float) -> float:
@@ -219,12 +218,12 @@ class PriorStage:
 
         posteriors: mu and logvar, (2, B, d).
         """
-        start, end, clock = seeds
+        start_seed, noise_seed, time_seed = seeds
         mu, logvar = posteriors.float()
-        z, _ = reparam.reparameterize_kl(mu, logvar, end, row_offset)
+        z, _ = reparam.reparameterize_kl(mu, logvar, noise_seed, row_offset)
         z1 = self.prior.normalize(z)
-        z0 = reparam.normals(*z1.shape, start, row_offset)
-        t = reparam.normals(len(z1), 1, clock, row_offset).sigmoid()
+        z0 = reparam.normals(*z1.shape, start_seed, row_offset)
+        t = reparam.normals(len(z1), 1, time_seed, row_offset).sigmoid()
         with device.autocast(self.config.device, self.config.precision):
             v = velocity(torch.lerp(z0, z1, t), t[:, 0], labels)
         return (v - (z1 - z0)).square().mean(1)
@@ -233,18 +232,21 @@ class PriorStage:
         """Return this process's part of the loss, and its sum of squared errors."""
         n = len(batch.rows)
         rows = batch.rows if n else batch.rows.new_zeros(1)  # compute one, count none
-        at = rows
+        posterior_rows = rows
         if batch.mirrored is not None and n:
-            at = rows + batch.mirrored * (self.posteriors.shape[1] // 2)
-        both = self.labels[rows]
-        none = self.prior.none
-        labels = flow_prior.drop_labels(both, none, batch.seeds[3], batch.row_offset)
+            posterior_rows = rows + batch.mirrored * (self.posteriors.shape[1] // 2)
+        class_and_coat = self.labels[rows]
+        *loss_seeds, label_seed = batch.seeds
+        labels = flow_prior.choose_labels(
+            class_and_coat, self.prior.unconditional, label_seed, batch.row_offset
+        )
+        posteriors = self.posteriors[:, posterior_rows]
         error = self.matching_loss(
-            self.network, self.posteriors[:, at], labels, batch.seeds[:3], batch.row_offset
+            self.network, posteriors, labels, loss_seeds, batch.row_offset
         )[:n]
-        weights = flow_prior.label_weights(labels, both)[:n]
+        weights = flow_prior.label_weights(labels, class_and_coat)[:n]
         total = error.detach().sum()
-        sums = torch.stack([total, *total.new_zeros(SUMS - 1)])
+        sums = torch.stack([total, *total.new_zeros(SUMS - 1)])  # the others are unused
         return (weights * error).sum() / batch.size, sums
 
     def after_step(self, steps: Tensor) -> None:
@@ -257,24 +259,30 @@ class PriorStage:
     @torch.no_grad()
     def test(self, means: list[float]) -> dict[str, float]:
         """Test the averaged weights; returns columns of the log."""
-        place = self.config.device
+        where = self.config.device
         n = self.test_posteriors.shape[1]
         share = self.workers.share(n)
-        total = torch.zeros(1, dtype=torch.float64, device=place)
-        seeds = derived_seeds(0, 0, (START, NOISE, TIME), place)
-        size = device.inference_batch(place, 100)
+        total = torch.zeros(1, dtype=torch.float64, device=where)
+        seeds = derived_seeds(0, 0, (START, NOISE, TIME), where)
+        size = device.inference_batch(where, 100)
         for first in range(share.start, share.stop, size):
             rows = slice(first, min(first + size, share.stop))
             posteriors = self.test_posteriors[:, rows]
             labels = self.test_labels[rows]
             error = self.matching_loss(self.prior.ema, posteriors, labels, seeds, first)
             total += error.sum()
-        mean = self.workers.sum(total) / n
+        mean = self.workers.sum_(total) / n
         return {"train_loss": means[0], "test_loss": mean.item()}
 
     def fit_gaussians(self) -> dict[str, list[Tensor]]:
         """Return the Gaussians of the classes' latents, which no longer change."""
-        return self.gaussians
+        return self.fitted
+
+
+# What train.py needs of a stage: name, first_epoch, last_epoch, network (what is trained),
+# config, purposes (of its seeds), learning_rate(progress), loss(batch), max_norm, lr_flag,
+# after_step(steps), metrics(means), test(means) and fit_gaussians().
+Stage = AutoencoderStage | PriorStage
 
 
 @torch.no_grad()
@@ -286,14 +294,14 @@ def encode_all(
     With `flip` (2, 2 n, d): mirror images in the second half. Written in place: 60,000
     images would take a gigabyte otherwise.
     """
-    place = config.device
+    where = config.device
     shape = (2, 1 + flip, len(images), model.latent_size)
-    result = torch.empty(shape, dtype=torch.half, device=place)
-    size = device.inference_batch(place, 100)
+    result = torch.empty(shape, dtype=torch.half, device=where)
+    size = device.inference_batch(where, 100)
     for first in range(0, len(images), size):
-        x = vae.from_bytes(images[first : first + size].to(place))
+        x = vae.from_bytes(images[first : first + size].to(where))
         for view in range(1 + flip):
-            with device.autocast(place, config.precision):
+            with device.autocast(where, config.precision):
                 posterior = model.encode(x.flip(3) if view else x)
             result[:, view, first : first + size] = torch.stack(posterior)
     return result.flatten(1, 2)

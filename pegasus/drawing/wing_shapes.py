@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-SIZE = vae.IMAGE[1]
+SIZE = vae.IMAGE_SHAPE[1]
 SKY = (0.36, 0.58, 0.86)  # before which light wings and most horses stand out
 
 
