@@ -15,7 +15,7 @@ from pegasus.drawing.sampler import SampleConfig
 from pegasus.models import classifier
 from pegasus.training import config as training_config
 from pegasus.training import run_dir, stages
-from pegasus.training.config import TrainConfig, resume_config, first_stage_epochs
+from pegasus.training.config import TrainConfig, first_stage_epochs, resume_config
 from pegasus.training.distributed import Workers
 from pegasus.training.run import Run
 from pegasus.training.stages import Batch, PriorStage
@@ -144,7 +144,7 @@ def test_rows_of_a_batch_may_be_computed_apart(run, batches, tmp_path, monkeypat
     batch = Batch(torch.arange(50) * 3, mirrored, 50, 0, seeds, torch.tensor(0.0))
     whole = stage_gradients(stage, batch, [slice(0, 50)])
     # squared errors of all processes together, as these would add them up
-    monkeypatch.setattr(workers, "sum", lambda tensor: whole[0][2].clone())
+    monkeypatch.setattr(workers, "sum_", lambda tensor: whole[0][2].clone())
     shares = [slice(0, 30), slice(30, 30), slice(30, 50)]
     parts = stage_gradients(stage, batch, shares)
     for a, b in zip(whole, parts, strict=True):
@@ -350,10 +350,10 @@ def test_how_epochs_are_split_by_default():
     shares = [training_config.default_split(n) for n in (1, 2, 30, 60, 100, 150, 300)]
     assert shares == [1, 1, 10, 20, 20, 30, 60]
     resolved = training_config.resolve(TrainConfig(epochs=300))
-    assert split(resolved) == 60
-    assert split(training_config.resolve(TrainConfig(epochs=9, arch="mlp"))) == 9
+    assert first_stage_epochs(resolved) == 60
+    assert first_stage_epochs(training_config.resolve(TrainConfig(epochs=9, arch="mlp"))) == 9
     both = TrainConfig(epochs=5, autoencoder_epochs=9)
-    assert split(training_config.resolve(both)) == 5
+    assert first_stage_epochs(training_config.resolve(both)) == 5
 
 
 def test_how_epochs_of_a_resumed_run_are_split(run):

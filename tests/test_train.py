@@ -387,7 +387,7 @@ def step(network: nn.Module, optimizer: Adam, number: int) -> None:
     optimizer.step()
 
 
-def posterior_moments(optimizer: Adam) -> dict:
+def moments(optimizer: Adam) -> dict:
     return copy.deepcopy(optimizer.state_dict()["state"])
 
 
