@@ -52,7 +52,8 @@ def restore_optimizer(optimizer: Adam, moments: dict) -> None:
     if not moments:  # saved before the first step
         return
     for i, p in enumerate(optimizer.param_groups[0]["params"]):
-        state = {"step": moments[i]["step"].to(p.device)}
+        # a copy of its own: in older checkpoints all weights share one count of steps
+        state = {"step": moments[i]["step"].to(p.device, copy=True)}
         for name in ("exp_avg", "exp_avg_sq"):
             if moments[i][name].shape != p.shape:
                 raise ValueError("optimizer and model differ in shape")
@@ -138,8 +139,8 @@ def train_stage(run: Run, stage: Stage, optimizer: Adam, workers: Workers, stop:
 
     if run.config.device != "cpu" and workers.size == 1:
         step = cuda_graph.Replay(step, run.config.batch_size)
-    counts = (stage.last_epoch, run.config.epochs, run.image_count, run.images_done)
-    display = Progress(*counts, workers.leads)
+    epochs = (stage.last_epoch, run.config.epochs)
+    display = Progress(*epochs, run.image_count, run.images_done, workers.leads)
     while run.epoch < stage.last_epoch:
         for rows, mirrored in batches(run):
             step(rows, mirrored, *step_inputs(run, stage))
@@ -151,16 +152,13 @@ def train_stage(run: Run, stage: Stage, optimizer: Adam, workers: Workers, stop:
             stop.agreed = workers.max(stop.asked, run.config.device)
             if stop.agreed:
                 return
-            if run.timer.is_due():
+            if run.timer.is_due() and run.epoch < run.config.epochs:  # else saved at the end
                 save(run, stage, optimizer, workers)
 
 
 def save(run: Run, stage: Stage, optimizer: Adam, workers: Workers) -> dict | None:
     """Save checkpoint and pictures, in the first process alone; return the state."""
-    if workers.leads:
-        return run.save(stage, optimizer)
-    run.timer.saved()  # the others wait as long until the next time
-    return None
+    return run.save(stage, optimizer) if workers.leads else None
 
 
 def train(run: Run, state: dict | None, workers: Workers, stop: StopSignal) -> dict | None:
@@ -175,12 +173,16 @@ def train(run: Run, state: dict | None, workers: Workers, stop: StopSignal) -> d
             restore_optimizer(optimizer, state["optimizer"]["state"])
     if state:
         state.clear()  # frees what the networks have copied
+    if workers.leads:
+        run_dir.prepare(run.config, run.data, run.history)
+        print(run_dir.describe(run.config, run.data, run.image_count, run.epoch), flush=True)
     stop.listen()
     train_stage(run, stage, optimizer, workers, stop)
     while run.epoch < run.config.epochs and not stop.agreed:
         stage = run.next_stage(workers)
         optimizer = make_optimizer(stage)
         train_stage(run, stage, optimizer, workers, stop)
+    optimizer.zero_grad()  # frees the gradients
     return save(run, stage, optimizer, workers)
 
 
@@ -206,9 +208,6 @@ def open_run(
         run = Run(config, data)
         if state:
             run.restore(state)
-    if workers.leads:
-        run_dir.prepare(config, data, run.history)
-        print(run_dir.describe(config, data, run.image_count, run.epoch), flush=True)
     return run, state
 
 
@@ -221,8 +220,9 @@ def finish(run: Run, state: dict) -> None:
     if not config.judge:
         return
     if state["judge"] is None:
-        place = (config.device, config.precision)
-        state["judge"] = classifier.get(Path(run.data.folder), 0, *place, accelerate)
+        state["judge"] = classifier.get(
+            Path(run.data.folder), 0, config.device, config.precision, accelerate
+        )
         run.write(state)
     has_prior = state["phase"] == "prior" and len(run.data.classes) > 1
     if has_prior and state["bank"] is None:

@@ -247,7 +247,7 @@ def run(main: Callable[[], int | None]) -> None:
     """
     try:
         status = main()
-        sys.stdout.flush()  # or a reader that has left is noticed too late
+        print(end="", flush=True)  # or a reader that has left is noticed too late
         sys.exit(status)
     except BrokenPipeError:
         silence()

@@ -1,5 +1,5 @@
 import vae
-from pegasus.drawing import wing_shapes, compose
+from pegasus.drawing import compose, wing_shapes
 from pegasus.models.flow_prior import FlowPrior
 
 import pytest

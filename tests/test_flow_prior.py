@@ -153,6 +153,8 @@ def test_a_state_for_drawing_holds_all_but_the_trained_velocity():
     loaded.load_drawing_state(state, prior.velocity.state_dict())
     assert loaded.velocity.enter.weight.equal(prior.velocity.enter.weight)
     assert not loaded.ema.enter.weight.equal(loaded.velocity.enter.weight)
+    with pytest.raises(RuntimeError, match="std"):
+        loaded.load_drawing_state(state | {"std": torch.ones(1)})
 
 
 def test_classes_hidden():

@@ -12,7 +12,7 @@ import train
 import vae
 from pegasus.cli import UserError
 from pegasus.data import cifar10
-from pegasus.drawing import wing_shapes, compose, plots, sampler
+from pegasus.drawing import compose, plots, sampler, wing_shapes
 from pegasus.drawing.sampler import SampleConfig, Sampler
 from pegasus.models import flow_prior, gaussians
 from pegasus.models.classifier import Classifier, classify, pegasus_score

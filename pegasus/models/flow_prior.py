@@ -177,13 +177,16 @@ class FlowPrior(nn.Module):
         If these are not given, the averaged weights are used.
         """
         average = {}
+        whole = {}
         for name, tensor in state.items():
             if name.startswith("average."):
                 average[name.removeprefix("average.")] = tensor
-        self.ema.load_state_dict(average)
-        self.velocity.load_state_dict(average if velocity_state is None else velocity_state)
-        self.mean.copy_(state["mean"])
-        self.std.copy_(state["std"])
+            else:
+                whole[name] = tensor
+        velocity = average if velocity_state is None else velocity_state
+        whole |= {f"ema.{name}": tensor for name, tensor in average.items()}
+        whole |= {f"velocity.{name}": tensor for name, tensor in velocity.items()}
+        self.load_state_dict(whole)
 
     def normalize(self, z: Tensor) -> Tensor:
         return (z - self.mean) / self.std

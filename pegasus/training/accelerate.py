@@ -190,7 +190,8 @@ def suits_winograd(layer: nn.Module) -> bool:
     """Return whether a layer is a plain 3 x 3 convolution of fitting channels."""
     if type(layer) is not nn.Conv2d or not torch.backends.mkl.is_available():
         return False
-    plain = (layer.kernel_size, layer.stride, layer.padding) == ((3, 3), (1, 1), (1, 1))
+    shape = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+    plain = shape == ((3, 3), (1, 1), (1, 1), (1, 1)) and layer.padding_mode == "zeros"
     channels = layer.in_channels % LANES == 0 and layer.out_channels % LANES == 0
     return plain and channels and layer.groups == 1
 

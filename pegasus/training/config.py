@@ -23,7 +23,7 @@ OF_THIS_START = {"run", "resume", "overwrite", "device"}  # never the stored one
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Options of train.py. `resolve` decides None, "auto" and 0 threads."""
+    """Options of train.py. `resolve` decides on those left open: None, "auto", 0 threads."""
     data: str = option(
         "auto",
         "auto ($CIFAR10_DIR, data/cifar-10-batches-bin, the download, else synthetic), "
@@ -211,6 +211,8 @@ def resume_config(config: TrainConfig, given: set[str], state: dict | None) -> T
     # the device is chosen anew: a run may go on elsewhere
     stored = TrainConfig(**state["config"] | {"device": "auto"})
     cli.check(stored)
+    if stored.data == "drawn":  # the synthetic set's name in older runs
+        stored = replace(stored, data="synthetic")
     check_unchanged(config, given, stored)
     changed = {"data": config.data} if config.data != "auto" else {}
     for name in OF_THIS_START | (FREE & given):

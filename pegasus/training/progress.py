@@ -27,6 +27,8 @@ def check_row(row: dict) -> None:
         if not isinstance(value, texts.get(name, int | float)):
             raise ValueError(f"a row of the log has {name} {value!r:.60}")
     needed = {"epoch", "phase", "train_loss", "test_loss"}
+    if row.get("phase") != "prior":
+        needed |= {"train_rate", "train_distortion", "test_rate", "test_distortion"}
     if not needed <= set(row) <= set(LOG_COLUMNS):
         raise ValueError(f"a row of the log has the columns {', '.join(row)}")
 

@@ -69,6 +69,12 @@ def derived_seeds(seed: int, step: int, purposes: tuple[int, ...], where: str) -
     return device.to_device(seeds, where)
 
 
+def fit_gaussians(config: TrainConfig, data: Dataset, model: VAE) -> dict[str, list[Tensor]]:
+    """Return the Gaussians of the classes' latents as an autoencoder has them now."""
+    with device.autocast(config.device, config.precision):
+        return gaussians.fit_classes(model, data.images, data.labels, data.classes)
+
+
 class AutoencoderStage:
     """Encoder and decoder, trained on photographs."""
 
@@ -160,11 +166,7 @@ class AutoencoderStage:
 
     def fit_gaussians(self) -> dict[str, list[Tensor]]:
         """Return the Gaussians of the classes' latents as they are now."""
-        data = self.data
-        with device.autocast(self.config.device, self.config.precision):
-            return gaussians.fit_classes(
-                self.network, data.images, data.labels, data.classes
-            )
+        return fit_gaussians(self.config, self.data, self.network)
 
 
 class PriorStage:
@@ -194,7 +196,7 @@ class PriorStage:
         self.first_epoch = first_stage_epochs(config)
         self.last_epoch = config.epochs
         # first, for memory: before there are posteriors
-        self.fitted = AutoencoderStage(config, data, model, workers).fit_gaussians()
+        self.fitted = fit_gaussians(config, data, model)
         self.posteriors = encode_all(model, data.images, config, config.flip)
         self.test_posteriors = encode_all(model, data.test_images, config)
         labels = gaussians.labels_with_coats(data.images, data.labels, data.classes)
