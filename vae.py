@@ -19,6 +19,7 @@ import reparam
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 IMAGE_SHAPE = (3, 32, 32)
 IMAGE_VALUES = 3072
@@ -33,10 +34,9 @@ class Terms(NamedTuple):
 
 def build_mlp(latent: tuple[int, ...]) -> tuple[nn.Sequential, nn.Sequential]:
     """Build the paper's encoder, and its decoder to logits, for a vector of latents."""
-    size = latent[0]
     encoder = [nn.Flatten(), nn.Linear(IMAGE_VALUES, 512), nn.ReLU()]
-    encoder += [nn.Linear(512, 2 * size)]  # mu, then logvar
-    decoder = [nn.Linear(size, 512), nn.ReLU(), nn.Linear(512, IMAGE_VALUES)]
+    encoder += [nn.Linear(512, 2 * latent[0])]  # mu, then logvar
+    decoder = [nn.Linear(latent[0], 512), nn.ReLU(), nn.Linear(512, IMAGE_VALUES)]
     decoder += [nn.Unflatten(1, IMAGE_SHAPE)]
     return nn.Sequential(*encoder), nn.Sequential(*decoder)
 
@@ -167,7 +167,7 @@ class VAE(nn.Module):
 
 def squared_error(x: Tensor, xhat: Tensor) -> Tensor:
     """Return sum (x - xhat)^2 of each image, (B,)."""
-    return (x - xhat).square().flatten(1).sum(1)
+    return functional.mse_loss(xhat, x, reduction="none").flatten(1).sum(1)
 
 
 def from_bytes(images: Tensor) -> Tensor:

@@ -173,15 +173,15 @@ def test_killed_runs_end_with_the_same_bits(batches, tmp_path):
     print(f"{KILLS} kills, {inside} inside a save, {where}: the same bits")
 
 
-def after_begin(monkeypatch: pytest.MonkeyPatch, change: Callable[[], object]) -> None:
+def after_prepare(monkeypatch: pytest.MonkeyPatch, change: Callable[[], object]) -> None:
     """Do something once a run has begun and written its config.json and log.csv."""
-    begin = run_dir.prepare
+    prepare = run_dir.prepare
 
-    def begin_and_change(*args: object) -> None:
-        begin(*args)
+    def prepare_and_change(*args: object) -> None:
+        prepare(*args)
         change()
 
-    monkeypatch.setattr(run_dir, "begin", begin_and_change)
+    monkeypatch.setattr(run_dir, "prepare", prepare_and_change)
 
 
 @pytest.mark.parametrize("name", ["last.pt.part", "log.csv", "samples.png.part"])
@@ -196,7 +196,7 @@ def test_a_full_disk(whole, batches, tmp_path, monkeypatch, fails, name):
         (folder / name).symlink_to("/dev/full")
 
     with monkeypatch.context() as patched:
-        after_begin(patched, fill)
+        after_prepare(patched, fill)
         words = (name.removesuffix(".part"), "No space left on device")
         fails(train.main, command(folder, batches, 4), *words)
     assert checkpoint.load(folder / "last.pt")["epochs_done"] >= before["epochs_done"]
@@ -272,7 +272,7 @@ def test_a_folder_that_may_not_be_written(as_nobody, monkeypatch, fails):
     run.chmod(0o755)
     train.main(command(run, data, 2))
     with monkeypatch.context() as patched:
-        after_begin(patched, lambda: run.chmod(0o555))
+        after_prepare(patched, lambda: run.chmod(0o555))
         sentence = "last.pt: can't be written (Permission denied)"
         fails(train.main, command(run, data, 4), sentence)
     before = {}
