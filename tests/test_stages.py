@@ -404,3 +404,17 @@ def test_a_run_keeps_the_precision_it_began_with(run):
     other = TrainConfig(precision="float32")
     with pytest.raises(UserError, match="--precision: got float32"):
         resume_config(other, {"precision"}, stored)
+
+
+def test_each_row_of_photographs_stands_above_its_reconstructions(batches):
+    model = vae.VAE()
+    preview = run_dir.preview_data(datasets.load(str(batches), "horse,bird"))
+    with torch.no_grad():
+        pairs = run_dir.reconstruction_pairs(model, preview)
+        again = model.reconstruct(vae.from_bytes(preview.test_images))
+    photographs = preview.test_images / 255
+    assert pairs.shape == (64, 3, 32, 32)
+    for row in range(4):
+        images = slice(8 * row, 8 * row + 8)
+        torch.testing.assert_close(pairs[16 * row : 16 * row + 8], photographs[images])
+        torch.testing.assert_close(pairs[16 * row + 8 : 16 * row + 16], again[images])
