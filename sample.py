@@ -26,7 +26,6 @@ from pegasus.drawing.sampler import (
 from pegasus.training.accelerate import accelerate
 from vae import IMAGE_SHAPE
 
-GAP = 4  # pixels between pictures
 MOST_PIXELS = 2**28  # of a sheet, for memory
 
 
@@ -43,7 +42,7 @@ def check_sheet(config: SampleConfig, scale: int) -> None:
         )
     shown = config.best if config.best else config.n
     rows = math.ceil(shown / config.columns)
-    pixels = rows * config.columns * (IMAGE_SHAPE[1] * scale + GAP) ** 2
+    pixels = rows * config.columns * (IMAGE_SHAPE[1] * scale + plots.GAP) ** 2
     if pixels > MOST_PIXELS:
         raise UserError(
             f"--n, --columns, --scale: got a sheet of {pixels:,} pixels; "

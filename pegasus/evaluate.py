@@ -23,7 +23,7 @@ from pegasus import cli
 from pegasus.cli import UserError, option
 from pegasus.data import cifar10, datasets
 from pegasus.data.datasets import Dataset
-from pegasus.device import resolve_device, supports_bfloat16
+from pegasus.device import fastest_precision, resolve_device
 from pegasus.drawing import plots
 from pegasus.drawing import sampler as sampling
 from pegasus.drawing.sampler import SampleConfig, Sampler
@@ -352,7 +352,7 @@ def get_classifier(data: Dataset, seed: int) -> dict[str, object]:
             "or to test; the Frechet distance needs two of each; use other data"
         )
     device = resolve_device("auto")
-    precision = "bfloat16" if supports_bfloat16(device) else "float32"
+    precision = fastest_precision(device)
     return classifier.get(Path(data.folder), seed, device, precision, accelerate)
 
 

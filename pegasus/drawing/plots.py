@@ -18,6 +18,7 @@ INK = (40, 40, 40)
 GRID = (225, 225, 225)
 PAPER = (255, 255, 255)
 COLORS = ((31, 95, 170), (200, 80, 30))  # of a panel's curves
+GAP = 4  # pixels between the images of a sheet
 SYNTHETIC = "made from synthetic data, not from photographs"
 PANELS = (
     ("Train loss", ("train_loss",)),
@@ -89,7 +90,7 @@ def caption(image: Image.Image, text: str) -> Image.Image:
 
 
 def sheet(
-    images: Tensor, columns: int = 8, scale: int = 4, gap: int = 4
+    images: Tensor, columns: int = 8, scale: int = 4, gap: int = GAP
 ) -> Image.Image:
     """Lay out images (n, 3, h, w) in [0, 1] row by row, each `scale` times as large."""
     tiles = (images.clamp(0, 1) * 255).round().byte()

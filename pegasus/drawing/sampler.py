@@ -11,7 +11,7 @@ from pathlib import Path
 import reparam
 import vae
 from pegasus import checkpoint
-from pegasus.cli import UserError, option
+from pegasus.cli import UserError, flag_of, option
 from pegasus.drawing import compose, plots, wing_shapes
 from pegasus.models import classifier, gaussians, variants
 from pegasus.models.classifier import Classifier
@@ -203,7 +203,7 @@ def check_composed(sampler: Sampler, config: SampleConfig) -> None:
     changed = []
     for name in NOT_COMPOSED:
         if getattr(config, name) != getattr(DEFAULTS, name):
-            changed.append(f"--{name}")
+            changed.append(flag_of(name))
     if changed and is_composed(sampler, config):
         raise UserError(
             f"{', '.join(changed)}: without effect on composed Pegasi; "

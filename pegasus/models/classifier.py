@@ -15,6 +15,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
+import vae
 from pegasus import checkpoint, cli
 from pegasus.cli import UserError
 from pegasus.data import cifar10
@@ -96,7 +97,7 @@ def classify(
     probabilities = []
     features = []
     for batch in images.split(batch_size):
-        x = batch / 255 if batch.dtype == torch.uint8 else batch
+        x = vae.from_bytes(batch) if batch.dtype == torch.uint8 else batch
         views = torch.stack([classifier.features(x), classifier.features(x.flip(3))])
         probabilities.append(classifier.head(views).softmax(2).mean(0))
         features.append(views.mean(0))
@@ -159,7 +160,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     """
     down, right = torch.randint(0, 5, (2,), generator=generator).tolist()
     coins = torch.rand(len(images), generator=generator).to(images.device)
-    padded = functional.pad(images.float() / 255, (2, 2, 2, 2), mode="reflect")
+    padded = functional.pad(vae.from_bytes(images), (2, 2, 2, 2), mode="reflect")
     x = padded[:, :, down : down + 32, right : right + 32]
     return torch.where((coins < 0.5)[:, None, None, None], x.flip(3), x)
 

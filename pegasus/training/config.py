@@ -159,7 +159,7 @@ def resolve_machine(config: TrainConfig) -> TrainConfig:
         threads = torch.get_num_threads()
     precision = config.precision
     if precision == "auto":
-        precision = "bfloat16" if device.supports_bfloat16(where) else "float32"
+        precision = device.fastest_precision(where)
     return replace(config, device=where, threads=threads, precision=precision)
 
 
