@@ -42,9 +42,10 @@ train: build  ## train in RUN, or go on with the run there
 ifeq ($(origin RUN),file)
 paper: RUN = runs/paper
 endif
-paper: build  ## the paper's recipe in runs/paper
+paper: build  ## the paper in one command: its recipe in runs/paper, its figures, the best picture, P(x)
 	$(TRAIN) --run "$(RUN)" --arch mlp --likelihood mse --latent 128 --schedule constant --lr 1e-3 \
-	  --batch-size 128 --beta 1 --no-flip $(ARGS)
+	  --batch-size 128 --beta 1 --no-flip --no-center $(ARGS)
+	@$(PYTHON) -m pegasus.paper "$(RUN)"
 
 # before there is a run: the checkpoint that comes along
 CHECKPOINT = $(if $(shell test -e "$(RUN)/last.pt" && echo yes),$(RUN)/last.pt,pegasus.pt)

@@ -23,6 +23,7 @@ from pegasus.drawing.sampler import (
     page,
     sample,
 )
+from pegasus.models.classifier import CHOOSING
 from pegasus.training.accelerate import accelerate
 from vae import IMAGE_SHAPE
 
@@ -63,7 +64,7 @@ def describe(sampler: Sampler, config: SampleConfig) -> dict[str, object]:
             about["from"] = config.from_
             about["keep"] = config.keep
     if config.best:
-        about["best"] = f"of {config.n} by judge"
+        about["best"] = f"of {config.n} by judge {CHOOSING}"
     return about
 
 
@@ -75,7 +76,7 @@ def summary(sampler: Sampler, config: SampleConfig, about: dict[str, object]) ->
     if config.mode == "pegasus" and sampler.prior is not None and sampler.parts is None:
         count += (
             " without wings (this checkpoint has no parts for them: "
-            "train.py --resume --judge adds them)"
+            "train.py --resume --parts adds them)"
         )
     settings = [f"{key} {value}" for key, value in about.items() if key != "Software"]
     return f"{config.out}: {count}, {', '.join(settings)}"
@@ -87,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     scale = 2 * config.scale if enlarged else config.scale
     check_sheet(config, scale)
     sampler = load(Path(config.checkpoint))
-    for network in (sampler.model, sampler.prior, sampler.classifier):
+    for network in (sampler.model, sampler.prior):
         if network is not None:
             accelerate(network)
     images = sample(sampler, config)

@@ -212,22 +212,14 @@ def open_run(
 
 
 def finish(run: Run, state: dict) -> None:
-    """Put the classifier and parts of Pegasi into the checkpoint of a finished run.
+    """Put the parts of Pegasi into the checkpoint of a finished run.
 
     state: of its last save, from which sample.py can draw without them already.
     """
-    config = run.config
-    if not config.judge:
-        return
-    if state["judge"] is None:
-        state["judge"] = classifier.get(
-            Path(run.data.folder), 0, config.device, config.precision, accelerate
-        )
-        run.write(state)
     has_prior = state["phase"] == "prior" and len(run.data.classes) > 1
-    if has_prior and state["bank"] is None:
+    if run.config.parts and has_prior and state["bank"] is None:
         print(PREPARING, flush=True)
-        judge = classifier.from_state(state["judge"])
+        judge = classifier.load(classifier.CHOOSING)
         accelerate(judge)
         state["bank"] = compose.prepare(run.model, run.prior, judge, run.data.classes)
         run.write(state)

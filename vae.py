@@ -6,7 +6,7 @@ Kingma and Welling (2014) with a squared error:
     loss(x) = sum (x - xhat)^2 + KL(N(mu, exp(logvar)) || N(0, I))
     xhat = decoder(z),  z ~ N(mu, exp(logvar)),  mu, logvar = encoder(x)
 
-That is `VAE("mlp", "mse")`. `VAE("conv", "gaussian", (8, 8, 8))` draws better pictures:
+That is `VAE("mlp", "mse")`. `VAE("conv", "gaussian", (8, 8, 8), center=True)` draws better:
 a residual network, a measured pixel variance, latents in 8 channels of 8 x 8.
 AutoencoderStage.loss in pegasus/training/stages.py adds up the loss, in nats per image.
 Checkpoints rely on the names of modules here, variants.py on the encoder's last and the
@@ -94,19 +94,27 @@ def build_conv(latent: tuple[int, ...]) -> tuple[nn.Sequential, nn.Sequential]:
     return nn.Sequential(*encoder), nn.Sequential(*decoder)
 
 
-def gaussian_nll(sse: Tensor, variance: Tensor) -> Tensor:
+def gaussian_nll(sse: Tensor, variance: Tensor, values: int = IMAGE_VALUES) -> Tensor:
     """Return -log N(x; xhat, variance I) in nats per image.
 
     One variance for all values. The best one is the mean squared error; with the batch's
     this is the objective of sigma-VAE (Rybkin et al. 2021, section 3).
     """
-    return sse / (2 * variance) + IMAGE_VALUES / 2 * torch.log(2 * math.pi * variance)
+    return sse / (2 * variance) + values / 2 * torch.log(2 * math.pi * variance)
 
 
 def bits_per_dim(sse: Tensor, rate: Tensor, variance: Tensor) -> Tensor:
-    """Return bits for each of an image's bytes, taking their values as continuous."""
-    nats = (gaussian_nll(sse, variance) + rate) / IMAGE_VALUES + math.log(256)
-    return nats / math.log(2)
+    """Return bits for each of an image's bytes, by the ELBO.
+
+    A byte's probability is taken as its density times the bin's width, 1/255, which
+    leaves out that the first and the last bin could reach to infinity.
+    """
+    return bits_of_nats(gaussian_nll(sse, variance) + rate)
+
+
+def bits_of_nats(nats: Tensor | float) -> Tensor | float:
+    """Convert -log p(x) of images in [0, 1] to bits for each of their bytes."""
+    return (nats / IMAGE_VALUES + math.log(255)) / math.log(2)
 
 
 NETWORKS = {"mlp": build_mlp, "conv": build_conv}
@@ -116,11 +124,19 @@ LIKELIHOODS = ("mse", "gaussian")
 class VAE(nn.Module):
     """Encoder to a diagonal Gaussian posterior, decoder to the mean image.
 
-    latent: (size,), or (channels, 8, 8) with the convolutional network.
+    latent: (size,), or (channels, 8, 8) with the convolutional network. center: whether
+    the encoder gets x - 0.5; from inputs that are all positive most ReLUs of "mlp" die.
     """
 
-    def __init__(self, arch: str = "mlp", likelihood: str = "mse", latent: tuple = (128,)):
+    def __init__(
+        self,
+        arch: str = "mlp",
+        likelihood: str = "mse",
+        latent: tuple = (128,),
+        center: bool = False,
+    ):
         super().__init__()
+        self.center = 0.5 if center else 0.0
         self.latent_shape = latent
         self.latent_size = math.prod(latent)
         self.likelihood = likelihood
@@ -129,7 +145,7 @@ class VAE(nn.Module):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Encode images in [0, 1] to mu and logvar, float32 (B, latent_size)."""
-        return self.encoder(x).float().flatten(1).chunk(2, 1)
+        return self.encoder(x - self.center).float().flatten(1).chunk(2, 1)
 
     def decode(self, z: Tensor) -> Tensor:
         """Decode latents (B, latent_size) to images in [0, 1], float32 (B, 3, 32, 32)."""

@@ -200,7 +200,7 @@ def our_speed(arguments: str, config: argparse.Namespace, folder: str) -> float:
     """Return images a second in the last of three epochs of train.py."""
     command = [sys.executable, str(TRAIN), *arguments.split(), "--epochs", "3"]
     command += ["--data", config.data, "--device", config.device]
-    command += ["--threads", str(config.threads), "--save-seconds", "1e9", "--no-judge"]
+    command += ["--threads", str(config.threads), "--save-seconds", "1e9", "--no-parts"]
     command += ["--run", folder, "--overwrite"]
     status = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
     if status:

@@ -1,13 +1,12 @@
-"""Train the paper's model and others that add or exchange a piece, and compare them.
+"""Train the paper's model and others that exchange a piece of it, and compare them.
 
     python -m pegasus.study                        # all that docs/study.jsonl lacks
     python -m pegasus.study --rows paper,gaussian  # only these
     python -m pegasus.study --rows none            # only the table, from what is there
 
-It writes docs/study.jsonl, docs/study.md and a sheet of samples of each row. A run that
-was cut off goes on in runs/study. A new row is one more line in ROWS.
+It writes docs/study.jsonl, and the table in docs/study.md. A run that was cut off goes on
+in runs/study. A new row is one more line in ROWS.
 """
-import functools
 import json
 import signal
 import statistics
@@ -16,13 +15,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from pegasus import checkpoint, cli, evaluate
+from pegasus import cli, evaluate
 from pegasus.cli import UserError, option
 from pegasus.data import datasets
-from pegasus.drawing import plots
-from pegasus.drawing import sampler as sampling
-from pegasus.drawing.sampler import SampleConfig, Sampler
-from pegasus.evaluate import EvaluateConfig
+from pegasus.data.datasets import Dataset
+from pegasus.evaluate import EvaluateConfig, Reference
 from pegasus.files import replace_file
 
 import torch
@@ -35,7 +32,8 @@ PAPER = (
 MLP = "--arch mlp --schedule onecycle --lr 2e-3 --flip --epochs 60"
 GAUSSIAN = f"{MLP} --likelihood gaussian"
 ROWS = {  # options of train.py
-    "paper": f"{PAPER} --epochs 300",
+    "paper": f"{PAPER} --no-center --epochs 300",
+    "centered": f"{PAPER} --center --epochs 300",
     "one-cycle": MLP,
     "gaussian": GAUSSIAN,
     "conditional": f"{GAUSSIAN} --prior conditional",
@@ -43,45 +41,19 @@ ROWS = {  # options of train.py
     "flow-1": f"{GAUSSIAN} --flow 1",
     "flow-4": f"{GAUSSIAN} --flow 4",
     "flow-16": f"{GAUSSIAN} --flow 16",
-    "conv": "--prior normal --epochs 60",
-    "conv-grid": "--prior normal --latent 8x8x8 --epochs 60",
-    "learned": "--autoencoder-epochs 60 --epochs 300",
 }
-MODES = ("horse", "bird", "pegasus", "prior")
 COLUMNS = {  # heading: (keys of the figure, format)
-    "bits/dim": ("bits_per_dim_elbo", "{:.3f}"),
-    "IW": ("bits_per_dim_iw", "{:.3f}"),
-    "rate": ("rate", "{:.1f}"),
-    "squared error": ("sse", "{:.2f}"),
-    "Fréchet": ("frechet_of balanced", "{:.2f}"),
-    "prior's": ("frechet_of prior", "{:.2f}"),
-    "rebuilt": ("frechet_of reconstructions", "{:.2f}"),
-    "floor": ("frechet_floor", "{:.2f}"),
-    "horse": ("called horse horse", "{:.1%}"),
-    "bird": ("called bird bird", "{:.1%}"),
-    "Pegasus": ("pegasus_share pegasus", "{:.1%}"),
-    "of horses": ("pegasus_share horse", "{:.1%}"),
-    "of birds": ("pegasus_share bird", "{:.1%}"),
-    "of the prior's": ("pegasus_share prior", "{:.1%}"),
+    "bits/dim": ("likelihood bits_per_dim", "{:.3f}"),
+    "IW": ("likelihood bits_per_dim_iw", "{:.3f}"),
+    "rate": ("likelihood rate", "{:.1f}"),
+    "squared error": ("likelihood squared_error", "{:.2f}"),
+    "Fréchet": ("sets classes frechet mean", "{:.2f}"),
+    "± judges": ("sets classes frechet deviation", "{:.2f}"),
+    "rebuilt": ("sets rebuilt frechet mean", "{:.2f}"),
+    "finest detail": ("sets classes power 1", "{:.1%}"),
 }
-INTRODUCTION = """# Pieces
-
-`python -m pegasus.study` trains these, from {data}, and measures them. Figures are of
-one run, or of several the mean ± standard deviation.
-
-- bits/dim: ELBO and importance-weighted (IW, K = {k}), of {images} test photographs,
-  integrated over the bins of their bytes, under the conditional prior, otherwise under
-  N(0, I), which stays the autoencoder's prior where another is learned to sample from.
-- Rate: nats.
-- Fréchet distance in the features of judge {judge_seed}, not FID, to the test
-  photographs: of {n} samples of the classes, of as many of the prior, of rebuilt test
-  photographs; floor: of {n} training photographs.
-- Horse, bird: the share of that mode's samples that the judge gives that class.
-- Pegasus: the share more Pegasus-like than 99 % of the test photographs, of pegasus,
-  horse, bird and prior mode.
-- The learned prior's Fréchet distance is without guidance; its classes have guidance
-  {guidance}, its Pegasi are composed.
-"""
+BEGIN = "<!-- the table: python -m pegasus.study -->\n"
+END = "<!-- end of the table -->\n"
 
 
 @dataclass(frozen=True)
@@ -91,13 +63,7 @@ class StudyConfig:
     data: str = option("auto", "as for train.py")
     runs: str = option("runs/study", "folder of the runs")
     out: str = option(
-        "docs/study",
-        "folder of the pictures; beside it the table, .md, and the figures, .jsonl",
-    )
-    n: int = option(
-        1000,
-        "images to sample in each mode; finished runs keep what they had",
-        least=200,
+        "docs/study", "the figures, .jsonl, and the page with the table, .md"
     )
 
 
@@ -123,47 +89,32 @@ def train(arguments: list[str], folder: Path) -> None:
         )
 
 
-def run(name: str, seed: int, config: StudyConfig) -> dict[str, object]:
+def run(
+    name: str, seed: int, config: StudyConfig, data: Dataset, reference: Reference
+) -> dict[str, object]:
     """Train or resume one run of a row to its end, and measure it.
 
     Returns its line of the figures' file. Raises UserError.
     """
     command = command_of(name, seed)
     folder = Path(config.runs) / f"{name}-{seed}"
-    arguments = [*command.split(), "--data", config.data]
-    if "autoencoder" not in command:
-        arguments.append("--no-judge")  # only composed Pegasi need it
-    train(arguments, folder)
-    state = checkpoint.load(folder / "last.pt")
+    train([*command.split(), "--data", config.data], folder)
     sampler = evaluate.load_sampler(folder / "last.pt")
-    data = datasets.load(state["data"]["folder"], ",".join(sampler.classes))
-    settings = EvaluateConfig(n=config.n)
-    judge = evaluate.get_classifier(data, settings.judge_seed)
-    if seed == 0:
-        picture(sampler, Path(config.out) / f"{name}.png")
-    figures = evaluate.report(sampler, data, judge, settings)
-    errors = [row["test_sse"] for row in state["history"] if "test_sse" in row]
-    figures["sse"] = errors[-1]
-    figures["settings"]["data"] = data.name  # not where it lies on this machine
-    return {
-        "name": name,
-        "command": command,
-        "torch": torch.__version__,
-        "figures": figures,
-    }
+    figures = evaluate.report(sampler, data, reference, EvaluateConfig())
+    return {"name": name, "command": command, "figures": figures}
 
 
-def picture(sampler: Sampler, path: Path) -> None:
-    """Save a sheet of eight samples for each of MODES, a row each, none chosen."""
-    rows = [sampling.sample(sampler, SampleConfig(mode=mode, n=8)) for mode in MODES]
-    about = sampler.about | {"mode": ", ".join(MODES), "seed": 0}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    plots.save(sampling.page(torch.cat(rows), about, 8, 2), path, about)
+def figure(run: dict, keys: str) -> float:
+    """Return the figure at a path of keys, and of numbers where there is a list."""
+    value = run
+    for key in keys.split():
+        value = value[int(key) if isinstance(value, list) else key]
+    return value
 
 
 def cell(runs: list[dict], keys: str, form: str) -> str:
     """Return mean and standard deviation over runs of the figure at a path of keys."""
-    values = [functools.reduce(dict.__getitem__, keys.split(), run) for run in runs]
+    values = [figure(run, keys) for run in runs]
     mean = form.format(statistics.mean(values))
     if len(values) == 1:
         return mean
@@ -188,22 +139,15 @@ def table(lines: list[dict]) -> str:
     return "\n".join(rows) + "\n"
 
 
-def write_page(lines: list[dict], out: Path) -> None:
-    """Write the table, the commands behind it and the sheets to a Markdown file."""
-    settings = lines[0]["figures"]["settings"]
-    values = settings["bits_per_dim"] | settings["frechet"] | {"data": settings["data"]}
-    names = [name for name in ROWS if figures_of(lines, name)]
-    commands = [f"- {name}: `train.py {ROWS[name]}`" for name in names]
-    parts = [
-        INTRODUCTION.format(**values),
-        table(lines),
-        "\n".join(commands) + "\n",
-        "Eight samples each, none chosen, of the run with seed 0; rows: "
-        f"{', '.join(MODES)}.\n",
-    ]
-    parts += [f"{name}\n\n![{name}]({out.name}/{name}.png)\n" for name in names]
-    with replace_file(Path(f"{out}.md")) as temporary:
-        temporary.write_text("\n".join(parts))
+def write_page(lines: list[dict], path: Path) -> None:
+    """Put the table into a page, between its two marks. Raises UserError."""
+    page = path.read_text() if path.exists() else f"{BEGIN}{END}"
+    if BEGIN not in page or END not in page:
+        raise UserError(f"{path}: lacks the lines {BEGIN.strip()} and {END.strip()}")
+    before, _ = page.split(BEGIN, 1)
+    _, after = page.split(END, 1)
+    with replace_file(path) as temporary:
+        temporary.write_text(f"{before}{BEGIN}{table(lines)}{END}{after}")
 
 
 def row_names(text: str) -> list[str]:
@@ -230,35 +174,45 @@ def missing_runs(
     return [(name, seed) for name, seed in wanted if command_of(name, seed) not in done]
 
 
-def check_data(config: StudyConfig, lines: list[dict]) -> None:
+def check_data(config: StudyConfig, lines: list[dict], data: Dataset) -> None:
     """Raise UserError where earlier figures are of other data."""
-    earlier = lines[0]["figures"]["settings"]["data"]
-    name = datasets.load(config.data, "horse,bird").name
-    if name != earlier:
-        raise UserError(
-            f"--data: got {name}, but {config.out}.jsonl is of {earlier}; "
-            "give that, or another --out"
-        )
+    for line in lines:
+        earlier = line["figures"]["settings"]["data"]
+        if data.name != earlier:
+            raise UserError(
+                f"--data: got {data.name}, but {config.out}.jsonl is of {earlier}; "
+                "give that, or another --out"
+            )
+
+
+def make(
+    missing: list[tuple[str, int]], config: StudyConfig, lines: list[dict], path: Path
+) -> None:
+    """Make the runs that are missing; add each to the lines and to their file."""
+    data = datasets.load(config.data, "horse,bird")
+    check_data(config, lines, data)
+    reference = evaluate.make_reference(data)
+    for name, seed in missing:
+        lines.append(run(name, seed, config, data, reference))
+        with replace_file(path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_page(lines, Path(f"{config.out}.md"))
 
 
 def main(argv: list[str] | None = None) -> None:
     config, _ = cli.parse(StudyConfig, argv, __doc__)
+    torch.set_flush_denormal(True)
     names = row_names(config.rows)
-    out = Path(config.out)
-    path = Path(f"{out}.jsonl")
+    path = Path(f"{config.out}.jsonl")
     lines = []
     if path.exists():
         lines = [json.loads(line) for line in path.read_text().splitlines()]
     missing = missing_runs(names, config.seeds, lines)
-    if missing and lines:
-        check_data(config, lines)
-    for name, seed in missing:
-        lines.append(run(name, seed, config))
-        with replace_file(path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        write_page(lines, out)
+    if missing:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        make(missing, config, lines, path)
     if lines:
-        write_page(lines, out)
+        write_page(lines, Path(f"{config.out}.md"))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""The classifier, called the judge in files and options, and the measures by it."""
-from pegasus import checkpoint
+"""The judges: those that travel with the program, and how others are made."""
+import os
+import re
+from pathlib import Path
+
 from pegasus.cli import UserError
 from pegasus.data import cifar10
 from pegasus.models import classifier
-from pegasus.training.accelerate import accelerate
 
 import pytest
 import torch
+from conftest import equal
 
 
 @pytest.fixture(scope="module")
@@ -18,8 +21,7 @@ def dataset(batches):
 def state(dataset):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(classifier, "EPOCHS", 6)
-        network = classifier.fit(*dataset, prepare=accelerate)
-        return classifier.to_state(network, *dataset, 0)
+        return classifier.to_state(classifier.fit(*dataset), *dataset, 0)
 
 
 def test_it_learns_and_is_small_enough_to_travel(state, dataset, tmp_path):
@@ -31,7 +33,7 @@ def test_it_learns_and_is_small_enough_to_travel(state, dataset, tmp_path):
     assert correct.double().mean() > 0.6  # six times 240 images
     assert features.shape == (len(images), classifier.FEATURES)
     torch.testing.assert_close(probabilities.sum(1), torch.ones(len(features)))
-    checkpoint.save(tmp_path / "judge.pt", state)
+    torch.save(state, tmp_path / "judge.pt")
     assert (tmp_path / "judge.pt").stat().st_size < 1.2e6
 
 
@@ -44,70 +46,142 @@ def test_an_image_and_its_mirror_image_are_classified_alike(state, dataset):
         torch.testing.assert_close(a, b)
 
 
-def test_trained_once_and_kept_by_what_the_data_hold(
-    state, own_batches, capsys, monkeypatch
-):
-    assert not list(own_batches.parent.glob("*judge*"))
-    first = classifier.get(own_batches, seed=3)
-    assert "once for this data" in capsys.readouterr().err
-    (path,) = own_batches.parent.glob("*judge*-3.pt")
-    assert classifier.get(own_batches, seed=3)["accuracy"] == first["accuracy"]
-    assert capsys.readouterr().err == ""
-    path.write_bytes(b"cut short")
-    again = classifier.get(own_batches, seed=3)["weights"]
-    assert all(tensor.equal(again[name]) for name, tensor in first["weights"].items())
-    other = state["weights"]
-    assert not all(tensor.equal(other[name]) for name, tensor in first["weights"].items())
-    data = bytearray((own_batches / "test_batch.bin").read_bytes())
-    data[5] ^= 1
-    (own_batches / "test_batch.bin").write_bytes(data)
-    classifier.get(own_batches, seed=3)
-    assert len(list(own_batches.parent.glob("*judge*-3.pt"))) == 2
+def test_four_different_judges_travel_with_the_program(dataset):
+    """That of seed 0 chooses, the others report."""
+    assert (classifier.CHOOSING, *classifier.REPORTING) == (0, 1, 2, 3)
+    opinions = []
+    for seed in range(4):
+        path = classifier.FOLDER / f"{seed}.pt"
+        state = torch.load(path, weights_only=True)
+        assert state["seed"] == seed
+        assert 0.84 < state["accuracy"] < 0.9
+        assert path.stat().st_size < 1.2e6
+        judge = classifier.load(seed)
+        assert classifier.load(seed) is judge
+        assert not judge.training
+        probabilities, _ = classifier.classify(judge, dataset[0][:50])
+        for other in opinions:
+            assert not probabilities.allclose(other, atol=0.05)
+        opinions.append(probabilities)
+
+
+def test_the_judges_accuracy_on_photographs():
+    folder = os.environ["REAL_CIFAR10_DIR"]
+    if not folder:
+        pytest.skip("CIFAR10_DIR names no real batches")
+    images, labels = cifar10.load_all(Path(folder), cifar10.TEST)
+    for seed in range(4):
+        state = torch.load(classifier.FOLDER / f"{seed}.pt", weights_only=True)
+        probabilities, _ = classifier.classify(classifier.from_state(state), images)
+        correct = (probabilities.argmax(1) == labels).double().mean()
+        assert correct.item() == pytest.approx(state["accuracy"], abs=1e-3)
+
+
+@pytest.fixture
+def own_folder(tmp_path, monkeypatch):
+    """An empty folder of judges."""
+    folder = tmp_path / "judges"
+    folder.mkdir()
+    monkeypatch.setattr(classifier, "FOLDER", folder)
+    classifier.load.cache_clear()
+    yield folder
+    classifier.load.cache_clear()
+
+
+def make_judge(batches, *argv):
+    classifier.main([str(word) for word in ("--data", batches, *argv)])
+
+
+def read_weights(path):
+    """The weights in a judge's file, checked."""
+    state = torch.load(path, weights_only=True)
+    classifier.from_state(state)
+    return state["weights"]
+
+
+def test_a_missing_judge_names_the_command_that_makes_it(own_folder, batches):
+    with pytest.raises(UserError, match="2.pt: no such judge") as missing:
+        classifier.load(2)
+    module, options = re.search(r"python -m (\S+) (.*) makes it", str(missing.value)).groups()
+    assert module == classifier.__name__
+    make_judge(batches, *options.split())
+    assert [path.name for path in own_folder.iterdir()] == ["2.pt"]
+    made = read_weights(own_folder / "2.pt")
+    loaded = classifier.load(2).state_dict()
+    assert all(tensor.equal(made[name].to(tensor)) for name, tensor in loaded.items())
+
+
+def test_a_judge_is_a_function_of_the_data_and_the_seed(own_folder, batches, tmp_path, capsys):
+    """And not of global random numbers."""
+    first = tmp_path / "first.pt"
+    again = tmp_path / "again.pt"
+    other = tmp_path / "other.pt"
+    make_judge(batches, "--seed", 3, "--out", first)
+    said = capsys.readouterr().out
+    torch.manual_seed(8)
+    make_judge(batches, "--seed", 3, "--out", again)
+    make_judge(batches, "--seed", 4, "--out", other)
+    assert list(own_folder.iterdir()) == []
+    wanted = read_weights(first)
+    assert equal(read_weights(again), wanted)
+    assert not read_weights(other)["head.weight"].equal(wanted["head.weight"])
+    images, labels = cifar10.load_all(batches, cifar10.TEST)
+    state = torch.load(first, weights_only=True)
+    probabilities, _ = classifier.classify(classifier.from_state(state), images)
+    correct = (probabilities.argmax(1) == labels).sum().item()
+    assert (state["seed"], state["accuracy"]) == (3, correct / len(labels))
+    assert said == f"{first}: {correct / len(labels):.1%} of the test photographs right\n"
+
+
+def test_damaged_batches_show_before_training(own_batches, own_folder, monkeypatch):
     monkeypatch.setattr(classifier, "fit", None)
+    data = (own_batches / "test_batch.bin").read_bytes()
     (own_batches / "test_batch.bin").write_bytes(data[:-1])
-    with pytest.raises(UserError, match="test_batch.bin"):  # before minutes of training
-        classifier.get(own_batches, seed=3)
+    with pytest.raises(UserError, match="test_batch.bin"):
+        make_judge(own_batches)
 
 
-def test_interrupted_it_keeps_nothing_and_global_random_numbers_stay(
-    own_batches, monkeypatch
-):
-    before = torch.get_rng_state()
+def interrupt_training(monkeypatch):
     shown = []
 
-    def stop(line, last):
+    def show(line, last):
         shown.append(line)
-        if len(shown) == 3:
+        if len(shown) % 3 == 0:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(classifier.cli, "show", stop)
-    with pytest.raises(KeyboardInterrupt):
-        classifier.get(own_batches)
-    assert {path.name for path in own_batches.parent.iterdir()} == {own_batches.name}
+    monkeypatch.setattr(classifier.cli, "show", show)
+
+
+def interrupt_saving(monkeypatch):
+    save = torch.save
+
+    def interrupted(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", interrupted)
+
+
+@pytest.mark.parametrize("interrupt", [interrupt_training, interrupt_saving])
+def test_an_interrupted_one_leaves_no_file(own_folder, batches, monkeypatch, interrupt):
+    """And what was there before stays."""
+    (own_folder / "1.pt").write_bytes(b"before")
+    interrupt(monkeypatch)
+    for seed in (0, 1):
+        with pytest.raises(KeyboardInterrupt):
+            make_judge(batches, "--seed", seed)
+    assert [path.name for path in own_folder.iterdir()] == ["1.pt"]
+    assert (own_folder / "1.pt").read_bytes() == b"before"
+
+
+def test_global_random_numbers_stay(dataset, monkeypatch):
+    before = torch.get_rng_state()
+    classifier.fit(*dataset)
     assert torch.get_rng_state().equal(before)
-
-
-def test_where_it_cannot_be_kept_it_says_so_and_serves(own_batches, monkeypatch, capsys):
-
-    def full(path, state):
-        raise UserError("disk full")
-
-    monkeypatch.setattr(checkpoint, "save", full)
-    assert "accuracy" in classifier.get(own_batches)
-    assert "not kept" in capsys.readouterr().err
-
-
-def test_it_is_prepared_before_it_is_trained(dataset):
-    """Here by nothing but zeros in the last layer: all classes are equally likely."""
-
-    def prepare(network):
-        assert network.training
-        network.head.requires_grad_(False).weight.zero_()
-        network.head.bias.zero_()
-
-    network = classifier.fit(dataset[0][:40], dataset[1][:40], prepare=prepare)
-    probabilities, _ = classifier.classify(network, dataset[0][:10])
-    torch.testing.assert_close(probabilities, torch.full((10, 10), 0.1))
+    interrupt_training(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        classifier.fit(*dataset)
+    assert torch.get_rng_state().equal(before)
 
 
 def test_pegasus_score():
@@ -119,22 +193,6 @@ def test_pegasus_score():
     torch.testing.assert_close(score, torch.tensor([0.5, 0.0, 0.1]))
     score = classifier.pegasus_score(p, ("horse", "airplane"))
     torch.testing.assert_close(score[0], torch.tensor(0.15).sqrt())
-
-
-def test_frechet_distance_is_the_closed_form():
-    """Against the eigenvalues of S_a S_b, and by hand where both are diagonal."""
-    g = torch.Generator().manual_seed(0)
-    mix_a, mix_b = torch.randn(2, 6, 6, generator=g, dtype=torch.float64)
-    a = torch.randn(400, 6, generator=g, dtype=torch.float64) @ mix_a
-    b = torch.randn(300, 6, generator=g, dtype=torch.float64) @ mix_b + 1
-    cross = torch.linalg.eigvals(a.T.cov() @ b.T.cov()).real.sqrt().sum()
-    gap = (a.mean(0) - b.mean(0)).square().sum()
-    wanted = gap + a.T.cov().trace() + b.T.cov().trace() - 2 * cross
-    assert classifier.frechet(a, b) == pytest.approx(wanted.item())
-    assert classifier.frechet(a, a) == pytest.approx(0, abs=1e-9)
-    corners = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1]])
-    wanted = 2 + 2 * 4 * 4 / 3  # |gap|^2 + sum (3 s - s)^2
-    assert classifier.frechet(corners, 3 * corners + 1) == pytest.approx(wanted)
 
 
 def test_augmented_images_are_shifted_and_mirrored_ones():

@@ -1,3 +1,5 @@
+import copy
+
 import vae
 from pegasus.drawing import compose, wing_shapes
 from pegasus.models.flow_prior import FlowPrior
@@ -239,7 +241,7 @@ def test_wings_are_resampled_as_a_bird_all_else_as_a_horse(trio, monkeypatch, st
     cover = torch.zeros(1, 1, 32, 32)
     cover[..., :16] = 1
     images = torch.rand(1, 3, 32, 32)
-    compose.resample(model, prior, images, cover, torch.zeros(1, 128), 3, steps)
+    compose.resample(model, prior, images, cover, compose.noise(model, 1, 0), 3, steps)
     weights, *rest = calls[0]
     assert rest == [compose.START_TIME, left]
     assert list(weights) == [3, 1]
@@ -290,10 +292,87 @@ def test_who_is_mirrored_has_nothing_to_do_with_the_noise(trio, monkeypatch):
     )
     compose.pegasus(*trio, CLASSES, 64, 0)
     mirrored, eps = calls
-    assert eps.shape == (64, 128)
     assert 20 < mirrored.sum() < 44
-    agreement = (eps.sign() * (2 * mirrored[:, None] - 1.0)).mean(0)
-    assert agreement.abs().max() < 0.6  # 1 where one decides the other
+    for normals in (eps.start, eps.posterior):
+        assert normals.shape == (64, 128)
+        agreement = (normals.sign() * (2 * mirrored[:, None] - 1.0)).mean(0)
+        assert agreement.abs().max() < 0.6  # 1 where one decides the other
+
+
+def test_the_random_numbers_of_pegasi_are_independent(trio):
+    """A row's are a function of the seed and its number."""
+    model = trio[0]
+    eps = compose.noise(model, 1000, 3)
+    few = compose.noise(model, 7, 3)
+    some = eps.rows(torch.tensor([4, 1]))
+    other = compose.noise(model, 1000, 4)
+    for k, numbers in enumerate(eps):
+        assert few[k].equal(numbers[:7])
+        assert some[k].equal(numbers[[4, 1]])
+        assert not other[k].equal(numbers)
+    both = torch.cat([eps.start, eps.posterior], 1)
+    assert both.shape == (1000, 256)
+    close(both.mean(0), torch.zeros(256), atol=0.2)
+    close(both.std(0), torch.ones(256), atol=0.15)
+    whole = torch.cat([both, eps.mirrored[:, None]], 1)
+    close(whole.T.corrcoef(), torch.eye(257), atol=0.25)
+
+
+@pytest.fixture(scope="module")
+def measured(trio):
+    """The model, with posteriors of many widths, and its prior, which knows of them."""
+    model, prior, _ = copy.deepcopy(trio)
+    torch.nn.init.uniform_(model.encoder[-1].bias, -3, 3)
+    prior.mean.copy_(torch.linspace(-1, 2, 128))
+    prior.std.copy_(torch.linspace(0.5, 3, 128))
+    return model, prior
+
+
+def posterior(model, prior, images):
+    """Mean and deviation of the images' normalized latents, (n, 128) each."""
+    with torch.no_grad():
+        mu, logvar = model.encode(images)
+    return (mu - prior.mean) / prior.std, (logvar / 2).exp() / prior.std
+
+
+def test_sampled_latents_are_of_the_posterior(measured):
+    """Of one image for all rows."""
+    generator = torch.Generator().manual_seed(0)
+    eps = torch.randn(4000, 128, generator=generator)
+    image = torch.rand(1, 3, 32, 32, generator=generator)
+    z = compose.encode_sample(*measured, image, eps)
+    mean, std = posterior(*measured, image)
+    assert z.shape == (4000, 128)
+    close((z.mean(0) - mean[0]) / std[0], torch.zeros(128), atol=0.08)
+    close(z.std(0) / std[0], torch.ones(128), atol=0.06)
+
+
+def test_a_sampled_latent_is_a_function_of_its_image_and_noise(measured):
+    images = torch.rand(3, 3, 32, 32)
+    eps = torch.randn(3, 128)
+    z = compose.encode_sample(*measured, images, eps)
+    mean, std = posterior(*measured, images)
+    close(z, mean + std * eps, atol=0.05)  # bfloat16 inside
+    changed = eps.clone()
+    changed[1] = -eps[1]
+    again = compose.encode_sample(*measured, images, changed)
+    assert again[[0, 2]].equal(z[[0, 2]])
+    close(again[1], mean[1] - std[1] * eps[1], atol=0.05)
+    means = compose.encode_sample(*measured, images, torch.zeros(3, 128))
+    close(means, compose.encode(*measured, images), atol=0.05)
+
+
+def test_wings_are_resampled_from_samples_of_the_posterior(measured, monkeypatch):
+    """A mean is a latent like none that the prior was trained on."""
+    model, prior = measured
+    monkeypatch.setattr(compose, "sample_ode", lambda prior, weights, z, *_: z)
+    images = torch.rand(5, 3, 32, 32)
+    eps = compose.noise(model, 5, 3)
+    z = compose.resample(model, prior, images, images[:, :1], eps, 0)
+    mean, std = posterior(model, prior, images)
+    wanted = 0.2 * eps.start + 0.8 * (mean + std * eps.posterior)
+    close(z, wanted, atol=0.05)
+    assert (z - (0.2 * eps.start + 0.8 * mean)).abs().mean() > 0.1
 
 
 def test_a_horse_of_ones_own_is_every_pegasus_horse(trio):

@@ -132,13 +132,13 @@ def test_a_run_keeps_its_tensors_on_the_gpu_and_resumes_there(
 ):
     with simulated.gpu(monkeypatch):
         assert train.main([*arguments, *network.split(), "--epochs", "2"]) == 0
-        argv = [*arguments, "--resume", "--epochs", "3", "--no-judge"]
+        argv = [*arguments, "--resume", "--epochs", "3", "--no-parts"]
         assert train.main(argv) == 0
 
 
 def losses(arguments: list[str], place: str, tmp_path: Path) -> list[float]:
     """Return the test losses of two epochs, one of them the flow prior's."""
-    options = ["--epochs", "2", "--no-judge", "--overwrite", "--precision", "float32"]
+    options = ["--epochs", "2", "--no-parts", "--overwrite", "--precision", "float32"]
     assert train.main([*arguments, *options, "--device", place]) == 0
     return [float(row["test_loss"]) for row in rows(tmp_path / "run" / "log.csv")]
 
@@ -152,10 +152,10 @@ def test_gpu_and_cpu_follow_one_curve(few, arguments, tmp_path, monkeypatch):
 
 def test_a_run_moves_from_the_gpu_to_the_cpu(few, arguments, monkeypatch):
     """Its moments come along."""
-    argv = [*arguments, "--prior", "normal", "--latent", "8x8x2", "--no-judge"]
+    argv = [*arguments, "--prior", "normal", "--latent", "8x8x2", "--no-parts"]
     with simulated.gpu(monkeypatch):
         assert train.main([*argv, "--epochs", "1"]) == 0
-    resume = [*arguments, "--resume", "--no-judge", "--device", "cpu", "--epochs", "2"]
+    resume = [*arguments, "--resume", "--no-parts", "--device", "cpu", "--epochs", "2"]
     assert train.main(resume) == 0
 
 
@@ -199,7 +199,7 @@ def test_a_run_on_a_real_gpu_goes_on_to_the_same_bits(
     few, arguments, tmp_path, monkeypatch, stop_at, step
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    command = [*arguments, "--epochs", "3", "--no-judge"]
+    command = [*arguments, "--epochs", "3", "--no-parts"]
     assert train.main([*command, "--run", str(tmp_path / "whole")]) == 0
     stop_at(step)
     assert train.main(command) == 128 + 15

@@ -43,7 +43,7 @@ def options(folder: Path, batches: Path, *argv: object) -> list[str]:
     Batches of 38 give uneven shares, and 2 rows in the last.
     """
     places = ["--run", folder, "--data", batches, "--threads", 1]
-    model = ["--arch", "conv", "--latent", "8x8x2", "--precision", "float32", "--no-judge"]
+    model = ["--arch", "conv", "--latent", "8x8x2", "--precision", "float32", "--no-parts"]
     return [str(word) for word in ("--batch-size", 38, *places, *model, *argv)]
 
 
@@ -79,7 +79,7 @@ def free_port() -> int:
 
 
 def train_mlp(folder: Path, batches: Path, *argv: object) -> int:
-    command = ("--run", folder, "--data", batches, "--arch", "mlp", "--no-judge", *argv)
+    command = ("--run", folder, "--data", batches, "--arch", "mlp", "--no-parts", *argv)
     return train.main([str(word) for word in command])
 
 

@@ -9,112 +9,12 @@ from pegasus import checkpoint, evaluate
 from pegasus.cli import UserError
 from pegasus.data import datasets, synthetic
 from pegasus.drawing import sampler
-from pegasus.models import classifier
-from pegasus.models.variants import Component
+from pegasus.drawing.sampler import SampleConfig
+from pegasus.evaluate import EvaluateConfig, Reference, View
 
 import pytest
 import torch
-from conftest import png
-from torch.distributions import MultivariateNormal, Normal
-
-
-def linear_model(monkeypatch, d=2, pixels=6, spread=1.0):
-    """Return x = W z + b + noise, of which density and posterior are known.
-
-    spread: 1 takes the best diagonal posterior.
-    """
-    g = torch.Generator().manual_seed(4)
-    w = torch.randn(pixels, d, generator=g) * 0.7
-    b = torch.randn(pixels, generator=g)
-    variance = torch.tensor(0.3)
-    precision = torch.eye(d) + w.T @ w / variance
-    mean = torch.linalg.inv(precision) @ w.T / variance
-
-    def components(model, x):
-        mu = (x.flatten(1) - b) @ mean.T
-        logvar = (spread / precision.diagonal()).log().expand_as(mu)
-        return [Component(torch.zeros(len(x)), mu, logvar, lambda z: z @ w.T + b)]
-
-    monkeypatch.setattr(evaluate, "components", components)
-    model = SimpleNamespace(variance=variance)
-    return model, MultivariateNormal(b, w @ w.T + variance * torch.eye(pixels))
-
-
-def log_normal(x, xhat, variance):
-    return Normal(xhat, variance.sqrt()).log_prob(x).sum(1)
-
-
-def test_on_a_linear_gaussian_model_the_bound_is_the_exact_density(monkeypatch):
-    model, exact = linear_model(monkeypatch, spread=1.5)
-    x = exact.sample((40,))
-    log_p = exact.log_prob(x)
-    samples = evaluate.posterior_samples(model, x, 3000, 1, log_normal)
-    weights = samples.log_weight
-    torch.testing.assert_close(samples.elbo, weights)  # without a code
-    bound = evaluate.importance_weighted(weights)
-    torch.testing.assert_close(bound.mean(), log_p.double().mean(), rtol=0, atol=0.01)
-    assert (bound >= weights.mean(0)).all()  # Jensen
-    assert (weights.mean(0) < log_p - 0.05).all()  # so that there was something to close
-    fewer = []
-    for k in (1, 10, 100, 3000):
-        groups = weights.view(-1, k, 40).transpose(0, 1)
-        fewer.append(evaluate.importance_weighted(groups).mean())
-    assert fewer == sorted(fewer)
-
-
-@pytest.mark.parametrize(("mean", "variance"), [(0.5, 0.01), (0.0, 1e-4), (0.9, 0.3)])
-def test_the_binned_likelihood_is_a_probability_of_bytes(mean, variance):
-    """All 256 add up to one; against differences of CDFs in float64."""
-    values = torch.arange(256) / 255
-    xhat = torch.tensor(mean)
-    v = torch.tensor(variance)
-    log_p = evaluate.binned_log_likelihood(values.view(-1, 1), xhat.view(1, 1), v)
-    assert log_p.double().exp().sum().item() == pytest.approx(1, abs=1e-5)
-    edges = (torch.arange(257, dtype=torch.float64) - 0.5) / 255
-    edges[0] = -math.inf
-    edges[-1] = math.inf
-    cdf = Normal(xhat.double(), v.double().sqrt()).cdf(edges)
-    p = cdf.diff()
-    clear = p > 1e-6
-    torch.testing.assert_close(log_p[clear].double(), p[clear].log(), rtol=1e-4, atol=1e-4)
-
-
-def test_the_binned_likelihood_far_from_the_mean():
-    x = torch.tensor([[0.0, 1.0]])
-    far = evaluate.binned_log_likelihood(x, 1 - x, torch.tensor(1e-3))
-    assert torch.isfinite(far).all()
-    wanted = -(1 / 1e-3) + 2 * math.log(1e-3**0.5) - 2 * 0.919
-    assert far[0].item() == pytest.approx(wanted, rel=5e-3)
-
-
-def test_bounds_of_a_model():
-    """Rate and distortion add up to the ELBO, and nearly to vae's bits/dim.
-
-    That leaves out the bins.
-    """
-    torch.manual_seed(0)
-    model = vae.VAE(latent=(8,))
-    model.variance.fill_(0.05)
-    images = torch.randint(40, 216, (30, 3, 32, 32), dtype=torch.uint8)
-    figures = evaluate.bounds(model, images, 16, seed=3, batch_size=7)
-    both = (figures["rate"] + figures["distortion"]) / (vae.IMAGE_VALUES * math.log(2))
-    assert figures["bits_per_dim_elbo"] == pytest.approx(both, abs=1e-3)
-    assert figures["bits_per_dim_iw"] < figures["bits_per_dim_elbo"]
-    with torch.no_grad():
-        terms = model(images / 255, torch.tensor(1))
-    bits = vae.bits_per_dim(terms.sse, terms.rate, model.variance).mean().item()
-    assert figures["bits_per_dim_elbo"] == pytest.approx(bits, abs=0.01)
-
-
-def test_nearest_and_class_shares():
-    features = torch.tensor([[0.0, 0], [3, 4], [9, 1]])
-    others = torch.tensor([[0.0, 1], [3, 4], [9, 9]])
-    assert evaluate.nearest(features, others) == pytest.approx(1)
-    assert evaluate.nearest(features, features) == 0
-    p = torch.zeros(4, 10)
-    p[[0, 1, 2, 3], [7, 7, 2, 5]] = 1
-    wanted = {"horse": 0.5, "bird": 0.25, "other": 0.25}
-    assert evaluate.class_shares(p, ("horse", "bird")) == wanted
+from conftest import ROOT, png
 
 
 def test_classes_take_turns():
@@ -134,30 +34,137 @@ def last(batches, tmp_path_factory):
     return folder / "last.pt"
 
 
-def test_the_report(last, capsys):
+@pytest.fixture(scope="module")
+def figures(last):
     arguments = [str(last), "--n", "200", "--images", "20", "--k", "4"]
-    evaluate.main([*arguments, "--json"])
+    config, _ = evaluate.cli.parse(EvaluateConfig, [*arguments, "--monte-carlo", "50"], "")
+    model = evaluate.load_sampler(last)
+    data = datasets.load("auto", ",".join(model.classes), model.data)
+    return evaluate.report(model, data, evaluate.make_reference(data), config)
+
+
+def test_json_has_the_figures_and_their_settings(last, capsys):
+    arguments = [str(last), "--n", "200", "--images", "20", "--k", "4"]
+    evaluate.main([*arguments, "--monte-carlo", "50", "--json"])
     figures = json.loads(capsys.readouterr().out)
-    names = {"bits_per_dim_elbo", "bits_per_dim_iw", "rate", "distortion", "frechet"}
-    names |= {"frechet_floor", "called", "pegasus_share", "nearest", "settings"}
-    assert names <= figures.keys()
-    assert figures["bits_per_dim_iw"] <= figures["bits_per_dim_elbo"]
-    assert figures["frechet"] == figures["frechet_of"]["balanced"]
-    assert figures["frechet"] > figures["frechet_floor"]
-    assert figures["settings"]["frechet"]["judge_seed"] == 1
-    sets = {"photographs", "reconstructions", "balanced"}
-    sets |= {"pegasus", "horse", "bird", "prior"}
-    for name in ("called", "nearest", "pegasus_share"):
-        assert figures[name].keys() == sets
-    for shares in figures["called"].values():
-        assert sum(shares.values()) == pytest.approx(1)
-    # of 48 photographs one may be above
-    assert figures["pegasus_share"]["photographs"] <= 0.03
-    assert figures["nearest"]["photographs"] > 0
+    assert figures.keys() == {"settings", "likelihood", "sets"}
+    settings = figures["settings"]
+    assert settings["frechet"]["judges"] == [1, 2, 3]
+    assert settings["bits_per_dim"]["monte_carlo"] == 50
+    assert settings["classes"] == ["horse", "bird"]
+
+
+def test_bounds_are_in_order(figures):
+    """Equation (1) is no bad estimate where the latents say as little as here."""
+    values = figures["likelihood"]
+    assert values["bits_per_dim_iw"] < values["bits_per_dim"]
+    monte_carlo = values["bits_per_dim_monte_carlo"]
+    assert monte_carlo == pytest.approx(values["bits_per_dim_iw"], abs=0.05)
+    assert 1 <= values["monte_carlo_samples"] <= 50
+    assert "bits_per_dim_flow" not in values
+
+
+def test_bits_per_dim_is_that_of_the_log(last):
+    """Of all test pictures, with other noise."""
+    model = evaluate.load_sampler(last)
+    data = datasets.load("auto", ",".join(model.classes), model.data)
+    images = evaluate.balanced_subset(data.test_images, data.test_labels, 60)
+    assert len(images) == len(data.test_images)
+    config = EvaluateConfig(k=8, monte_carlo=2)
+    values = evaluate.likelihoods(model, images, config)
+    logged = checkpoint.load(last)["history"][-1]
+    assert values["bits_per_dim"] == pytest.approx(logged["bits_per_dim"], abs=0.01)
+    assert values["rate"] == pytest.approx(logged["test_rate"], rel=1e-4)
+    assert values["squared_error"] == pytest.approx(logged["test_sse"], rel=0.02)
+
+
+def test_each_set_has_its_measures(figures):
+    spoiled = {"photographs", "rebuilt", "10% copies", "horse, two lines"}
+    drawn = {"pegasus", "horse", "bird", "prior", "classes"}
+    assert figures["sets"].keys() == spoiled | drawn
+    with_distance = {name for name, v in figures["sets"].items() if "frechet" in v}
+    assert with_distance == {"photographs", "rebuilt", "10% copies", "prior", "classes"}
+    for values in figures["sets"].values():
+        assert sum(values["called"].values()) <= 1
+    photographs = figures["sets"]["photographs"]
+    assert photographs["power"] == pytest.approx([1, 1])
+    assert photographs["copies"] == pytest.approx(evaluate.NEAR, abs=0.03)
+    floor = photographs["frechet"]["mean"]
+    assert figures["sets"]["classes"]["frechet"]["mean"] > floor
+
+
+def test_spoiled_photographs_are_seen(figures):
+    """Blur in the detail, copies as copies, by a model that has learned little."""
+    sets = figures["sets"]
+    assert max(sets["rebuilt"]["power"]) < 0.5
+    assert sets["horse, two lines"]["power"][1] > 1.5
+
+
+def test_copies_are_seen():
+    """One draw in ten from the training set, the others elsewhere."""
+    g = torch.Generator().manual_seed(0)
+    training, test, draws = torch.randn(3, 1000, 112, generator=g)
+    near = evaluate.measures.nearest_distances(test, training).quantile(0.05).item()
+    reference = Reference(None, [], [training], [near], 1.0)
+    none = torch.zeros(1000, 10)
+    share = evaluate.near_share(reference, [View(none, draws)])
+    assert share == pytest.approx(0.05, abs=0.02)
+    draws[::10] = training[::10] + 0.1 * torch.randn(100, 112, generator=g)
+    copied = evaluate.near_share(reference, [View(none, draws)])
+    assert copied == pytest.approx(0.1 + 0.9 * share, abs=0.02)
+
+
+def test_called_shares_are_a_mean_over_judges():
+    p = torch.zeros(2, 4, 10)
+    p[0, [0, 1, 2, 3], [7, 7, 2, 5]] = 1
+    p[1, [0, 1, 2, 3], [7, 2, 2, 5]] = 1
+    views = [View(judged, None) for judged in p]
+    shares = evaluate.called_shares(views, ("horse", "bird"))
+    assert shares == {"horse": 3 / 8, "bird": 3 / 8}
+
+
+def test_the_table(figures):
     table = evaluate.table(figures)
-    assert f"{figures['frechet']:.2f} (balanced, N = 200)" in table
-    assert "K = 4" in table
-    assert len(max(table.splitlines(), key=len)) <= 120
+    distance = figures["sets"]["classes"]["frechet"]["mean"]
+    (row,) = [line for line in table.splitlines() if line.startswith("classes ")]
+    assert f" {distance:.2f} " in row
+    assert f"{figures['likelihood']['bits_per_dim']:.3f}  under N(0, I)" in table
+    assert "4 samples of q(z|x)" in table
+    assert len(max(table.splitlines(), key=len)) <= 100
+    for name in figures["sets"]:
+        assert f"\n{name} " in table
+
+
+def test_the_learned_prior_finds_what_it_draws_more_probable():
+    """Than N(0, I) does: by hundreds of nats, the KL's excess over the flow's rate."""
+    model = evaluate.load_sampler(ROOT / "pegasus.pt")
+    images = sampler.sample(model, SampleConfig(mode="prior", n=6))
+    _, rate = evaluate.flow_terms(model, images, seed=0)
+    with torch.no_grad():
+        terms = model.model(images, torch.tensor(0))
+    assert (rate < terms.rate - 50).all()
+    assert (rate > terms.rate / 2).all()
+
+
+def test_the_elbo_of_a_perfect_prior_is_that_of_n01(monkeypatch):
+    """Where the flow's likelihood is that of N(0, I), both ELBOs are one, to noise."""
+    torch.manual_seed(0)
+    network = vae.VAE(latent=(8,))
+    network.variance.fill_(0.05)
+
+    def log_density(prior, z, seed):
+        return -(z.double().square() + math.log(2 * math.pi)).sum(1) / 2
+
+    monkeypatch.setattr(evaluate.flow_prior, "log_density", log_density)
+    x = torch.rand(20, 3, 32, 32)
+    model = SimpleNamespace(model=network, prior=None)
+    flow = torch.stack([evaluate.flow_terms(model, x, seed) for seed in range(200)])
+    elbo, _, rate, _ = evaluate.autoencoder_terms(network, x, 200, 7)
+    assert flow[:, 1].mean().item() == pytest.approx(rate.mean().item(), abs=0.02)
+    flow_elbo = flow[:, 0].mean(1)
+    error = flow_elbo.std().item() / math.sqrt(200)
+    assert error < 1
+    assert flow_elbo.mean().item() == pytest.approx(elbo.mean().item(), abs=5 * error)
 
 
 def test_export(last, tmp_path):
@@ -166,7 +173,7 @@ def test_export(last, tmp_path):
     assert names == [f"{i:05}.png" for i in range(5)]
     size, about = png(tmp_path / "out" / "00003.png")
     assert size == (32, 32)
-    assert about["mode"] == "balanced"
+    assert about["mode"] == "classes in turn"
 
 
 def test_what_export_refuses(last, tmp_path, complaint):
@@ -193,14 +200,12 @@ def test_other_data_and_another_version_are_refused(last, tmp_path, complaint):
 
 def test_one_class_has_no_pegasus(batches, tmp_path, capsys):
     arguments = ["--data", str(batches), "--run", str(tmp_path / "r"), "--epochs", "1"]
-    train.main([*arguments, "--arch", "mlp", "--classes", "horse", "--no-judge"])
+    train.main([*arguments, "--arch", "mlp", "--classes", "horse"])
     last = tmp_path / "r" / "last.pt"
-    assert sampler.load(last).classifier is None
     capsys.readouterr()
-    arguments = ["--n", "200", "--images", "3", "--k", "2", "--mode", "prior"]
-    evaluate.main([str(last), *arguments])
+    evaluate.main([str(last), "--n", "200", "--images", "3", "--k", "2"])
     said = capsys.readouterr().out
-    assert "(prior, N = 200)" in said
+    assert "classes  " in said
     assert "pegasus  " not in said
 
 
@@ -211,18 +216,16 @@ def test_guidance_is_of_classes_alone(monkeypatch):
     monkeypatch.setattr(evaluate.sampling, "sample", lambda s, c: configs.append(c))
     model = SimpleNamespace(classes=("horse", "bird"))
     for mode in ("pegasus", "horse"):
-        evaluate.sample_mode(model, mode, 8, 0, guidance=3.0)
+        evaluate.draw(model, mode, 8, 0, guidance=3.0)
     assert [config.guidance for config in configs] == [2.0, 3.0]
     assert configs[0].seed != configs[1].seed
 
 
-def test_one_image_has_no_distribution(last, batches, monkeypatch):
+def test_few_images_have_no_distribution(batches):
     data = datasets.load(str(batches), "horse,bird")
-    test = (data.test_images[:1], data.test_labels[:1])
-    few = dataclasses.replace(data, test_images=test[0], test_labels=test[1])
-    monkeypatch.setattr(datasets, "load", lambda *_: few)
-    reason = "a judge was trained first"
-    monkeypatch.setattr(classifier, "get", lambda *_: pytest.fail(reason))
-    wanted = "small: 1 picture of horse, bird to train on, or to test; .* two of each"
+    few = dataclasses.replace(
+        data, test_images=data.test_images[:1], test_labels=data.test_labels[:1]
+    )
+    wanted = "small: 1 test pictures of horse, bird, .* needs eight; use other data"
     with pytest.raises(UserError, match=wanted):
-        evaluate.main([str(last)])
+        evaluate.make_reference(few)

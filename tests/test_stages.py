@@ -26,7 +26,7 @@ from conftest import png, rows, same
 from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("small_network")
-COMMAND = ("--batch-size", "50", "--latent", "8x8x2", "--no-judge", "--threads", "1")
+COMMAND = ("--batch-size", "50", "--latent", "8x8x2", "--no-parts", "--threads", "1")
 
 
 def train_stages(folder: Path, batches: Path, epochs: int, *argv: str) -> int:
@@ -306,7 +306,7 @@ def test_a_small_checkpoint_samples_nearly_the_same(run, tmp_path, complaint):
 
 def test_what_has_no_learned_prior_stays_as_it_is(batches, tmp_path, complaint):
     places = ["--run", str(tmp_path / "r"), "--data", str(batches)]
-    train.main([*places, "--epochs", "1", "--arch", "mlp", "--no-judge"])
+    train.main([*places, "--epochs", "1", "--arch", "mlp", "--no-parts"])
     last = tmp_path / "r" / "last.pt"
     out = tmp_path / "small.pt"
     assert "has no learned prior" in complaint(checkpoint.main, last, out)
@@ -320,7 +320,7 @@ def test_parts_for_pegasi_come_at_the_end_and_are_sampled_from(
     prepare = compose.prepare
     few = {"draws": 36, "horses": 3, "birds": 4}
     monkeypatch.setattr(compose, "prepare", lambda *args: prepare(*args, **few))
-    argv = [word for word in COMMAND if word != "--no-judge"]
+    argv = [word for word in COMMAND if word != "--no-parts"]
     places = ["--run", str(tmp_path), "--data", str(batches)]
     assert train.main([*places, "--epochs", "2", *argv]) == 0
     loaded = sampler.load(tmp_path / "last.pt")
@@ -332,7 +332,7 @@ def test_parts_for_pegasi_come_at_the_end_and_are_sampled_from(
     assert sampler.latents(loaded, SampleConfig(n=4, seed=2, steps=8)).equal(z)
     monkeypatch.setattr(compose, "prepare", None)  # a finished run has them already
     assert train.main(["--run", str(tmp_path), "--resume", "--epochs", "2"]) == 0
-    more = ["--run", str(tmp_path), "--resume", "--epochs", "3", "--no-judge"]
+    more = ["--run", str(tmp_path), "--resume", "--epochs", "3", "--no-parts"]
     assert train.main(more) == 0
     assert sampler.load(tmp_path / "last.pt").parts is None
 

@@ -104,7 +104,7 @@ inputs = train.step_inputs
 train.step_inputs = lambda *given: (time.sleep(0.02), inputs(*given))[1]
 cli.run(train.main)
 """
-LONG = ("--epochs", 24, "--flip", "--no-judge", "--resume")
+LONG = ("--epochs", 24, "--flip", "--no-parts", "--resume")
 
 
 def start(folder: Path, batches: Path, *argv: object) -> subprocess.Popen:
@@ -193,7 +193,7 @@ cli.run(train.main)
 
 def test_a_run_without_the_extension(batches, tmp_path, small_network):
     """It warns of nothing that was asked for, and follows the same curve."""
-    options = ["--data", str(batches), "--latent", "8x8x2", "--epochs", "2", "--no-judge"]
+    options = ["--data", str(batches), "--latent", "8x8x2", "--epochs", "2", "--no-parts"]
     options += ["--batch-size", "50", "--precision", "float32"]
     command = [sys.executable, "-c", PLAIN, "--run", str(tmp_path / "plain"), *options]
     env = os.environ | {"PEGASUS_EXTENSION": "0"}
@@ -343,7 +343,7 @@ def test_without_network_and_data_the_synthetic_set_is_announced_everywhere(
     Path("data").mkdir()
     Path("data/synthetic").symlink_to(batches)
     monkeypatch.setattr(datasets.Path, "resolve", lambda path: path)
-    train_mlp(tmp_path / "r", "--epochs", 1, "--no-judge")
+    train_mlp(tmp_path / "r", "--epochs", 1, "--no-parts")
     assert "SYNTHETIC DATA" in capsys.readouterr().err
     state = checkpoint.load(tmp_path / "r" / "last.pt")
     assert state["data"]["name"] == "synthetic"

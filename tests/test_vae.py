@@ -61,6 +61,10 @@ def test_the_gaussian_likelihood_is_a_normal_density(x):
     torch.testing.assert_close(vae.gaussian_nll(sse, variance), -density)
     model = vae.VAE("mlp", "gaussian", (3,))
     torch.testing.assert_close(model.distortion(sse, variance), -density)
+    few = (x - xhat).flatten(1)[:, :7]  # of which an image has no more
+    density = Normal(0.0, variance.sqrt()).log_prob(few).sum(1)
+    nll = vae.gaussian_nll(few.square().sum(1), variance, 7)
+    torch.testing.assert_close(nll, -density)
 
 
 def test_the_mean_squared_error_is_the_best_variance(x):
@@ -72,15 +76,47 @@ def test_the_mean_squared_error_is_the_best_variance(x):
 
 
 def test_bits_per_dim_of_a_known_code():
-    """A pixel costs its Gaussian's entropy plus 8 bits; the rate adds."""
+    """A byte costs its Gaussian's entropy and the log of how many bins it has; so does z."""
     variance = torch.tensor(0.01)
     sse = vae.IMAGE_VALUES * variance
     entropy = Normal(0.0, variance.sqrt()).entropy()
-    expected = (entropy + math.log(256)) / math.log(2)
+    expected = (entropy + math.log(255)) / math.log(2)
     bits = vae.bits_per_dim(sse, torch.tensor(0.0), variance)
     torch.testing.assert_close(bits, expected)
     rate = torch.tensor(vae.IMAGE_VALUES * math.log(2))  # a bit for each value
     torch.testing.assert_close(vae.bits_per_dim(sse, rate, variance), expected + 1)
+
+
+def test_bits_per_dim_of_images(x):
+    """-log2 of each byte's density times 1/255, in float64, and the rate's bits."""
+    xhat = torch.rand_like(x)
+    variance = torch.tensor(0.03)
+    rate = torch.linspace(0, 5000, 6)
+    normal = Normal(xhat.double(), variance.double().sqrt())
+    probability = normal.log_prob(x.double()).exp() / 255
+    bits = -probability.log2().flatten(1).sum(1) + rate.double() / math.log(2)
+    wanted = bits / (3 * 32 * 32)
+    sse = (x - xhat).square().sum((1, 2, 3))
+    torch.testing.assert_close(vae.bits_per_dim(sse, rate, variance).double(), wanted)
+    assert vae.bits_of_nats(0.0) == pytest.approx(math.log2(255))  # a density of one
+
+
+@pytest.mark.parametrize(("arch", "latent"), [("mlp", (7,)), ("conv", (2, 8, 8))])
+def test_a_centered_encoder_gets_pictures_less_a_half(arch, latent, x):
+    """The decoder and the error know nothing of it."""
+    centered = vae.VAE(arch, "gaussian", latent, center=True)
+    plain = vae.VAE(arch, "gaussian", latent)
+    plain.load_state_dict(centered.state_dict())
+    mu, logvar = centered.encode(x)
+    wanted_mu, wanted_logvar = plain.encode(x - 0.5)
+    assert mu.equal(wanted_mu)
+    assert logvar.equal(wanted_logvar)
+    assert not mu.allclose(plain.encode(x)[0], atol=1e-3)
+    assert centered.reconstruct(x).equal(plain.decode(mu))
+    eps = vae.sampling_noise(6, centered.latent_size, 4)
+    xhat = plain.decode(mu + (logvar / 2).exp() * eps)
+    sse = (x - xhat).square().sum((1, 2, 3))
+    torch.testing.assert_close(centered(x, torch.tensor(4)).sse, sse)
 
 
 @pytest.mark.parametrize("latent", [(128,), (7,), (8, 8, 8), (3, 8, 8)])

@@ -9,6 +9,7 @@ from there, as a bird where wings are and as a horse elsewhere.
 """
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import reparam
 import vae
@@ -55,24 +56,46 @@ def decode(model: VAE, prior: FlowPrior, z: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode(model: VAE, prior: FlowPrior, images: Tensor) -> Tensor:
-    """Encode images (n, 3, 32, 32) to normalized latents (n, d)."""
+    """Encode images (n, 3, 32, 32) to normalized posterior means (n, d)."""
     with device.fast_autocast(images):
         batches = [prior.normalize(model.encode(x)[0]) for x in images.split(BATCH)]
     return torch.cat(batches)
 
 
-def noise(model: VAE, n: int, seed: int) -> Tensor:
-    """Return standard normals (n, d + 1), on the model's device.
+@torch.no_grad()
+def encode_sample(model: VAE, prior: FlowPrior, images: Tensor, eps: Tensor) -> Tensor:
+    """Encode images to normalized posterior samples (n, d), by noise eps (n, d).
 
-    The last column decides which Pegasi are mirrored.
+    images: (n, 3, 32, 32), or one for all rows. The prior was trained on samples: to it
+    a mean is a latent like no other, of which little is drawn anew.
     """
-    return vae.sampling_noise(n, model.latent_size + 1, seed).to(model.variance.device)
+    with device.fast_autocast(images):
+        mu, logvar = model.encode(images)
+    return prior.normalize(mu + (logvar / 2).exp() * eps)
+
+
+class Noise(NamedTuple):
+    """The random numbers of n Pegasi, on the model's device."""
+    start: Tensor  # standard normals (n, d), mixed with latents
+    posterior: Tensor  # standard normals (n, d), of the posterior samples
+    mirrored: Tensor  # bool (n,)
+
+    def rows(self, rows: Tensor) -> "Noise":
+        """Return the numbers of some of the Pegasi."""
+        return Noise(*(numbers[rows] for numbers in self))
+
+
+def noise(model: VAE, n: int, seed: int) -> Noise:
+    """Return the random numbers of n Pegasi; row i is a function of (seed, i) alone."""
+    size = model.latent_size
+    eps = vae.sampling_noise(n, 2 * size + 1, seed).to(model.variance.device)
+    return Noise(eps[:, :size], eps[:, size + 1 :], eps[:, size] > 0)
 
 
 def sample_class(model: VAE, prior: FlowPrior, class_number: int, n: int) -> Tensor:
     """Sample images (n, 3, 32, 32) of a class."""
-    eps = noise(model, n, reparam.derive_seed(0, class_number, SAMPLE_SEED))[:, :-1]
-    return decode(model, prior, sample_ode(prior, {class_number: 3.0}, eps, 0.0, 10))
+    start = noise(model, n, reparam.derive_seed(0, class_number, SAMPLE_SEED)).start
+    return decode(model, prior, sample_ode(prior, {class_number: 3.0}, start, 0.0, 10))
 
 
 def log_probability(
@@ -162,21 +185,22 @@ def resample(
     prior: FlowPrior,
     images: Tensor,
     cover: Tensor,
-    eps: Tensor,
+    eps: Noise,
     class_number: int,
     steps: int = 16,
 ) -> Tensor:
     """Let the prior draw images with pasted wings anew from START_TIME on.
 
-    cover: the wings' masks. eps: noise (n, d). class_number: the horse's. steps: of the
-    whole way from noise, of which the part from START_TIME on is taken. Returns normalized
-    latents (n, d).
+    cover: the wings' masks. class_number: the horse's. steps: of the whole way from
+    noise, of which the part from START_TIME on is taken. Returns normalized latents
+    (n, d).
     """
     channels, side, _ = model.latent_shape
     wing = (1.5 * functional.adaptive_avg_pool2d(cover, side)).clamp(max=1)
     wing = wing.expand(-1, channels, -1, -1).flatten(1)
     weights = {class_number: 2 * (1 - wing), BIRD_CLASS: 2 * wing}
-    z = torch.lerp(eps, encode(model, prior, images), START_TIME)
+    latents = encode_sample(model, prior, images, eps.posterior)
+    z = torch.lerp(eps.start, latents, START_TIME)
     steps_left = math.ceil(round((1 - START_TIME) * steps, 9))  # 2.0000000001 is 2
     return sample_ode(prior, weights, z, START_TIME, steps_left)
 
@@ -186,18 +210,18 @@ def make_pegasi(
     prior: FlowPrior,
     horses: Tensor,
     birds: Tensor,
-    eps: Tensor,
+    eps: Noise,
     class_number: int,
     steps: int = 16,
 ) -> Tensor:
     """Return horses with birds' wings, half of them mirrored, as normalized latents.
 
-    horses, birds: normalized latents (n, d). eps: as `noise` gives it.
+    horses, birds: normalized latents (n, d).
     """
     horse_images = decode(model, prior, horses)
     bird_images = decode(model, prior, birds)
-    images, cover = paste_wings(horse_images, bird_images, eps[:, -1] > 0)
-    return resample(model, prior, images, cover, eps[:, :-1], class_number, steps)
+    images, cover = paste_wings(horse_images, bird_images, eps.mirrored)
+    return resample(model, prior, images, cover, eps, class_number, steps)
 
 
 def cycle_rows(table: Tensor, n: int, seed: int, purpose: int) -> Tensor:
@@ -303,15 +327,15 @@ def pegasus(
     horse to give wings, instead of the parts' horses.
     """
     eps = noise(model, n, reparam.derive_seed(seed, 0, NOISE_SEED))
-    horses = cycle_rows(parts[coat], n, seed, HORSE_SEED).to(eps)
-    birds = cycle_rows(parts["birds"], n, seed, BIRD_SEED).to(eps)
+    horses = cycle_rows(parts[coat], n, seed, HORSE_SEED).to(eps.start)
+    birds = cycle_rows(parts["birds"], n, seed, BIRD_SEED).to(eps.start)
     if photo is not None:
-        horse = face_left(wing_shapes.paint_sky(wing_shapes.make_room(photo.to(eps))))
+        horse = face_left(wing_shapes.paint_sky(wing_shapes.make_room(photo.to(eps.start))))
         horses = encode(model, prior, horse).expand_as(horses)
     number = gaussians.class_number(classes, coat)
     z = []
     for rows in chunks(n, "pegasus"):
-        pairs = (horses[rows], birds[rows], eps[rows])
+        pairs = (horses[rows], birds[rows], eps.rows(rows))
         z.append(make_pegasi(model, prior, *pairs, number, steps))
     return prior.denormalize(torch.cat(z))
 
@@ -341,7 +365,7 @@ def preview(
     """
     horses, birds = choose_photographs(images, labels, n)
     eps = noise(model, n, reparam.derive_seed(0, 0, NOISE_SEED))
-    images, cover = paste_wings(horses.to(eps), birds.to(eps), eps[:, -1] > 0)
+    images, cover = paste_wings(horses.to(eps.start), birds.to(eps.start), eps.mirrored)
     if prior is None:
         return model.reconstruct(images)
-    return decode(model, prior, resample(model, prior, images, cover, eps[:, :-1], 0))
+    return decode(model, prior, resample(model, prior, images, cover, eps, 0))

@@ -14,7 +14,6 @@ from pegasus import checkpoint
 from pegasus.cli import UserError, flag_of, option
 from pegasus.drawing import compose, plots, wing_shapes
 from pegasus.models import classifier, gaussians, variants
-from pegasus.models.classifier import Classifier
 from pegasus.models.flow_prior import FlowPrior, sample_ode
 from pegasus.models.gaussians import Gaussian
 from vae import VAE
@@ -23,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+GAUSSIAN, POSTERIOR = range(2)  # purposes of derived seeds
 UNTRAINED = "drawn from the aggregate posterior: the learned prior is not trained yet"
 PREVIEW = (
     "training pictures joined: the model draws its own Pegasi at the end of the run"
@@ -97,7 +97,6 @@ class Sampler:
     gaussians: dict[str, Gaussian]  # of each class, and of the first one's coats
     classes: tuple[str, ...]
     about: dict[str, object]  # a PNG's text
-    classifier: Classifier | None
     prior: FlowPrior | None  # once its training has begun
     parts: dict[str, Tensor] | None  # of Pegasi, at the end of a run
     data: dict[str, str]  # folder and digest of what it was trained on
@@ -122,7 +121,7 @@ def digest(
         for name, latents in state["bank"].items():
             tensors[f"bank {name}"] = latents
     config = {"classes": state["classes"]}
-    for key in ("arch", "likelihood", "latent", "flow"):
+    for key in ("arch", "likelihood", "latent", "flow", "center"):
         config[key] = state["config"][key]
     return checkpoint.digest(tensors, config)
 
@@ -155,7 +154,6 @@ def from_state(state: dict, model: VAE, prior: FlowPrior | None) -> Sampler:
         gaussians=fitted,
         classes=tuple(state["classes"]),
         about=about,
-        classifier=classifier.from_state(state["judge"]) if state["judge"] else None,
         prior=prior,
         parts=state["bank"],
         data={key: str(state["data"][key]) for key in ("folder", "digest")},
@@ -223,11 +221,6 @@ def check(sampler: Sampler, config: SampleConfig) -> None:
             "--from: this model has no learned prior, and nothing else can go on from "
             "a picture; leave it out"
         )
-    if config.best and sampler.classifier is None:
-        raise UserError(
-            "--best: this checkpoint has no judge to ask; use a finished run's "
-            "last.pt, to which train.py --resume --judge adds one"
-        )
     check_coat(sampler, config)
     check_composed(sampler, config)
 
@@ -263,7 +256,7 @@ def centered_noise(
     sampler: Sampler, config: SampleConfig, gaussian: Gaussian, number: int
 ) -> Tensor:
     """Sample a Gaussian moved to zero, (n, d); another number gives other noise."""
-    seed = reparam.derive_seed(config.seed, number, 0)
+    seed = reparam.derive_seed(config.seed, number, GAUSSIAN)
     centered = Gaussian(torch.zeros_like(gaussian.mean), gaussian.covariance)
     eps = sheet_noise(sampler, config, seed)
     return gaussians.sample(centered, eps, config.temperature)
@@ -339,8 +332,10 @@ def flow_latents(sampler: Sampler, config: SampleConfig) -> Tensor:
     if config.from_ is not None:
         start = config.keep
         photo = plots.read(Path(config.from_)).to(sampler.device)
-        mu = sampler.prior.normalize(sampler.model.encode(photo)[0])
-        eps = torch.lerp(eps, mu.cpu(), start)
+        posterior_seed = reparam.derive_seed(config.seed, 0, POSTERIOR)
+        posterior = sheet_noise(sampler, config, posterior_seed).to(sampler.device)
+        z = compose.encode_sample(sampler.model, sampler.prior, photo, posterior)
+        eps = torch.lerp(eps, z.cpu(), start)
     z = []
     for rows in compose.chunks(config.n, config.mode):
         weights = class_weights(sampler, config, rows)
@@ -413,7 +408,7 @@ def ranking(sampler: Sampler, images: Tensor, config: SampleConfig) -> Tensor:
     that the other knows.
     """
     classes = sampler.classes
-    probabilities, _ = classifier.classify(sampler.classifier, images)
+    probabilities, _ = classifier.classify(classifier.load(classifier.CHOOSING), images)
     name = config.mode
     if is_composed(sampler, config) or len(classes) < 2:
         name = classes[0]

@@ -1,25 +1,24 @@
-"""A small classifier of CIFAR-10's ten classes, which scores what a model samples.
+"""The judges: small classifiers of CIFAR-10's ten classes, which score what a model draws.
 
-It says how Pegasus-like an image is, and gives features in which to compare sets of
-images. A residual network of 540,000 weights, kept as float16 (1.1 MB) beside the
-data and in finished checkpoints, where it is called the judge.
+    python -m pegasus.models.classifier --seed 1    # makes judge 1 again, in 5 to 10 minutes
 
-`sample.py --best` chooses by the judge of seed 0 and evaluate reports with that of
-seed 1, so that a choice isn't measured by the network that made it.
+A judge says how much an image looks like a class, and gives features in which to compare
+sets of images. It is a residual network of 540,000 weights, kept as float16 (1.1 MB).
+Four travel with the program, in judges/: `sample.py --best` chooses by that of CHOOSING,
+evaluate reports by those of REPORTING, so that no choice is measured by what made it.
+Trained on photographs, they tell synthetic pictures apart less well.
 """
-import contextlib
-import hashlib
-import sys
+import functools
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import vae
-from pegasus import checkpoint, cli
-from pegasus.cli import UserError
-from pegasus.data import cifar10
-from pegasus.device import autocast
+from pegasus import cli
+from pegasus.cli import UserError, option
+from pegasus.data import cifar10, datasets
+from pegasus.files import replace_file
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +28,18 @@ FEATURES = 112
 EPOCHS = 10
 BATCH_SIZE = 256
 PEAK_LR = 0.2
-VERSION = 1  # of network and training: files of another one are trained anew
+CHOOSING = 0  # seeds of the judges
+REPORTING = (1, 2, 3)
+FOLDER = Path(__file__).with_name("judges")
 # to most classifiers wings spread against the sky are an airplane
 SIMILAR = {"bird": ("bird", "airplane")}
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    seed: int = option(0, "decides everything random; names the file", least=0)
+    data: str = option("auto", "photographs of all ten classes, as for train.py")
+    out: str = option("", "file to write; by default the judge that is there")
 
 
 def conv_norm_relu(inputs: int, outputs: int) -> list[nn.Module]:
@@ -132,22 +140,6 @@ def pegasus_score(probabilities: Tensor, classes: tuple[str, ...]) -> Tensor:
     return (first * second).sqrt()
 
 
-def frechet(a: Tensor, b: Tensor) -> float:
-    """Return the Frechet distance between two sets of features, (n, d) and (m, d).
-
-    Of Gaussians fitted to them (Dowson and Landau 1982), in float64:
-    |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)). FID is its name only where the
-    features are Inception's.
-    """
-    a = a.double()
-    b = b.double()
-    values, vectors = torch.linalg.eigh(a.T.cov())
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ b.T.cov() @ root).clamp(min=0).sqrt().sum()
-    gap = (a.mean(0) - b.mean(0)).square().sum()
-    return (gap + a.var(0).sum() + b.var(0).sum() - 2 * cross).item()
-
-
 def learning_rate(progress: float) -> float:
     """Return the learning rate: up to its peak for a fifth of training, then down."""
     return PEAK_LR * min(progress / 0.2, (1 - progress) / 0.8) + 1e-4
@@ -159,7 +151,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     All are shifted alike, by up to two pixels in each direction.
     """
     down, right = torch.randint(0, 5, (2,), generator=generator).tolist()
-    coins = torch.rand(len(images), generator=generator).to(images.device)
+    coins = torch.rand(len(images), generator=generator)
     padded = functional.pad(vae.from_bytes(images), (2, 2, 2, 2), mode="reflect")
     x = padded[:, :, down : down + 32, right : right + 32]
     return torch.where((coins < 0.5)[:, None, None, None], x.flip(3), x)
@@ -173,39 +165,24 @@ def show_progress(epoch: int, progress: float, start: float) -> None:
 
 
 def train_step(
-    classifier: Classifier,
-    optimizer: torch.optim.Optimizer,
-    x: Tensor,
-    labels: Tensor,
-    precision: str,
+    classifier: Classifier, optimizer: torch.optim.Optimizer, x: Tensor, labels: Tensor
 ) -> None:
     """Take one step on images in [0, 1], (B, 3, 32, 32), with labels (B,)."""
     optimizer.zero_grad()
-    with autocast(x.device.type, precision):
-        logits = classifier(x)
-    loss = functional.cross_entropy(logits.float(), labels, label_smoothing=0.1)
-    loss.backward()
+    logits = classifier(x)
+    functional.cross_entropy(logits, labels, label_smoothing=0.1).backward()
     optimizer.step()
 
 
-def fit(
-    images: Tensor,
-    labels: Tensor,
-    seed: int = 0,
-    device: str = "cpu",
-    precision: str = "float32",
-    prepare: Callable[[nn.Module], object] | None = None,
-) -> Classifier:
+def fit(images: Tensor, labels: Tensor, seed: int = 0) -> Classifier:
     """Train a classifier on bytes (n, 3, 32, 32) with labels (n,), 0 to 9.
 
     A function of its arguments alone: global random numbers are neither used nor
-    changed. prepare: applied to the network before training, to make it faster.
+    changed.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        classifier = Classifier().to(device)
-    if prepare is not None:
-        prepare(classifier)
+        classifier = Classifier()
     optimizer = torch.optim.SGD(
         classifier.parameters(), momentum=0.9, nesterov=True, weight_decay=5e-4
     )
@@ -218,11 +195,9 @@ def fit(
         batches = torch.randperm(len(images), generator=generator).split(batch_size)
         for step, rows in enumerate(batches[:epoch_steps], epoch * epoch_steps):
             optimizer.param_groups[0]["lr"] = learning_rate(step / steps)
-            x = augment(images[rows].to(device), generator)
-            y = labels[rows].to(device)
-            train_step(classifier, optimizer, x, y, precision)
+            train_step(classifier, optimizer, augment(images[rows], generator), labels[rows])
             show_progress(epoch, (step + 1) / steps, start)
-    return classifier.cpu().eval()
+    return classifier.eval()
 
 
 def to_state(
@@ -236,7 +211,7 @@ def to_state(
         name: tensor.half() if tensor.is_floating_point() else tensor
         for name, tensor in classifier.state_dict().items()
     }
-    state = {"version": VERSION, "seed": seed, "weights": weights}
+    state = {"seed": seed, "weights": weights}
     probabilities, _ = classify(from_state(state), images)
     correct = probabilities.argmax(1) == labels
     return state | {"accuracy": correct.double().mean().item()}
@@ -249,46 +224,29 @@ def from_state(state: dict) -> Classifier:
     return classifier.eval().requires_grad_(False)
 
 
-def state_file(folder: Path, seed: int) -> Path:
-    """Return where the classifier of a folder of batches is kept, beside that folder.
+@functools.cache
+def load(seed: int) -> Classifier:
+    """Return a judge that travels with the program. Raises UserError where it is missing."""
+    path = FOLDER / f"{seed}.pt"
+    if not path.exists():
+        raise UserError(
+            f"{path}: no such judge; python -m pegasus.models.classifier --seed {seed} "
+            "makes it, in minutes"
+        )
+    return from_state(torch.load(path, weights_only=True))
 
-    The name has a digest of the batches: data that change get another classifier.
-    """
-    digest = hashlib.sha256()
-    for name in (*cifar10.TRAIN, *cifar10.TEST):
-        digest.update((folder / name).read_bytes())
-    short = digest.hexdigest()[:12]
-    return folder.parent / f"{folder.name}-judge-{short}-{seed}.pt"
 
-
-def get(
-    folder: Path,
-    seed: int = 0,
-    device: str = "cpu",
-    precision: str = "float32",
-    prepare: Callable[[nn.Module], object] | None = None,
-) -> dict[str, object]:
-    """Return the state of the classifier of a folder of batches.
-
-    The first call trains it, in minutes, and keeps it in a file beside the folder; one
-    that is interrupted keeps nothing. prepare: as for `fit`. Raises UserError.
-    """
-    path = state_file(folder, seed)
-    with contextlib.suppress(UserError):  # there is none, or no whole one
-        state = checkpoint.load(path)
-        if state.get("version") == VERSION:
-            return state
-    print("training a judge, once for this data", file=sys.stderr, flush=True)
-    start = time.monotonic()
+def main(argv: list[str] | None = None) -> None:
+    config, _ = cli.parse(ClassifierConfig, argv, __doc__)
+    folder = datasets.locate(config.data)
     test = cifar10.load_all(folder, cifar10.TEST)  # damage shows before training
     train = cifar10.load_all(folder, cifar10.TRAIN)
-    state = to_state(fit(*train, seed, device, precision, prepare), *test, seed)
-    where = str(path)
-    try:
-        checkpoint.save(path, state)
-    except (UserError, OSError):
-        where = f"not kept, since {folder.parent} can't be written to"
-    accuracy = f"{100 * state['accuracy']:.1f} % of test pictures right"
-    duration = timedelta(seconds=round(time.monotonic() - start))
-    print(f"judge: {accuracy}, {duration}, {where}", file=sys.stderr, flush=True)
-    return state
+    state = to_state(fit(*train, config.seed), *test, config.seed)
+    out = Path(config.out or FOLDER / f"{config.seed}.pt")
+    with replace_file(out) as temporary:
+        torch.save(state, temporary)
+    print(f"{out}: {state['accuracy']:.1%} of the test photographs right")
+
+
+if __name__ == "__main__":
+    cli.run(main)

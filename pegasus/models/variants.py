@@ -49,7 +49,7 @@ def latent_shape(text: str) -> tuple[int, ...]:
 def build(config: dict) -> VAE:
     """Return the untrained model of a run's options. Raises UserError."""
     shape = latent_shape(config["latent"])
-    arguments = (config["arch"], config["likelihood"], shape)
+    arguments = (config["arch"], config["likelihood"], shape, config["center"])
     is_grid = len(shape) > 1
     if is_grid and config["arch"] == "mlp":
         raise UserError(
@@ -159,13 +159,15 @@ class HouseholderVAE(VAE):
     size one, so under N(0, I) the KL stays that of the diagonal Gaussian.
     """
 
-    def __init__(self, arch: str, likelihood: str, latent: tuple, reflections: int):
-        super().__init__(arch, likelihood, latent)
+    def __init__(
+        self, arch: str, likelihood: str, latent: tuple, center: bool, reflections: int
+    ):
+        super().__init__(arch, likelihood, latent, center)
         self.flow = Householder(reflections, self.encoder[-1], self.latent_size)
 
     def encode_reflected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return mu and logvar before the flow, (B, d), and unit vectors (B, T, d)."""
-        h = self.encoder[:-1](x)
+        h = self.encoder[:-1](x - self.center)
         mu, logvar = self.encoder[-1](h).float().flatten(1).chunk(2, 1)
         return mu, logvar, self.flow(h)
 
@@ -265,8 +267,10 @@ class ConditionalVAE(VAE):
     nothing. Without it they are those of the ELBO, summed over hard codes.
     """
 
-    def __init__(self, arch: str, likelihood: str, latent: tuple, count: int):
-        super().__init__(arch, likelihood, latent)
+    def __init__(
+        self, arch: str, likelihood: str, latent: tuple, center: bool, count: int
+    ):
+        super().__init__(arch, likelihood, latent, center)
         hidden_size = self.encoder[-1].in_features
         first = nn.Linear(self.latent_size + count, self.decoder[0].out_features)
         nn.init.zeros_(first.weight.data[:, self.latent_size :])  # see `Conditional`
@@ -275,7 +279,7 @@ class ConditionalVAE(VAE):
 
     def hidden(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return h, and mu beside logvar made of it, float32 (B, 2 d)."""
-        h = self.encoder[:-1](x)
+        h = self.encoder[:-1](x - self.center)
         return h, self.encoder[-1](h).float()
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ RECIPES = {
     "conv": {"likelihood": "gaussian", "schedule": "onecycle", "lr": 2e-3, "flip": True},
 }
 FREE = {  # what may change when a run goes on
-    "judge", "epochs", "run", "resume", "overwrite", "threads", "device", "save_seconds"
+    "parts", "epochs", "run", "resume", "overwrite", "threads", "device", "save_seconds"
 }
 
 
@@ -44,6 +44,10 @@ class TrainConfig:
         "distortion: the paper's squared error, or the calibrated Gaussian; by default "
         "mse for mlp, gaussian for conv",
         choices=vae.LIKELIHOODS,
+    )
+    center: bool = option(
+        True,
+        "subtract 0.5 from pictures before the encoder; the paper's recipe does not",
     )
     latent: str | None = option(
         None,
@@ -94,10 +98,9 @@ class TrainConfig:
     run: str = option("runs/pegasus", "folder of the run")
     resume: bool = option(False, "go on with the run in the folder, or start it")
     overwrite: bool = option(False, "begin anew in a folder that holds a run")
-    judge: bool = option(
+    parts: bool = option(
         True,
-        "after training put into the checkpoint the classifier that --best asks, trained "
-        "once for each data set, and the parts that winged Pegasi are composed of",
+        "after training draw the parts that winged Pegasi are composed of: minutes",
     )
     threads: int = option(
         0, "CPU threads; 0 is torch's default, one a core", least=0, most=1024

@@ -66,7 +66,7 @@ class Run:
         self.history = []  # rows of log.csv
         self.guard = StepGuard(config.device)
         self.timer = SaveTimer(config.save_seconds)
-        self.extras = {"judge": None, "bank": None}  # made when the run ends
+        self.parts = None  # of Pegasi, drawn when the run ends
 
     @property
     def folder(self) -> Path:
@@ -114,9 +114,8 @@ class Run:
         if self.prior is not None:
             self.prior.load_drawing_state(state["prior"], state["velocity"])
         self.guard.load(state["totals"], state["skipped"])
-        self.extras["judge"] = state["judge"]
-        if self.epoch == self.config.epochs:  # else they are made again at the end
-            self.extras["bank"] = state["bank"]
+        if self.epoch == self.config.epochs:  # else they are drawn again at the end
+            self.parts = state["bank"]
         sampler.from_state(state, self.model, self.prior)  # checks what it draws from
 
     def next_stage(self, workers: Workers, state: dict | None = None) -> Stage:
@@ -151,7 +150,7 @@ class Run:
             "skipped": self.guard.skipped,
             "history": self.history,
             "densities": stage.fit_gaussians(),
-            **self.extras,
+            "bank": self.parts,
         }
         if self.prior is not None:
             state["prior"] = self.prior.drawing_state()

@@ -185,7 +185,7 @@ def draw_pegasi(
     folder: Path, state: dict, source: Sampler, preview: Dataset, about: dict
 ) -> None:
     """Draw Pegasi; of training photographs where the model has no parts for them yet."""
-    parts_will_come = state["epoch"] < state["config"]["epochs"] or state["config"]["judge"]
+    parts_will_come = state["epoch"] < state["config"]["epochs"] or state["config"]["parts"]
     if "prior" in about and parts_will_come and not state["bank"]:
         images = compose.preview(source.model, source.prior, preview.images, preview.labels)
         about = about | {"prior": sampler.PREVIEW}
