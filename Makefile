@@ -53,10 +53,10 @@ CHECKPOINT = $(if $(shell test -e "$(RUN)/last.pt" && echo yes),$(RUN)/last.pt,p
 sample: $(READY)  ## draw a sheet from the run in RUN, else from pegasus.pt, to OUT
 	$(if $(wildcard pegasus_op*.so),,PEGASUS_EXTENSION=0) $(PYTHON) sample.py "$(CHECKPOINT)" "$(OUT)" $(ARGS)
 
-evaluate: build  ## bits/dim, Frechet distance and how a judge classifies draws of the run in RUN
+evaluate: build  ## how probable the run in RUN finds photographs, how its pictures compare with them
 	$(PYTHON) -m pegasus.evaluate "$(RUN)/last.pt" $(ARGS)
 
-study: build  ## the paper's model and each piece, up to three runs each, in docs/study.md: hours; resumes
+study: build  ## the paper's model and each piece, three runs each, into docs/study.md: hours; resumes
 	$(PYTHON) -m pegasus.study --data "$(DATA)" $(ARGS)
 
 test: build  ## all tests, on up to four cores

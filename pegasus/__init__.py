@@ -6,6 +6,8 @@
     models/                  variants of the VAE, flow prior, Gaussians, classifier
     drawing/                 pictures from a checkpoint, Pegasi, sheets and curves
     training/                options of a run, its stages, its folder, its speed
-    evaluate, study, bench   tools: python -m pegasus.evaluate runs/pegasus/last.pt
+    likelihoods, measures    what a model is measured by
+    evaluate, paper, study, bench
+                             tools: python -m pegasus.evaluate runs/pegasus/last.pt
 """
 from pegasus import cli  # noqa: F401  # tells of a missing package in one sentence

@@ -4,9 +4,9 @@
     python -m pegasus.evaluate runs/pegasus/last.pt --json
     python -m pegasus.evaluate runs/pegasus/last.pt --export 2000 folder
 
---json adds the settings behind each figure; --export writes PNGs of 32 x 32 for other
+--json has the settings beside the figures; --export writes PNGs of 32 x 32 for other
 people's measures. Three judges report (pegasus/models/classifier.py) that never chose
-anything. Sets of photographs spoiled on purpose show what each measure is worth.
+anything. Photographs spoiled on purpose show what each measure is worth.
 """
 import argparse
 import dataclasses
@@ -14,29 +14,30 @@ import functools
 import json
 import math
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import reparam
 import vae
-from pegasus import cli, measures
+from pegasus import cli, likelihoods, measures
 from pegasus.cli import UserError, option
 from pegasus.data import cifar10, datasets
 from pegasus.data.datasets import Dataset
 from pegasus.drawing import plots
 from pegasus.drawing import sampler as sampling
 from pegasus.drawing.sampler import SampleConfig, Sampler
-from pegasus.models import classifier, flow_prior
-from pegasus.models.variants import ConditionalVAE
+from pegasus.models import classifier
+from pegasus.models.classifier import Classifier
 from pegasus.training.accelerate import accelerate
 
 import torch
 from torch import Tensor
 
-BOUND, SAMPLES, CODE = range(3)  # purposes of the seeds derived from the one asked for
+SAMPLES = 1  # purpose of the seeds derived from the one asked for
 NEAR = 0.05  # share of test photographs that count as near to a training photograph
-COPIED = 0.1  # share of copies in the set that shows what copies look like
+COPIED = 10  # of so many photographs one is a copy, in the set that shows copies
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,22 @@ class EvaluateConfig:
         "auto",
         "the data it was trained on, as for train.py; auto is the folder used then",
     )
-    n: int = option(2000, "pictures to draw for each row", least=200, most=65_536)
+    n: int = option(
+        2000,
+        "pictures to draw of all classes together, and as many of the prior",
+        least=500,
+        most=65_536,
+    )
     guidance: float = option(
-        2.0, "guidance scale of a class's own row, with a learned prior", least=0.0
+        2.0, "guidance scale of the rows that have one, with a learned prior", least=0.0
     )
     images: int = option(500, "test photographs for bits/dim", least=1)
     k: int = option(32, "posterior samples for each of them", least=1)
     monte_carlo: int = option(
-        10_000, "samples of N(0, I) for equation (1) of the paper", least=2, most=10**6
+        10_000,
+        "samples of the autoencoder's prior for equation (1) of the paper",
+        least=2,
+        most=100_000,
     )
     seed: int = option(0, "decides everything sampled")
     threads: int = option(
@@ -64,107 +73,19 @@ class EvaluateConfig:
     json: bool = option(False, "print JSON")
     export: list[str] | None = option(
         None,
-        "only write N PNGs, of the classes in turn, to an empty folder",
+        "only write N PNGs, of the classes in turn without guidance, to an empty folder",
         nargs=2,
         metavar=("N", "DIR"),
     )
 
 
-# ---- how probable the model finds test photographs ----
-
-
-@torch.no_grad()
-def prior_images(sampler: Sampler, n: int, seed: int) -> Tensor:
-    """Decode n samples of the autoencoder's own prior, N(0, I) or K Gaussians."""
-    model = sampler.model
-    eps = vae.sampling_noise(n, model.latent_size, seed)
-    codes = None
-    if isinstance(model, ConditionalVAE):
-        codes = model.sample_codes(n, seed)
-        eps = model.sample_latents(eps, codes)
-    return sampling.decode(sampler, eps, codes)
-
-
-@torch.no_grad()
-def autoencoder_terms(model: vae.VAE, x: Tensor, k: int, seed: int) -> Tensor:
-    """Return, in nats for each image, float64 (4, B): see `likelihoods`.
-
-    -ELBO, the importance-weighted bound, rate, and squared error.
-    """
-    samples = measures.posterior_samples(model, x, k, seed)
-    tighter = measures.importance_weighted(samples.log_weight)
-    terms = model(x, torch.tensor(reparam.derive_seed(seed, 0, CODE)))
-    rows = [-samples.elbo.mean(0), -tighter, terms.rate.double(), terms.sse.double()]
-    return torch.stack(rows)
-
-
-def flow_terms(sampler: Sampler, x: Tensor, seed: int) -> Tensor:
-    """Return -ELBO and rate under the learned prior, float64 (2, B), in nats.
-
-    Of one posterior sample: rate = log q(z|x) - log p(z), with the flow's likelihood.
-    """
-    model = sampler.model
-    with torch.no_grad():
-        mu, logvar = model.encode(x)
-        eps = vae.sampling_noise(len(x), model.latent_size, seed)
-        z = mu + (logvar / 2).exp() * eps
-        log_x = measures.log_likelihood(x, model.decode(z), model.variance).double()
-    log_q = -(eps.square() + logvar + math.log(2 * math.pi)).double().sum(1) / 2
-    rate = log_q - flow_prior.log_density(sampler.prior, z, seed)
-    return torch.stack([rate - log_x, rate])
-
-
-def likelihoods(sampler: Sampler, images: Tensor, config: EvaluateConfig) -> dict:
-    """Return how probable the model finds images, bytes (n, 3, 32, 32).
-
-    In bits/dim: by the ELBO, by the importance-weighted bound, by equation (1) of the
-    paper, and with a learned prior by the ELBO under that. In nats: rates. squared_error.
-    """
-    autoencoder = []
-    flow = []
-    for number, batch in enumerate(images.split(100)):
-        cli.show(f"bits/dim of {len(images)} test photographs: {100 * number} done")
-        x = vae.from_bytes(batch)
-        seed = reparam.derive_seed(config.seed, number, BOUND)
-        autoencoder.append(autoencoder_terms(sampler.model, x, config.k, seed))
-        if sampler.prior is not None:
-            flow.append(flow_terms(sampler, x, seed))
-    elbo, tighter, rate, sse = torch.cat(autoencoder, 1).mean(1).tolist()
-    figures = {
-        "bits_per_dim": vae.bits_of_nats(elbo),
-        "bits_per_dim_iw": vae.bits_of_nats(tighter),
-        "rate": rate,
-        "squared_error": sse,
-    }
-    if flow:
-        flow_elbo, flow_rate = torch.cat(flow, 1).mean(1).tolist()
-        figures["bits_per_dim_flow"] = vae.bits_of_nats(flow_elbo)
-        figures["rate_flow"] = flow_rate
-    return figures | equation_1(sampler, images, config)
-
-
-def equation_1(sampler: Sampler, images: Tensor, config: EvaluateConfig) -> dict:
-    """Return bits/dim of images by Monte Carlo over the prior, and what it is worth.
-
-    `monte_carlo_samples`: how many of them count for an image, (sum w)^2 / sum w^2.
-    """
-    cli.show("P(x) by Monte Carlo")
-    xhat = prior_images(sampler, config.monte_carlo, config.seed)
-    x = vae.from_bytes(images)
-    batches = [
-        measures.monte_carlo(batch, xhat, sampler.model.variance) for batch in x.split(100)
-    ]
-    log_p, error, effective = (
-        torch.cat(values).mean().item() for values in zip(*batches, strict=True)
-    )
-    return {
-        "bits_per_dim_monte_carlo": vae.bits_of_nats(-log_p),
-        "monte_carlo_error": error,
-        "monte_carlo_samples": effective,
-    }
-
-
 # ---- sets of pictures ----
+
+
+class ImageSet(NamedTuple):
+    """Pictures to compare with photographs."""
+    images: Tensor  # (n, 3, 32, 32) in [0, 1]
+    label: int | None = None  # of the photographs to compare with; None: all classes
 
 
 def interleave(sets: list[Tensor], n: int) -> Tensor:
@@ -181,6 +102,29 @@ def balanced_subset(rows: Tensor, labels: Tensor, n: int) -> Tensor:
     sets = [rows[labels == label] for label in labels.unique()]
     least = min(map(len, sets))
     return interleave([members[:least] for members in sets], min(n, least * len(sets)))
+
+
+def add_copies(test: Tensor, training: Tensor, classes: int) -> Tensor:
+    """Return photographs of which one in COPIED is a training photograph, moved by a pixel.
+
+    Both are of the classes in turn, and so is the result.
+    """
+    turns = torch.arange(len(test)) // classes
+    (rows,) = torch.where(turns % COPIED == 0)
+    rows = rows[: len(training)]
+    mixed = test.clone()
+    mixed[rows] = training[: len(rows)].roll(1, 3)
+    return mixed
+
+
+def add_lines(images: Tensor) -> Tensor:
+    """Return images under two white lines that lean as wings might."""
+    images = images.clone()
+    for row in range(2, 16):
+        rise = (16 - row) // 2
+        for column in (14 - rise, 15 - rise, 17 + rise, 18 + rise):
+            images[:, :, row, column] = 1
+    return images
 
 
 def draw(
@@ -207,63 +151,36 @@ def rebuild(model: vae.VAE, images: Tensor) -> Tensor:
     return torch.cat([model.reconstruct(x) for x in images.split(100)])
 
 
-def under_lines(images: Tensor) -> Tensor:
-    """Return images under two white lines that lean as wings might."""
-    images = images.clone()
-    for row in range(2, 16):
-        rise = (16 - row) // 2
-        for column in (14 - rise, 15 - rise, 17 + rise, 18 + rise):
-            images[:, :, row, column] = 1
-    return images
-
-
-def spoiled_photographs(sampler: Sampler, data: Dataset, test: Tensor) -> dict[str, Tensor]:
-    """Return test photographs, and sets that a good measure tells from them.
-
-    Rebuilt ones, which are blurred; some with rebuilt training photographs among them;
-    those of the first class under two white lines.
-    """
-    rebuilt = rebuild(sampler.model, test)
-    training = balanced_subset(data.images, data.labels, round(COPIED * len(test)))
-    copies = rebuild(sampler.model, vae.from_bytes(training))
-    copied = torch.cat([copies, test[len(copies) :]])
-    first = vae.from_bytes(data.test_images[data.test_labels == 0])
-    return {
-        "photographs": test,
-        "rebuilt": rebuilt,
-        f"{COPIED:.0%} copies": copied,
-        f"{data.classes[0]}, two lines": under_lines(first),
-    }
-
-
-def drawn_sets(sampler: Sampler, config: EvaluateConfig) -> dict[str, Tensor]:
+def drawn_sets(sampler: Sampler, config: EvaluateConfig) -> dict[str, ImageSet]:
     """Return what the model draws, by the name of the table's row."""
+    n = config.n
+    guidance = config.guidance
+    count = math.ceil(n / len(sampler.classes))
     sets = {}
-    for mode in sampling.modes(sampler):
-        if mode == "morph":  # whose pictures depend on their place in a sheet
-            continue
-        count = config.n
-        if mode != "prior":
-            count = math.ceil(config.n / len(sampler.classes))
-        sets[mode] = draw(sampler, mode, count, config.seed, config.guidance)
-    in_turn = interleave([sets[name] for name in sampler.classes], config.n)
+    if "pegasus" in sampling.modes(sampler):
+        sets["pegasus"] = ImageSet(draw(sampler, "pegasus", count, config.seed), 0)
+    for label, name in enumerate(sampler.classes):
+        images = draw(sampler, name, count, config.seed, guidance)
+        sets[name] = ImageSet(images, label)
+    guided = interleave([sets[name].images for name in sampler.classes], n)
+    sets["prior"] = ImageSet(draw(sampler, "prior", n, config.seed))
     if sampler.prior is None:
-        return sets | {"classes": in_turn}
-    unguided = draw_classes(sampler, config.n, config.seed)
-    return sets | {"classes": unguided, "guided classes": in_turn}
+        return sets | {"all classes": ImageSet(guided)}
+    unguided = draw_classes(sampler, n, config.seed)
+    return sets | {"all classes": ImageSet(unguided), "all, guided": ImageSet(guided)}
 
 
-# ---- what judges see in them ----
+# ---- what the judges say of them ----
 
 
-class View(NamedTuple):
-    """What one judge sees in n images."""
+class Judgement(NamedTuple):
+    """What one judge says of n images."""
     probabilities: Tensor  # of CIFAR-10's classes, (n, 10)
     features: Tensor  # (n, 112)
 
 
 @functools.cache
-def judges() -> list[classifier.Classifier]:
+def judges() -> list[Classifier]:
     """Return the judges that report, accelerated."""
     networks = [classifier.load(seed) for seed in classifier.REPORTING]
     for network in networks:
@@ -271,81 +188,120 @@ def judges() -> list[classifier.Classifier]:
     return networks
 
 
-def look(images: Tensor) -> list[View]:
+def judge(images: Tensor) -> list[Judgement]:
     """Show images to each judge that reports."""
-    return [View(*classifier.classify(judge, images)) for judge in judges()]
+    return [Judgement(*classifier.classify(network, images)) for network in judges()]
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Photographs to compare with, and what judges see in them: the same for any model."""
-    images: Tensor  # test photographs, of the classes in turn, (n, 3, 32, 32)
-    views: list[View]
+    """Photographs to compare with, and what judges say of them: the same for all models."""
+    images: Tensor  # test photographs, of the classes in turn, (n, 3, 32, 32) in [0, 1]
+    labels: Tensor  # of these, (n,)
+    judgements: list[Judgement]
     training: list[Tensor]  # each judge's features of the training photographs
-    near: list[float]  # for each judge the distance within which NEAR of `images` are
+    near: list[float]  # each judge's distance to them, within which NEAR of `images` are
     accuracy: float  # share of `images` that judges call what they are
+    spoiled: dict[str, tuple[ImageSet, list[Judgement]]]  # by the name of the table's row
+
+    def rows(self, label: int | None) -> Tensor:
+        """Return the rows of a class's photographs, or of all."""
+        if label is None:
+            return torch.arange(len(self.images))
+        return torch.where(self.labels == label)[0]
 
 
-def judges_accuracy(data: Dataset, views: list[View]) -> float:
-    """Return the share of the test photographs, in turn, that judges are right about."""
-    labels = balanced_subset(data.test_labels, data.test_labels, len(data.test_labels))
-    wanted = torch.tensor([cifar10.CLASSES.index(name) for name in data.classes])[labels]
-    winners = torch.stack([view.probabilities.argmax(1) for view in views])
-    return (winners == wanted).double().mean().item()
+def accuracy(judgements: list[Judgement], labels: Tensor, classes: tuple[str, ...]) -> float:
+    """Return the share of images that judges call what they are."""
+    numbers = torch.tensor([cifar10.CLASSES.index(name) for name in classes])
+    winners = torch.stack([said.probabilities.argmax(1) for said in judgements])
+    return (winners == numbers[labels]).double().mean().item()
 
 
 def make_reference(data: Dataset) -> Reference:
-    """Look at a data set's photographs. Raises UserError where there are too few."""
-    images = balanced_subset(data.test_images, data.test_labels, len(data.test_images))
-    if len(images) < 8 or len(data.images) < 2:
+    """Judge a data set's photographs. Raises UserError where there are too few."""
+    count = len(data.test_images)
+    images = vae.from_bytes(balanced_subset(data.test_images, data.test_labels, count))
+    labels = balanced_subset(data.test_labels, data.test_labels, count)
+    if len(images) < max(8, 2 * len(data.classes)) or len(data.images) < 2:
         raise UserError(
-            f"{data.folder}: {len(images)} test pictures of {', '.join(data.classes)}, "
-            "as many of each; the Frechet distance needs eight; use other data"
+            f"{data.folder}: {len(images)} test pictures, as many of each of "
+            f"{', '.join(data.classes)}; the Frechet distance needs eight; use other data"
         )
-    images = vae.from_bytes(images)
     cli.show("judges look at photographs")
-    views = look(images)
-    training = [view.features for view in look(data.images)]
+    judgements = judge(images)
+    training = [said.features for said in judge(data.images)]
     near = []
-    for view, features in zip(views, training, strict=True):
-        distances = measures.nearest_distances(view.features, features)
+    for said, features in zip(judgements, training, strict=True):
+        distances = measures.nearest_distances(said.features, features)
         near.append(distances.quantile(NEAR).item())
-    return Reference(images, views, training, near, judges_accuracy(data, views))
+    copies = balanced_subset(data.images, data.labels, len(images))
+    sets = {
+        "10% copies": ImageSet(
+            add_copies(images, vae.from_bytes(copies), len(data.classes))
+        ),
+        "two lines": ImageSet(add_lines(images[labels == 0]), 0),
+    }
+    return Reference(
+        images=images,
+        labels=labels,
+        judgements=judgements,
+        training=training,
+        near=near,
+        accuracy=accuracy(judgements, labels, data.classes),
+        spoiled={name: (some, judge(some.images)) for name, some in sets.items()},
+    )
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    """Return mean and standard deviation of the judges' values."""
+# ---- figures of a set ----
+
+
+def over_judges(distance: Callable[[int], float]) -> dict[str, float]:
+    """Return mean and standard deviation of what a function gives for each judge."""
+    values = [distance(number) for number in range(len(classifier.REPORTING))]
     return {"mean": statistics.mean(values), "deviation": statistics.stdev(values)}
 
 
-def distance_to(reference: Reference, views: list[View]) -> dict[str, float]:
-    """Return the Frechet distance to the photographs, at infinitely many pictures."""
-    pairs = zip(views, reference.views, strict=True)
-    return spread([measures.frechet_at_infinity(a.features, b.features) for a, b in pairs])
+def frechet_figures(
+    reference: Reference, judgements: list[Judgement], label: int | None
+) -> dict[str, float]:
+    """Return a set's Frechet distance to the photographs of its classes."""
+    rows = reference.rows(label)
+
+    def distance(number: int) -> float:
+        photographs = reference.judgements[number].features[rows]
+        return measures.frechet_at_infinity(judgements[number].features, photographs)
+
+    return over_judges(distance)
 
 
-def floor(reference: Reference) -> dict[str, float]:
+def halves_figures(reference: Reference) -> dict[str, float]:
     """Return the Frechet distance between the two halves of the photographs."""
-    distances = []
-    for view in reference.views:
-        first, second = view.features.split(len(view.features) // 2)[:2]
-        distances.append(measures.frechet_at_infinity(first, second))
-    return spread(distances)
+
+    def distance(number: int) -> float:
+        features = reference.judgements[number].features
+        first, second = features.split(len(features) // 2)[:2]
+        return measures.frechet_at_infinity(first, second)
+
+    return over_judges(distance)
 
 
-def near_share(reference: Reference, views: list[View]) -> float:
+def near_share(reference: Reference, judgements: list[Judgement]) -> float:
     """Return the share of images nearer to a training photograph than `near`."""
     shares = []
-    judged = zip(views, reference.training, reference.near, strict=True)
-    for view, training, near in judged:
-        distances = measures.nearest_distances(view.features, training)
+    for said, training, near in zip(
+        judgements, reference.training, reference.near, strict=True
+    ):
+        distances = measures.nearest_distances(said.features, training)
         shares.append((distances < near).double().mean().item())
     return statistics.mean(shares)
 
 
-def called_shares(views: list[View], classes: tuple[str, ...]) -> dict[str, float]:
+def called_shares(
+    judgements: list[Judgement], classes: tuple[str, ...]
+) -> dict[str, float]:
     """Return the share of images that judges assign to each of some classes."""
-    winners = torch.stack([view.probabilities.argmax(1) for view in views])
+    winners = torch.stack([said.probabilities.argmax(1) for said in judgements])
     shares = {}
     for name in classes:
         assigned = winners == cifar10.CLASSES.index(name)
@@ -354,44 +310,42 @@ def called_shares(views: list[View], classes: tuple[str, ...]) -> dict[str, floa
 
 
 def set_figures(
-    images: Tensor, views: list[View], reference: Reference, classes: tuple[str, ...]
+    image_set: ImageSet,
+    judgements: list[Judgement],
+    reference: Reference,
+    classes: tuple[str, ...],
 ) -> dict[str, object]:
-    """Return the measures of a set of images, but for its Frechet distance."""
-    power = measures.radial_power(images) / measures.radial_power(reference.images)
-    some = measures.variety(images[:500])
+    """Return the measures of a set of images."""
+    images, label = image_set
+    photographs = measures.radial_power(reference.images[reference.rows(label)])
+    variety = measures.variety(images[:500])
     return {
         "n": len(images),
-        "power": power.tolist(),
-        "deviation": some.deviation,
-        "correlation": some.correlation,
-        "copies": near_share(reference, views),
-        "called": called_shares(views, classes),
+        "frechet": frechet_figures(reference, judgements, label),
+        "power": (measures.radial_power(images) / photographs).tolist(),
+        "deviation": variety.deviation,
+        "correlation": variety.correlation,
+        "copies": near_share(reference, judgements),
+        "called": called_shares(judgements, classes),
     }
 
 
-def of_all_classes(name: str, sampler: Sampler) -> bool:
-    """Return whether a set has as many pictures of each class as the photographs."""
-    single = name in sampler.classes or name.endswith("two lines")
-    return len(sampler.classes) == 1 or not (single or name == "pegasus")
-
-
 def compare(
-    sampler: Sampler, data: Dataset, reference: Reference, config: EvaluateConfig
+    sampler: Sampler, reference: Reference, config: EvaluateConfig
 ) -> dict[str, dict]:
-    """Return the measures of each set of pictures, by its name."""
-    sets = spoiled_photographs(sampler, data, reference.images)
+    """Return the measures of each set of pictures, by the name of the table's row."""
+    classes = sampler.classes
+    photographs = ImageSet(reference.images)
+    figures = set_figures(photographs, reference.judgements, reference, classes)
+    result = {"photographs": figures | {"frechet": halves_figures(reference)}}
+    for name, (spoiled, judgements) in reference.spoiled.items():
+        result[name] = set_figures(spoiled, judgements, reference, classes)
+    sets = {"rebuilt": ImageSet(rebuild(sampler.model, reference.images))}
     sets |= drawn_sets(sampler, config)
-    result = {}
-    for name, images in sets.items():
+    for name, image_set in sets.items():
         cli.show(f"judges look at {name}")
-        is_reference = name == "photographs"
-        views = reference.views if is_reference else look(images)
-        figures = set_figures(images, views, reference, data.classes)
-        if is_reference:
-            figures["frechet"] = floor(reference)
-        elif of_all_classes(name, sampler):
-            figures["frechet"] = distance_to(reference, views)
-        result[name] = figures
+        judgements = judge(image_set.images)
+        result[name] = set_figures(image_set, judgements, reference, classes)
     cli.show("")
     return result
 
@@ -408,120 +362,104 @@ def load_sampler(path: Path) -> Sampler:
     return sampler
 
 
-def describe_settings(
-    sampler: Sampler, data: Dataset, tested: int, config: EvaluateConfig
+def measure_likelihoods(
+    sampler: Sampler, data: Dataset, config: EvaluateConfig
 ) -> dict[str, object]:
-    """Return the settings behind the figures, for --json."""
-    prior = "N(0, I)"
-    if isinstance(sampler.model, ConditionalVAE):
-        prior = f"{len(sampler.model.conditional.mean)} Gaussians"
-    return {
+    """Return how probable the model finds test photographs, of the classes in turn."""
+    images = balanced_subset(data.test_images, data.test_labels, config.images)
+    return likelihoods.measure(
+        sampler, images, config.k, config.monte_carlo, config.seed
+    )
+
+
+def report(
+    sampler: Sampler, data: Dataset, reference: Reference, config: EvaluateConfig
+) -> dict[str, dict]:
+    """Return all figures, with the settings behind them."""
+    settings = {
         "model": sampler.about,
         "data": data.name,
         "classes": list(data.classes),
         "seed": config.seed,
         "torch": torch.__version__,
-        "bits_per_dim": {
-            "images": tested,
-            "k": config.k,
-            "monte_carlo": config.monte_carlo,
-            "prior": prior,
-            "pixel_variance": sampler.model.variance.item(),
-        },
-        "frechet": {"judges": list(classifier.REPORTING), "extrapolated": True},
-        "power": "8 to 12 and 12 to 16 waves a picture, of the test photographs'",
-        "copies": {"quantile": NEAR, "training_photographs": len(data.images)},
+        "judges": list(classifier.REPORTING),
+        "judges_accuracy": reference.accuracy,
+        "test_photographs": len(reference.images),
+        "training_photographs": len(data.images),
+        "near": NEAR,
         "guidance": config.guidance,
     }
-
-
-def report(
-    sampler: Sampler, data: Dataset, reference: Reference, config: EvaluateConfig
-) -> dict:
-    """Return all figures, with the settings behind them."""
-    tested = balanced_subset(data.test_images, data.test_labels, config.images)
-    settings = describe_settings(sampler, data, len(tested), config)
     return {
-        "settings": settings | {"judges_accuracy": reference.accuracy},
-        "likelihood": likelihoods(sampler, tested, config),
-        "sets": compare(sampler, data, reference, config),
+        "settings": settings,
+        "likelihood": measure_likelihoods(sampler, data, config),
+        "sets": compare(sampler, reference, config),
     }
-
-
-def likelihood_lines(figures: dict) -> list[str]:
-    """Return the lines of the table about bits/dim."""
-    settings = figures["settings"]["bits_per_dim"]
-    values = figures["likelihood"]
-    prior = settings["prior"]
-    lines = [f"Bits for each byte of {settings['images']} test photographs (bits/dim)"]
-    if "bits_per_dim_flow" in values:
-        lines.append(
-            f"  {values['bits_per_dim_flow']:6.3f}  under the learned prior, by the ELBO; "
-            f"rate {values['rate_flow']:.1f} nats a picture"
-        )
-    return [
-        *lines,
-        f"  {values['bits_per_dim']:6.3f}  under {prior}, by the ELBO; rate "
-        f"{values['rate']:.1f} nats, squared error {values['squared_error']:.2f}",
-        f"  {values['bits_per_dim_iw']:6.3f}  under {prior}, importance-weighted, "
-        f"{settings['k']} samples of q(z|x)",
-        f"  {values['bits_per_dim_monte_carlo']:6.3f}  under {prior}, by equation (1) of "
-        f"the paper, {settings['monte_carlo']:,} samples of z,",
-        f"          of which {values['monte_carlo_samples']:.1f} count for a picture",
-    ]
 
 
 NOTES = """
-Frechet: distance to the test photographs (of these: of one half to the other), in the
-  features of judges {judges}, at infinitely many pictures, ± over judges. It is not FID.
-Fine, finest: detail, as the power of waves that fit 8 to 12 and 12 to 16 times into a
-  picture, in percent of the test photographs'. Blur lacks it.
-Alike: correlation of the upper parts of two pictures, median. 1: all are one stamp.
-Copies: pictures as near to a training photograph, in the judges' features, as the nearest
-  {near:.0%} of the test photographs are.
-Called: what the judges call them, who are right about {accuracy:.0%} of the photographs.
-Below the photographs: what measures make of some that were spoiled on purpose."""
+Rows: test photographs; these with copies among them, or ({first}) under two white lines, to
+  show what measures see; rebuilt by the autoencoder; then what the model draws.{guided}
+Frechet distance to the test photographs of the same class or classes (of a Pegasus:
+  {first}), for the photographs of one half to the other. In features of the judges, so it
+  is not FID; extrapolated to infinitely many pictures, so it can be below 0. ±: over judges.
+Fine, finest: detail, the power of waves that fit 8 to 12 and 12 to 16 times into a picture,
+  in percent of the photographs'. Blur lacks it.
+Alike: correlation of two pictures' upper parts, median. 1: all are one stamp.
+Near: share as near to a training photograph, in the judges' features, as the nearest
+  {near:.0%} of the test photographs are. Copies are.
+Called: share that judges {judges}, right about {accuracy:.0%} of the photographs, call so."""
 
 
-WIDTHS = (18, 8, 7, 8, 8, 8, 8)  # of the table's first columns; 14 of all others
+def set_cells(name: str, figures: dict) -> list[str]:
+    """Return the cells of the table's row for a set of pictures."""
+    frechet = figures["frechet"]
+    return [
+        name,
+        f"{frechet['mean']:.2f}",
+        f"± {frechet['deviation']:.2f}",
+        *(f"{share:.0%}" for share in figures["power"]),
+        f"{figures['correlation']:.2f}",
+        f"{figures['copies']:.1%}",
+        *(f"{share:.0%}" for share in figures["called"].values()),
+    ]
 
 
-def row_line(cells: list[str]) -> str:
-    """Return a row of the table."""
-    texts = [cells[0].ljust(WIDTHS[0])]
-    for i, cell in enumerate(cells[1:], 1):
-        texts.append(cell.rjust(WIDTHS[i] if i < len(WIDTHS) else 14))
-    return "".join(texts)
-
-
-def set_line(name: str, figures: dict) -> str:
-    """Return the row of the table for a set of pictures."""
-    distance = deviation = ""
-    if "frechet" in figures:
-        distance = f"{figures['frechet']['mean']:.2f}"
-        deviation = f"± {figures['frechet']['deviation']:.2f}"
-    cells = [name, distance, deviation, *(f"{share:.0%}" for share in figures["power"])]
-    cells += [f"{figures['correlation']:.2f}", f"{figures['copies']:.1%}"]
-    return row_line(cells + [f"{share:.0%}" for share in figures["called"].values()])
+def align_cells(rows: list[list[str]]) -> list[str]:
+    """Return rows of cells as lines, the first column to the left, the others right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        for cell, width in zip(row[1:], widths[1:], strict=True):
+            cells.append(cell.rjust(width))
+        lines.append("  ".join(cells))
+    return lines
 
 
 def table(figures: dict) -> str:
     """Return the report's figures as text."""
     settings = figures["settings"]
-    called = [f"called {name}" for name in settings["classes"]]
-    heads = ["", "Frechet", "", "fine", "finest", "alike", "copies"]
-    lines = [*likelihood_lines(figures), "", row_line(heads + called)]
-    lines += [set_line(name, values) for name, values in figures["sets"].items()]
-    lines.append(
-        NOTES.format(
-            judges=", ".join(map(str, settings["frechet"]["judges"])),
-            near=settings["copies"]["quantile"],
-            accuracy=settings["judges_accuracy"],
+    classes = settings["classes"]
+    model = ", ".join(f"{key} {value}" for key, value in settings["model"].items())
+    heads = ["", "Frechet", "", "fine", "finest", "alike", "near"]
+    rows = [heads + [f"called {name}" for name in classes]]
+    rows += [set_cells(name, values) for name, values in figures["sets"].items()]
+    guided = ""
+    if "all, guided" in figures["sets"]:
+        guided = (
+            f"\n  Rows of one class, and the last, have guidance {settings['guidance']:g}."
         )
+    notes = NOTES.format(
+        first=classes[0],
+        guided=guided,
+        near=settings["near"],
+        judges=", ".join(map(str, settings["judges"])),
+        accuracy=settings["judges_accuracy"],
     )
     if settings["data"] in sampling.SYNTHETIC_NAMES:
-        lines.append("The judges learned from photographs: they know synthetic pictures less well.")
-    return "\n".join(lines)
+        notes += "\nThe judges learned from photographs and know synthetic pictures less well."
+    likelihood = likelihoods.describe(figures["likelihood"])
+    return "\n".join([model, "", *likelihood, "", *align_cells(rows), notes])
 
 
 def export(sampler: Sampler, config: EvaluateConfig) -> str:

@@ -29,7 +29,7 @@ PAPER = (
     "--arch mlp --likelihood mse --latent 128 --schedule constant --lr 1e-3 "
     "--batch-size 128 --beta 1 --no-flip"
 )
-MLP = "--arch mlp --schedule onecycle --lr 2e-3 --flip --epochs 60"
+MLP = "--arch mlp --center --schedule onecycle --lr 2e-3 --flip --epochs 60"
 GAUSSIAN = f"{MLP} --likelihood gaussian"
 ROWS = {  # options of train.py
     "paper": f"{PAPER} --no-center --epochs 300",
@@ -44,13 +44,13 @@ ROWS = {  # options of train.py
 }
 COLUMNS = {  # heading: (keys of the figure, format)
     "bits/dim": ("likelihood bits_per_dim", "{:.3f}"),
-    "IW": ("likelihood bits_per_dim_iw", "{:.3f}"),
+    "IW": ("likelihood bits_per_dim_importance_weighted", "{:.3f}"),
     "rate": ("likelihood rate", "{:.1f}"),
     "squared error": ("likelihood squared_error", "{:.2f}"),
-    "Fréchet": ("sets classes frechet mean", "{:.2f}"),
-    "± judges": ("sets classes frechet deviation", "{:.2f}"),
+    "Fréchet": ("sets prior frechet mean", "{:.2f}"),
+    "over judges": ("sets prior frechet deviation", "{:.2f}"),
     "rebuilt": ("sets rebuilt frechet mean", "{:.2f}"),
-    "finest detail": ("sets classes power 1", "{:.1%}"),
+    "fine detail": ("sets prior power 0", "{:.1%}"),
 }
 BEGIN = "<!-- the table: python -m pegasus.study -->\n"
 END = "<!-- end of the table -->\n"
@@ -122,8 +122,9 @@ def cell(runs: list[dict], keys: str, form: str) -> str:
 
 
 def figures_of(lines: list[dict], name: str) -> list[dict]:
-    """Return the figures of a row's runs."""
-    return [line["figures"] for line in lines if line["name"] == name]
+    """Return the figures of a row's runs, with the options that it has today."""
+    of_row = [line for line in lines if line["command"].startswith(f"{ROWS[name]} --seed")]
+    return [line["figures"] for line in of_row]
 
 
 def table(lines: list[dict]) -> str:

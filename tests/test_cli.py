@@ -2,6 +2,7 @@
 import dataclasses
 import errno
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,11 +10,14 @@ from dataclasses import replace
 import reparam
 import sample
 import train
-from pegasus import checkpoint, cli, evaluate, study
+from pegasus import checkpoint, cli, evaluate, paper, study
 from pegasus.checkpoint import CompactConfig
 from pegasus.cli import UserError
 from pegasus.drawing.sampler import SampleConfig
 from pegasus.evaluate import EvaluateConfig
+from pegasus.models import classifier
+from pegasus.models.classifier import ClassifierConfig
+from pegasus.paper import PaperConfig
 from pegasus.study import StudyConfig
 from pegasus.training.config import TrainConfig, resolve
 
@@ -27,6 +31,8 @@ SCRIPTS = (
     (evaluate, EvaluateConfig),
     (study, StudyConfig),
     (checkpoint, CompactConfig),
+    (paper, PaperConfig),
+    (classifier, ClassifierConfig),
 )
 
 
@@ -98,12 +104,14 @@ def test_help_lists_the_options(capsys):
 
 
 def test_the_defaults_of_mlp_are_the_papers_recipe():
+    """But for the input, which its encoder gets as it is."""
     config = resolve(TrainConfig(arch="mlp"))
     model = (config.likelihood, config.latent, config.beta, config.flip)
     assert model == ("mse", "128", 1.0, False)
     training = (config.schedule, config.lr, config.batch_size, config.epochs)
     assert training == ("constant", 1e-3, 128, 300)
     assert config.prior == "normal"
+    assert config.center
 
 
 def test_what_is_given_stands_beside_defaults():
@@ -137,18 +145,32 @@ def test_cuda_where_there_is_none(complaint, tmp_path):
     assert "--device: got cuda, but torch finds no CUDA device" in sentence
 
 
-def test_make_leaves_epochs_and_seed_to_the_run_where_they_are_not_given():
-    def commands(*words: str) -> str:
-        command = ["make", "-n", "PYTHON=python", *words]
-        settings = {"capture_output": True, "text": True, "check": True}
-        env = {"PATH": os.environ["PATH"]}
-        return subprocess.run(command, cwd=ROOT, env=env, **settings).stdout
+def commands(*words: str) -> str:
+    """What make would do."""
+    command = ["make", "-n", "PYTHON=python", *words]
+    settings = {"capture_output": True, "text": True, "check": True}
+    env = {"PATH": os.environ["PATH"]}
+    return subprocess.run(command, cwd=ROOT, env=env, **settings).stdout
 
+
+def test_make_leaves_epochs_and_seed_to_the_run_where_they_are_not_given():
     assert "--epochs" not in commands("train")
     assert "--seed" not in commands("train")
     assert '--epochs "5" --seed "3" ' in commands("train", "EPOCHS=5", "SEED=3")
     assert '--run "runs/paper" --arch mlp' in commands("paper")
     assert '--run "mine" --arch mlp' in commands("paper", "RUN=mine")
+
+
+def test_make_paper_names_every_option_of_the_papers_recipe():
+    """It trains what the defaults of mlp are, not centered."""
+    words = shlex.split(commands("paper").replace("\\\n", " "))
+    argv = words[words.index("train.py") + 1 : words.index("-m") - 1]
+    config, given = cli.parse(TrainConfig, argv, "")
+    wanted = TrainConfig(arch="mlp", center=False, run="runs/paper", resume=True)
+    assert resolve(config) == resolve(wanted)
+    recipe = {"likelihood", "center", "latent", "schedule", "lr", "batch_size", "beta", "flip"}
+    assert given == recipe | {"arch", "run", "data", "resume"}
+    assert words[words.index("-m") :] == ["-m", "pegasus.paper", "runs/paper"]
 
 
 # ---- options out of a file ----
@@ -184,7 +206,8 @@ def test_options_of_a_run_pass_the_check_that_files_get():
         {"arch": None},
         {"likelihood": "poisson"},
         {"flip": 1},
-        {"judge": None},
+        {"center": 0},
+        {"parts": None},
         {"run": 3},
         {"seed": torch.tensor(3)},
     ],
@@ -261,7 +284,8 @@ def run_script(command: list[str], **env: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     "script",
     [["train.py"], ["sample.py"], ["-m", "pegasus.evaluate"], ["-m", "pegasus.checkpoint"],
-     ["-m", "pegasus.study"], ["-m", "pegasus.data.download"]],
+     ["-m", "pegasus.study"], ["-m", "pegasus.data.download"], ["-m", "pegasus.paper"],
+     ["-m", "pegasus.models.classifier"]],
 )
 def test_a_python_without_torch_is_told_which_one_to_use(script):
     done = run_script([sys.executable, "-S", "-E", *script])

@@ -324,7 +324,7 @@ def measured(trio):
     model, prior, _ = copy.deepcopy(trio)
     torch.nn.init.uniform_(model.encoder[-1].bias, -3, 3)
     prior.mean.copy_(torch.linspace(-1, 2, 128))
-    prior.std.copy_(torch.linspace(0.5, 3, 128))
+    prior.std.copy_(torch.linspace(1, 3, 128))
     return model, prior
 
 

@@ -97,12 +97,12 @@ def evil_pickle(path: Path) -> None:
 
 DAMAGE = {
     "newer format": (
-        damaged(lambda s: s.update(format=7)),
-        "format 7, this program reads 6",
+        damaged(lambda s: s.update(format=8)),
+        "format 8, this program reads 7",
     ),
     "older format": (
-        damaged(lambda s: s.update(format=5)),
-        "format 5, this program reads 6",
+        damaged(lambda s: s.update(format=6)),
+        "format 6, this program reads 7",
     ),
     "other architecture": (
         damaged(other_architecture),
@@ -149,7 +149,7 @@ def set_moment(state: dict) -> None:
 NOT_RESUMED = {
     "no history": (lambda s: s.pop("history"), "'history'"),
     "no data": (lambda s: s.pop("data"), "'data'"),
-    "no judge": (lambda s: s.pop("judge"), "'judge'"),
+    "no parts": (lambda s: s.pop("bank"), "'bank'"),
     "epochs in words": (lambda s: s.update(epochs_done="many"), "str"),
     "more steps than an epoch's": (lambda s: s.update(step=10**6), "1000000 steps"),
     "a row too few": (lambda s: s["history"].pop(), "4 epochs"),
@@ -157,7 +157,7 @@ NOT_RESUMED = {
     "a row without a rate": (lambda s: s["history"][0].pop("test_rate"), "columns"),
     "a row of text": (lambda s: s["history"][0].update(test_loss="x"), "test_loss"),
     "other totals": (lambda s: s.update(totals=torch.zeros(5)), "size"),
-    "a number for a judge": (lambda s: s.update(judge=5), "subscriptable"),
+    "a number for parts": (lambda s: s.update(bank=5), "'items'"),
     "no birds": (lambda s: s["densities"].pop("bird"), "horse, white horse, dark horse"),
     "a moment's shape": (set_moment, "differ in shape"),
     "an unknown option": (set_config(novelty=1), "novelty"),
@@ -167,7 +167,7 @@ NOT_RESUMED = {
     "an infinite number": (set_config(beta=float("inf")), "--beta inf"),
     "a number beyond 64 bits": (set_config(seed=2**63), "--seed 9223372036854775808"),
     "a number beyond all floats": (set_config(lr=10**400), "--lr 1000"),
-    "a number for a switch": (set_config(flip=1), "--flip 1"),
+    "a number for a switch": (set_config(center=1), "--center 1"),
     "an unknown choice": (set_config(schedule="cyclic"), "--schedule 'cyclic'"),
     "nothing for a number": (set_config(beta=None), "--beta None"),
 }

@@ -1,5 +1,5 @@
 import train
-from pegasus import paper
+from pegasus import checkpoint, paper
 from pegasus.drawing import sampler
 from pegasus.drawing.sampler import SampleConfig
 
@@ -24,8 +24,8 @@ def test_it_reports_what_the_paper_reports(run, capsys):
     for name in ("curves.png", "samples.png", "best.png"):
         assert f"\n{name} " in said
         assert (run / name).exists()
-    assert "3 epochs, horse, bird from small" in said
-    assert "by equation (1)" in said
+    assert "horse, bird from small, 3 epochs" in said
+    assert "equation (1)" in said
     assert "importance-weighted" in said
     assert len(max(said.splitlines(), key=len)) <= 100
 
@@ -43,14 +43,21 @@ def test_the_best_is_one_of_the_batch_enlarged(run):
     assert (batch - pixels).abs().amax((1, 2, 3)).min() == 0
 
 
-def test_the_line_of_losses():
+def test_losses_in_words():
     test = [9.0, 5.0, 4.0, 4.5, 4.2, 4.4]
     history = [{"test_loss": value, "train_loss": 3.0} for value in test]
-    line = paper.loss_line(history)
-    assert "train 3.00, test 4.40" in line
-    assert "lowest test 4.00, in epoch 3;" in line
-    assert "test between 4.20 and 4.50" in line
+    now, late = paper.describe_losses(history)
+    assert "train 3.00, test 4.40" in now
+    assert "lowest test loss is 4.00, in epoch 3" in now
+    assert "4.20 to 4.40" in late
 
 
 def test_without_a_run_it_says_so(tmp_path, complaint):
     assert "last.pt: no such file" in complaint(paper.main, tmp_path)
+
+
+def test_another_kind_of_run_is_refused(run, tmp_path, complaint):
+    state = checkpoint.load(run / "last.pt")
+    state["config"]["epochs"] = 9
+    checkpoint.save(tmp_path / "last.pt", state)
+    assert "not a finished run of the paper's kind" in complaint(paper.main, tmp_path)

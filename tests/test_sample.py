@@ -14,8 +14,8 @@ from pegasus.cli import UserError
 from pegasus.data import cifar10
 from pegasus.drawing import compose, plots, sampler, wing_shapes
 from pegasus.drawing.sampler import SampleConfig, Sampler
-from pegasus.models import flow_prior, gaussians
-from pegasus.models.classifier import Classifier, classify, pegasus_score
+from pegasus.models import classifier, flow_prior, gaussians
+from pegasus.models.classifier import pegasus_score
 from pegasus.models.gaussians import Gaussian
 
 import numpy as np
@@ -66,7 +66,6 @@ def flow():
         gaussians={},
         classes=("horse", "bird"),
         about={"model": "0" * 16, "data": "photographs", "prior": "learned"},
-        classifier=Classifier().eval().requires_grad_(False),
         prior=prior,
         parts=parts,
         data={},
@@ -218,15 +217,54 @@ def save_photo(path):
     return photo
 
 
-def test_a_picture_kept_whole_comes_back_as_the_autoencoder_sees_it(flow, tmp_path):
+@pytest.fixture
+def photo_posterior(flow, tmp_path):
+    """A picture's file, and mean and deviation (128,) of its latents."""
     path = tmp_path / "photo.png"
     photo = save_photo(path)
     assert plots.read(path).allclose(photo, atol=1 / 255)
-    config = SampleConfig(mode="horse", n=1, from_=str(path), keep=1.0)
-    images = sampler.sample(flow, config)
     with torch.no_grad():
-        rebuilt = flow.model.reconstruct(plots.read(path))
-    assert images.allclose(rebuilt, atol=1e-3)
+        mu, logvar = flow.model.encode(plots.read(path))
+    return str(path), mu[0], (logvar[0] / 2).exp()
+
+
+def test_pictures_kept_whole_are_samples_of_the_autoencoders_posterior(
+    flow, photo_posterior
+):
+    path, mu, std = photo_posterior
+    z = latents(flow, "horse", 2000, from_=path, keep=1.0)
+    eps = (z - mu) / std
+    torch.testing.assert_close(eps.mean(0), torch.zeros(128), rtol=0, atol=0.12)
+    torch.testing.assert_close(eps.std(0), torch.ones(128), rtol=0, atol=0.09)
+    assert z[:3].equal(latents(flow, "horse", 3, from_=path, keep=1.0))
+    assert not z[:3].allclose(latents(flow, "horse", 3, seed=1, from_=path, keep=1.0))
+    images = sampler.sample(flow, SampleConfig(mode="horse", n=2, from_=path, keep=1.0))
+    assert images.equal(flow.model.decode(z[:2]).detach())
+    assert (images[0] - images[1]).abs().mean() > 1e-3
+
+
+def test_a_pictures_latents_are_mixed_with_noise_of_their_own(
+    flow, photo_posterior, monkeypatch
+):
+    """Where both were the same numbers, deviations would add up instead of squares."""
+    monkeypatch.setattr(sampler, "sample_ode", lambda prior, weights, z, *_: z)
+    path, mu, std = photo_posterior
+    z = latents(flow, "horse", 2000, from_=path, keep=0.75)
+    wanted = (0.25**2 + (0.75 * std) ** 2).sqrt()
+    torch.testing.assert_close(z.std(0) / wanted, torch.ones(128), rtol=0, atol=0.09)
+    mean = (z.mean(0) - 0.75 * mu) / wanted
+    torch.testing.assert_close(mean, torch.zeros(128), rtol=0, atol=0.12)
+
+
+def test_in_morph_a_row_of_the_sheet_begins_from_one_sample_of_a_picture(
+    flow, photo_posterior
+):
+    path, _, std = photo_posterior
+    z = latents(flow, "morph", 8, columns=4, from_=path, keep=1.0)
+    first, second = z.view(2, 4, 128)
+    assert first.equal(first[:1].expand(4, 128))
+    assert second.equal(second[:1].expand(4, 128))
+    assert ((first[0] - second[0]) / std).abs().mean() > 0.5
 
 
 @pytest.mark.parametrize("coat", ["any", "dark"])
@@ -261,14 +299,15 @@ def test_no_option_takes_the_wings_away_silently(flow, change):
     sampler.check(replace(flow, parts=None), SampleConfig(n=2, **change))
 
 
-def probabilities(source, images):
-    return classify(source.classifier, images)[0]
+def probabilities(images):
+    """By the judge that chooses: others report."""
+    return classifier.classify(classifier.load(classifier.CHOOSING), images)[0]
 
 
 def test_best_of_a_class_are_what_the_classifier_is_surest_of(plain):
     config = SampleConfig(mode="bird", n=30)
     images = sampler.sample(plain, config)
-    order = probabilities(plain, images)[:, BIRD].argsort(descending=True)
+    order = probabilities(images)[:, BIRD].argsort(descending=True)
     best = sampler.sample(plain, replace(config, best=4))
     assert best.equal(images[order[:4]])
 
@@ -276,14 +315,14 @@ def test_best_of_a_class_are_what_the_classifier_is_surest_of(plain):
 def test_best_composed_pegasi_are_the_surest_horses(flow):
     config = SampleConfig(n=10, steps=4)
     images = sampler.sample(flow, config)
-    order = probabilities(flow, images)[:, HORSE].argsort(descending=True)
+    order = probabilities(images)[:, HORSE].argsort(descending=True)
     assert sampler.sample(flow, replace(config, best=3)).equal(images[order[:3]])
 
 
 def test_best_pegasi_have_the_highest_score(plain):
     config = SampleConfig(n=64, seed=3)
     images = sampler.sample(plain, config)
-    score = pegasus_score(probabilities(plain, images), plain.classes)
+    score = pegasus_score(probabilities(images), plain.classes)
     best = sampler.sample(plain, replace(config, best=5))
     assert best.equal(images[score.argsort(descending=True)[:5]])
 
@@ -297,7 +336,7 @@ def test_best_of_a_coat_have_the_score_and_the_coat(plain, coat, sign):
     assert sign * (light[0] - light[1]) > 0
     like = []
     for x in (best, images):
-        like.append(pegasus_score(probabilities(plain, x), plain.classes).mean())
+        like.append(pegasus_score(probabilities(x), plain.classes).mean())
     assert like[0] > like[1]
 
 
@@ -316,17 +355,12 @@ def test_options_that_a_model_does_not_have(last, tmp_path, complaint):
     assert not out.exists()
 
 
-def test_best_needs_a_classifier(plain):
-    with pytest.raises(UserError, match="--best: this checkpoint has no judge"):
-        sampler.sample(replace(plain, classifier=None), SampleConfig(best=3))
-
-
 def test_best_is_enlarged(last, tmp_path):
     options = ["--best", "4", "--n", "16", "--columns", "4"]
     sample.main([str(last), str(tmp_path / "b.png"), *options])
     size, about = png(tmp_path / "b.png")
     assert size == (4 * (32 * 8 + 4) + 4, 32 * 8 + 8)
-    assert about["best"] == "of 16 by judge"
+    assert about["best"] == "of 16 by judge 0"
     sample.main([str(last), str(tmp_path / "b.png"), *options, "--scale", "4"])
     assert png(tmp_path / "b.png")[0] == (4 * 132 + 4, 32 * 4 + 8)
 
@@ -378,7 +412,7 @@ def test_one_class_has_nothing_to_mix(batches, tmp_path, complaint):
     source = sampler.load(last)
     for mode in ("horse", "prior"):  # the surest horses: there is nothing else to go by
         images = sampler.sample(source, SampleConfig(mode=mode, n=20))
-        order = probabilities(source, images)[:, HORSE].argsort(descending=True)
+        order = probabilities(images)[:, HORSE].argsort(descending=True)
         best = sampler.sample(source, SampleConfig(mode=mode, n=20, best=3))
         assert best.equal(images[order[:3]])
 
@@ -427,7 +461,7 @@ def test_the_checkpoint_that_comes_along():
     assert shown["model"] == source.about["model"]
     for coat in ("any", "white", "dark"):
         images = sampler.sample(source, SampleConfig(n=64, coat=coat))
-        p = probabilities(source, images)
+        p = probabilities(images)
         assert (p.argmax(1) == HORSE).double().mean() > 0.85
         score = pegasus_score(p, source.classes)
         assert score.mean() > 0.25  # with wings like a cloud 0.24

@@ -234,7 +234,7 @@ def test_pegasi_of_a_run_that_is_under_way_are_previews_and_say_so(
     assert captions.count(sampler.UNTRAINED) < before  # samples, until there is a prior
 
 
-def test_prior_and_classifier_train_without_the_runs_photographs(
+def test_the_prior_is_trained_and_parts_are_drawn_without_the_runs_photographs(
     batches, tmp_path, monkeypatch
 ):
     """They would not fit beside each other into the memory that is promised."""
@@ -252,15 +252,15 @@ def test_prior_and_classifier_train_without_the_runs_photographs(
         left.append(images[0]())
         return loss(*args)
 
-    def get(*_: object) -> None:
+    def prepare(*_: object) -> None:
         left.append(images[0]())
         raise UserError("seen enough")
 
     monkeypatch.setattr(datasets, "load", watched)
     monkeypatch.setattr(PriorStage, "loss", noting)
-    monkeypatch.setattr(classifier, "get", get)
+    monkeypatch.setattr(compose, "prepare", prepare)
     with pytest.raises(UserError, match="seen enough"):
-        train_stages(tmp_path / "r", batches, 2, "--judge", "--save-seconds", "0")
+        train_stages(tmp_path / "r", batches, 2, "--parts", "--save-seconds", "0")
     assert len(left) > 2
     assert all(tensor is None for tensor in left)
 
@@ -299,7 +299,8 @@ def test_a_small_checkpoint_samples_nearly_the_same(run, tmp_path, complaint):
     refused = complaint(train.main, "--run", tmp_path, "--resume")
     assert "a small checkpoint, which only draws" in refused
     out = tmp_path / "o.png"
-    assert "has no judge" in complaint(sample.main, small, out, "--best", 3)
+    sample.main([str(small), str(out), "--mode", "horse", "--n", "6", "--best", "3"])
+    assert png(out)[1]["best"] == "of 6 by judge 0"
     itself = (run / "last.pt", run / "last.pt")
     assert "is the checkpoint itself" in complaint(checkpoint.main, *itself)
 
@@ -317,14 +318,21 @@ def test_what_has_no_learned_prior_stays_as_it_is(batches, tmp_path, complaint):
 def test_parts_for_pegasi_come_at_the_end_and_are_sampled_from(
     batches, tmp_path, monkeypatch
 ):
+    """More epochs make others of them, --no-parts none."""
     prepare = compose.prepare
-    few = {"draws": 36, "horses": 3, "birds": 4}
-    monkeypatch.setattr(compose, "prepare", lambda *args: prepare(*args, **few))
+    judges = []
+
+    def prepare_few(*args: object) -> dict[str, Tensor]:
+        judges.append(args[2])
+        return prepare(*args, draws=36, horses=3, birds=4)
+
+    monkeypatch.setattr(compose, "prepare", prepare_few)
     argv = [word for word in COMMAND if word != "--no-parts"]
     places = ["--run", str(tmp_path), "--data", str(batches)]
     assert train.main([*places, "--epochs", "2", *argv]) == 0
+    assert judges == [classifier.load(classifier.CHOOSING)]
+    assert png(tmp_path / "pegasus.png")[1]["prior"] == "learned"
     loaded = sampler.load(tmp_path / "last.pt")
-    assert loaded.classifier is not None
     sizes = {name: len(latents) for name, latents in loaded.parts.items()}
     assert sizes == {"any": 3, "white": 3, "dark": 3, "birds": 4}
     networks = (loaded.model, loaded.prior)
@@ -332,9 +340,12 @@ def test_parts_for_pegasi_come_at_the_end_and_are_sampled_from(
     assert sampler.latents(loaded, SampleConfig(n=4, seed=2, steps=8)).equal(z)
     monkeypatch.setattr(compose, "prepare", None)  # a finished run has them already
     assert train.main(["--run", str(tmp_path), "--resume", "--epochs", "2"]) == 0
-    more = ["--run", str(tmp_path), "--resume", "--epochs", "3", "--no-parts"]
-    assert train.main(more) == 0
+    more = ["--run", str(tmp_path), "--resume", "--epochs", "3"]
+    assert train.main([*more, "--no-parts"]) == 0
     assert sampler.load(tmp_path / "last.pt").parts is None
+    monkeypatch.setattr(compose, "prepare", prepare_few)
+    assert train.main([*more, "--parts"]) == 0
+    assert len(sampler.load(tmp_path / "last.pt").parts["birds"]) == 4
 
 
 def test_a_batch_of_more_than_there_is(batches, tmp_path):

@@ -23,7 +23,7 @@ BITS = "likelihood bits_per_dim"
 
 
 def quick_evaluation():
-    return EvaluateConfig(n=200, images=10, k=2, monte_carlo=10)
+    return EvaluateConfig(n=500, images=10, k=2, monte_carlo=10)
 
 
 def train_here(arguments, folder):

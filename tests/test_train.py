@@ -77,7 +77,7 @@ def test_the_logged_test_loss_is_that_of_the_checkpoint(run, batches):
 
 def test_a_checkpoint_says_what_it_is_of(run, batches):
     state = checkpoint.load(run / "last.pt")
-    assert state["format"] == checkpoint.FORMAT == 6
+    assert state["format"] == checkpoint.FORMAT == 7
     assert state["classes"] == ["horse", "bird"]
     assert state["data"]["folder"] == str(batches)
     position = [state[key] for key in ("phase", "epoch", "epochs_done", "step")]
@@ -219,6 +219,25 @@ def test_more_epochs_train_on(batches, tmp_path):
     assert (long / "log.csv").read_bytes() == before
 
 
+def test_whether_pictures_are_centered_reaches_the_runs_model(
+    run, batches, tmp_path, complaint
+):
+    """And is kept when the run goes on, and counts in the model's fingerprint."""
+    plain = tmp_path / "plain"
+    train_mlp(plain, "--data", batches, "--epochs", 1, "--no-center")
+    assert "--center: got True" in complaint(train.main, "--run", plain, "--resume", "--center")
+    assert train_mlp(plain, "--resume", "--epochs", 2) == 0
+    for folder, is_centered in ((run, True), (plain, False)):
+        assert checkpoint.load(folder / "last.pt")["config"]["center"] == is_centered
+        assert json.loads((folder / "config.json").read_text())["center"] == is_centered
+        assert sampler.load(folder / "last.pt").model.center == 0.5 * is_centered
+    state = checkpoint.load(plain / "last.pt")
+    state["config"]["center"] = True
+    checkpoint.save(tmp_path / "other.pt", state)
+    other = sampler.load(tmp_path / "other.pt")
+    assert other.about["model"] != sampler.load(plain / "last.pt").about["model"]
+
+
 def test_what_a_resume_refuses(run, batches, tmp_path, complaint):
     def refused(*argv: object) -> str:
         return complaint(train.main, "--run", run, *argv)
@@ -227,6 +246,7 @@ def test_what_a_resume_refuses(run, batches, tmp_path, complaint):
     assert "holds a run; --resume" in refused("--data", batches)
     assert "--lr: got 0.5" in refused("--resume", "--lr", 0.5)
     assert "--flip: got False" in refused("--resume", "--no-flip")
+    assert "--center: got False" in refused("--resume", "--no-center")
     assert "--epochs: got 3" in refused("--resume", "--epochs", 3)
     synthetic.write(tmp_path / "other", train=50, test=20, seed=5)
     assert "is not what" in refused("--resume", "--data", tmp_path / "other")
@@ -263,10 +283,10 @@ def test_a_checkpoint_that_does_not_fit_is_told_in_one_sentence(
 
 def test_a_checkpoint_of_another_format(run, tmp_path, complaint):
     state = checkpoint.load(run / "last.pt")
-    for number in (5, 7):
+    for number in (6, 8):
         torch.save(state | {"format": number}, tmp_path / "last.pt")
         sentence = complaint(train.main, "--run", tmp_path, "--resume")
-        assert f"checkpoint format {number}, this program reads 6" in sentence
+        assert f"checkpoint format {number}, this program reads 7" in sentence
 
 
 def test_few_test_pictures(tmp_path):

@@ -94,7 +94,8 @@ def noise(model: VAE, n: int, seed: int) -> Noise:
 
 def sample_class(model: VAE, prior: FlowPrior, class_number: int, n: int) -> Tensor:
     """Sample images (n, 3, 32, 32) of a class."""
-    start = noise(model, n, reparam.derive_seed(0, class_number, SAMPLE_SEED)).start
+    seed = reparam.derive_seed(0, class_number, SAMPLE_SEED)
+    start = vae.sampling_noise(n, model.latent_size, seed).to(model.variance.device)
     return decode(model, prior, sample_ode(prior, {class_number: 3.0}, start, 0.0, 10))
 
 

@@ -1,6 +1,6 @@
 """The judges: small classifiers of CIFAR-10's ten classes, which score what a model draws.
 
-    python -m pegasus.models.classifier --seed 1    # makes judge 1 again, in 5 to 10 minutes
+    python -m pegasus.models.classifier --seed 1    # makes judge 1 again, in ten minutes
 
 A judge says how much an image looks like a class, and gives features in which to compare
 sets of images. It is a residual network of 540,000 weights, kept as float16 (1.1 MB).
@@ -241,6 +241,11 @@ def main(argv: list[str] | None = None) -> None:
     folder = datasets.locate(config.data)
     test = cifar10.load_all(folder, cifar10.TEST)  # damage shows before training
     train = cifar10.load_all(folder, cifar10.TRAIN)
+    if len(train[1].unique()) < len(cifar10.CLASSES):
+        raise UserError(
+            f"--data: {folder} has no pictures of some of CIFAR-10's ten classes, which a "
+            "judge tells apart; use its photographs"
+        )
     state = to_state(fit(*train, config.seed), *test, config.seed)
     out = Path(config.out or FOLDER / f"{config.seed}.pt")
     with replace_file(out) as temporary:
