@@ -29,12 +29,13 @@ PAPER = (
     "--arch mlp --likelihood mse --latent 128 --schedule constant --lr 1e-3 "
     "--batch-size 128 --beta 1 --no-flip"
 )
-MLP = "--arch mlp --center --schedule onecycle --lr 2e-3 --flip --epochs 60"
-GAUSSIAN = f"{MLP} --likelihood gaussian"
+GAUSSIAN = (
+    "--arch mlp --center --likelihood gaussian --schedule onecycle --lr 2e-3 --flip "
+    "--epochs 60"
+)
 ROWS = {  # options of train.py
     "paper": f"{PAPER} --no-center --epochs 300",
     "centered": f"{PAPER} --center --epochs 300",
-    "one-cycle": MLP,
     "gaussian": GAUSSIAN,
     "conditional": f"{GAUSSIAN} --prior conditional",
     "conditional-1": f"{GAUSSIAN} --prior conditional --components 1",
