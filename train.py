@@ -52,8 +52,7 @@ def restore_optimizer(optimizer: Adam, moments: dict) -> None:
     if not moments:  # saved before the first step
         return
     for i, p in enumerate(optimizer.param_groups[0]["params"]):
-        # a copy of its own: in older checkpoints all weights share one count of steps
-        state = {"step": moments[i]["step"].to(p.device, copy=True)}
+        state = {"step": moments[i]["step"].to(p.device)}
         for name in ("exp_avg", "exp_avg_sq"):
             if moments[i][name].shape != p.shape:
                 raise ValueError("optimizer and model differ in shape")

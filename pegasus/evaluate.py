@@ -456,7 +456,7 @@ def table(figures: dict) -> str:
         judges=", ".join(map(str, settings["judges"])),
         accuracy=settings["judges_accuracy"],
     )
-    if settings["data"] in sampling.SYNTHETIC_NAMES:
+    if settings["data"] == sampling.SYNTHETIC_NAME:
         notes += "\nThe judges learned from photographs and know synthetic pictures less well."
     likelihood = likelihoods.describe(figures["likelihood"])
     return "\n".join([model, "", *likelihood, "", *align_cells(rows), notes])

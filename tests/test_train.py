@@ -438,21 +438,6 @@ def test_adam_goes_on_from_moments_of_another_layout(layout):
     assert moments(resumed)[0]["step"] == 2
 
 
-def test_adam_goes_on_from_a_count_of_steps_that_all_weights_share():
-    """As version 0.1.0 saved it; each weight counts for itself from then on."""
-    network = make_network()
-    whole = fused_adam(network)
-    step(network, whole, 0)
-    state = moments(whole)
-    count = torch.tensor(1.0)
-    for part in state.values():
-        part["step"] = count
-    resumed = fused_adam(network)
-    train.restore_optimizer(resumed, state)
-    step(network, resumed, 1)
-    assert all(part["step"] == 2 for part in moments(resumed).values())
-
-
 def test_adam_goes_on_from_before_its_first_step():
     network = make_network()
     optimizer = fused_adam(network)

@@ -27,7 +27,7 @@ UNTRAINED = "drawn from the aggregate posterior: the learned prior is not traine
 PREVIEW = (
     "training pictures joined: the model draws its own Pegasi at the end of the run"
 )
-SYNTHETIC_NAMES = ("synthetic", "drawn")  # of data; checkpoints once said "drawn"
+SYNTHETIC_NAME = "synthetic"  # of data
 NOT_COMPOSED = ("blend", "guidance", "temperature", "keep")  # composed Pegasi have none
 
 
@@ -221,6 +221,8 @@ def check(sampler: Sampler, config: SampleConfig) -> None:
             "--from: this model has no learned prior, and nothing else can go on from "
             "a picture; leave it out"
         )
+    if config.best:
+        classifier.load(classifier.CHOOSING)  # before minutes of drawing
     check_coat(sampler, config)
     check_composed(sampler, config)
 
@@ -333,7 +335,8 @@ def flow_latents(sampler: Sampler, config: SampleConfig) -> Tensor:
         start = config.keep
         photo = plots.read(Path(config.from_)).to(sampler.device)
         posterior_seed = reparam.derive_seed(config.seed, 0, POSTERIOR)
-        posterior = sheet_noise(sampler, config, posterior_seed).to(sampler.device)
+        posterior = sheet_noise(sampler, config, posterior_seed) * config.temperature
+        posterior = posterior.to(sampler.device)
         z = compose.encode_sample(sampler.model, sampler.prior, photo, posterior)
         eps = torch.lerp(eps, z.cpu(), start)
     z = []
@@ -449,6 +452,6 @@ def page(
     sheet = plots.sheet(images, columns, scale)
     if about.get("prior") in (UNTRAINED, PREVIEW):
         sheet = plots.caption(sheet, about["prior"])
-    if about["data"] in SYNTHETIC_NAMES:
+    if about["data"] == SYNTHETIC_NAME:
         sheet = plots.caption(sheet, plots.SYNTHETIC)
     return sheet

@@ -231,13 +231,16 @@ def load(seed: int) -> Classifier:
     if not path.exists():
         raise UserError(
             f"{path}: no such judge; python -m pegasus.models.classifier --seed {seed} "
-            "makes it, in minutes"
+            "makes it, in ten minutes"
         )
     return from_state(torch.load(path, weights_only=True))
 
 
 def main(argv: list[str] | None = None) -> None:
     config, _ = cli.parse(ClassifierConfig, argv, __doc__)
+    out = Path(config.out or FOLDER / f"{config.seed}.pt")
+    if not out.parent.is_dir():
+        raise UserError(f"--out: no folder {out.parent}; choose another place")
     folder = datasets.locate(config.data)
     test = cifar10.load_all(folder, cifar10.TEST)  # damage shows before training
     train = cifar10.load_all(folder, cifar10.TRAIN)
@@ -247,7 +250,6 @@ def main(argv: list[str] | None = None) -> None:
             "judge tells apart; use its photographs"
         )
     state = to_state(fit(*train, config.seed), *test, config.seed)
-    out = Path(config.out or FOLDER / f"{config.seed}.pt")
     with replace_file(out) as temporary:
         torch.save(state, temporary)
     print(f"{out}: {state['accuracy']:.1%} of the test photographs right")

@@ -214,8 +214,6 @@ def resume_config(config: TrainConfig, given: set[str], state: dict | None) -> T
     # the device is chosen anew: a run may go on elsewhere
     stored = TrainConfig(**state["config"] | {"device": "auto"})
     cli.check(stored)
-    if stored.data == "drawn":  # the synthetic set's name in older runs
-        stored = replace(stored, data="synthetic")
     check_unchanged(config, given, stored)
     changed = {"data": config.data} if config.data != "auto" else {}
     for name in OF_THIS_START | (FREE & given):

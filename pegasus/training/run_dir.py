@@ -168,7 +168,7 @@ def draw_pictures(
     source = sampler.from_state(state, model, prior)
     about = source.about | {"seed": 0}
     if state["history"]:
-        name = plots.SYNTHETIC if preview.name in sampler.SYNTHETIC_NAMES else preview.name
+        name = plots.SYNTHETIC if preview.name == sampler.SYNTHETIC_NAME else preview.name
         caption = f"{name}: {', '.join(preview.classes)}"
         plots.save(plots.curves(state["history"], caption), folder / "curves.png", about)
     # reconstructions do not come from the prior: no caption about it
