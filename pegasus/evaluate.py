@@ -201,7 +201,7 @@ class Reference:
     judgements: list[Judgement]
     training: list[Tensor]  # each judge's features of the training photographs
     near: list[float]  # each judge's distance to them, within which NEAR of `images` are
-    accuracy: float  # share of `images` that judges call what they are
+    accuracy: dict[str, float]  # share of each class's `images` that judges know
     spoiled: dict[str, tuple[ImageSet, list[Judgement]]]  # by the name of the table's row
 
     def rows(self, label: int | None) -> Tensor:
@@ -211,11 +211,16 @@ class Reference:
         return torch.where(self.labels == label)[0]
 
 
-def accuracy(judgements: list[Judgement], labels: Tensor, classes: tuple[str, ...]) -> float:
-    """Return the share of images that judges call what they are."""
-    numbers = torch.tensor([cifar10.CLASSES.index(name) for name in classes])
+def judges_accuracy(
+    judgements: list[Judgement], labels: Tensor, classes: tuple[str, ...]
+) -> dict[str, float]:
+    """Return the share of each class's images that judges call what they are."""
     winners = torch.stack([said.probabilities.argmax(1) for said in judgements])
-    return (winners == numbers[labels]).double().mean().item()
+    shares = {}
+    for label, name in enumerate(classes):
+        right = winners[:, labels == label] == cifar10.CLASSES.index(name)
+        shares[name] = right.double().mean().item()
+    return shares
 
 
 def make_reference(data: Dataset) -> Reference:
@@ -248,7 +253,7 @@ def make_reference(data: Dataset) -> Reference:
         judgements=judgements,
         training=training,
         near=near,
-        accuracy=accuracy(judgements, labels, data.classes),
+        accuracy=judges_accuracy(judgements, labels, data.classes),
         spoiled={name: (some, judge(some.images)) for name, some in sets.items()},
     )
 
@@ -397,17 +402,27 @@ def report(
 
 
 NOTES = """
-Rows: test photographs; these with copies among them, or ({first}) under two white lines, to
-  show what measures see; rebuilt by the autoencoder; then what the model draws.{guided}
-Frechet distance to the test photographs of the same class or classes (of a Pegasus:
-  {first}), for the photographs of one half to the other. In features of the judges, so it
-  is not FID; extrapolated to infinitely many pictures, so it can be below 0. ±: over judges.
-Fine, finest: detail, the power of waves that fit 8 to 12 and 12 to 16 times into a picture,
-  in percent of the photographs'. Blur lacks it.
-Alike: correlation of two pictures' upper parts, median. 1: all are one stamp.
-Near: share as near to a training photograph, in the judges' features, as the nearest
-  {near:.0%} of the test photographs are. Copies are.
-Called: share that judges {judges}, right about {accuracy:.0%} of the photographs, call so."""
+Judges {judges}: classifiers of CIFAR-10's ten classes, which chose none of these pictures.
+Of the test photographs they call {accuracy}.
+Rows
+  photographs  {count} test photographs, of each class as many
+  10% copies   a tenth of them replaced by training photographs, moved by a pixel
+  two lines    those of {first} under two white lines, as a bad Pegasus
+  rebuilt      photographs, encoded and decoded
+  {drawn}  drawn as by sample.py --mode{guidance}
+  all classes  drawn, of each class as many{unguided}
+Columns
+  Frechet  distance to the photographs of the same class or classes, 0 is best; that of the
+           photographs is between their halves. In the judges' features, so it is not FID;
+           for infinitely many pictures, by extrapolation, which can end below 0.
+           ±: standard deviation over judges, nothing else. Pegasi are compared with
+           {first}: wings alone make it large.
+  fine     power of waves that fit 8 to 12 times into a picture, in percent of the
+           photographs'; finest: 12 to 16 times. Less is blur, more noise or hard edges.
+  alike    median correlation of two pictures' upper parts. 0: unrelated; 1: one stamp.
+  near     share nearer to some training photograph than {far:.0%} of the test photographs
+           are, in the judges' features. More than {near:.0%}: copies. Odd pictures: none.
+  called   what the judges call them."""
 
 
 def set_cells(name: str, figures: dict) -> list[str]:
@@ -436,6 +451,31 @@ def align_cells(rows: list[list[str]]) -> list[str]:
     return lines
 
 
+def describe_table(figures: dict) -> str:
+    """Explain the table's rows and columns."""
+    settings = figures["settings"]
+    classes = settings["classes"]
+    guidance = unguided = ""
+    if "all, guided" in figures["sets"]:
+        guidance = f", classes at guidance {settings['guidance']:g} (1 is none)"
+        unguided = ", without guidance; below: with it"
+    modes = [name for name in figures["sets"] if name in ("pegasus", *classes, "prior")]
+    right = [
+        f"{share:.0%} of {name} {name}" for name, share in settings["judges_accuracy"].items()
+    ]
+    return NOTES.format(
+        judges=", ".join(map(str, settings["judges"])),
+        accuracy=", ".join(right),
+        count=settings["test_photographs"],
+        first=classes[0],
+        drawn=", ".join(modes),
+        guidance=guidance,
+        unguided=unguided,
+        near=settings["near"],
+        far=1 - settings["near"],
+    )
+
+
 def table(figures: dict) -> str:
     """Return the report's figures as text."""
     settings = figures["settings"]
@@ -444,18 +484,7 @@ def table(figures: dict) -> str:
     heads = ["", "Frechet", "", "fine", "finest", "alike", "near"]
     rows = [heads + [f"called {name}" for name in classes]]
     rows += [set_cells(name, values) for name, values in figures["sets"].items()]
-    guided = ""
-    if "all, guided" in figures["sets"]:
-        guided = (
-            f"\n  Rows of one class, and the last, have guidance {settings['guidance']:g}."
-        )
-    notes = NOTES.format(
-        first=classes[0],
-        guided=guided,
-        near=settings["near"],
-        judges=", ".join(map(str, settings["judges"])),
-        accuracy=settings["judges_accuracy"],
-    )
+    notes = describe_table(figures)
     if settings["data"] == sampling.SYNTHETIC_NAME:
         notes += "\nThe judges learned from photographs and know synthetic pictures less well."
     likelihood = likelihoods.describe(figures["likelihood"])

@@ -200,22 +200,23 @@ def describe(figures: dict[str, object]) -> list[str]:
     """Return lines of text about what `measure` gave."""
     under = f"under {figures['prior']}"
     lines = [
-        f"Bits for each byte (bits/dim) of {figures['images']} test photographs, at the "
-        f"measured pixel deviation of {figures['pixel_deviation']:.3f}:"
+        f"Bits for each byte (bits/dim) of {figures['images']} test photographs, lower is "
+        "better, with the decoder's",
+        f"error of a pixel as measured in training: {figures['pixel_deviation']:.3f} of 1",
     ]
     if "rate_learned_prior" in figures:
         lines.append(
-            f"{figures['bits_per_dim_learned_prior']:8.3f}  under the learned prior: "
-            f"ELBO; rate {figures['rate_learned_prior']:.1f} nats"
+            f"{figures['bits_per_dim_learned_prior']:8.3f}  under the learned prior, which "
+            f"draws: ELBO; rate {figures['rate_learned_prior']:.1f} nats"
         )
     return [
         *lines,
         f"{figures['bits_per_dim']:8.3f}  {under}: ELBO; rate {figures['rate']:.1f} nats, "
         f"squared error {figures['squared_error']:.2f} a picture",
-        f"{figures['bits_per_dim_importance_weighted']:8.3f}  {under}: "
-        f"importance-weighted, {figures['k']} samples of q(z|x)",
+        f"{figures['bits_per_dim_importance_weighted']:8.3f}  {under}: importance-weighted "
+        f"bound, {figures['k']} samples of q(z|x)",
         f"{figures['bits_per_dim_monte_carlo']:8.3f}  {under}: equation (1) of the paper, "
-        f"{figures['monte_carlo_samples']:,} samples of z,",
-        f"          of which {figures['effective_samples']:.1f} count for a photograph; too "
+        f"the mean over {figures['monte_carlo_samples']:,} draws of z,",
+        f"          of which in effect {figures['effective_samples']:.1f} decide; far too "
         "high where few do",
     ]

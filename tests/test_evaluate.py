@@ -139,7 +139,8 @@ def test_accuracy_and_called_shares_are_means_over_judges():
     classes = ("horse", "bird")
     assert evaluate.called_shares(judgements, classes) == {"horse": 3 / 8, "bird": 3 / 8}
     labels = torch.tensor([0, 0, 1, 1])
-    assert evaluate.accuracy(judgements, labels, classes) == 5 / 8
+    accuracy = evaluate.judges_accuracy(judgements, labels, classes)
+    assert accuracy == {"horse": 3 / 4, "bird": 1 / 2}
 
 
 def test_the_table(figures):
@@ -152,6 +153,7 @@ def test_the_table(figures):
     assert len(row) == len(heads)
     assert f"{figures['likelihood']['bits_per_dim']:.3f}  under N(0, I)" in table
     assert "4 samples of q(z|x)" in table
+    assert "pegasus, horse, bird, prior  drawn as" in table
     assert len(max(table.splitlines(), key=len)) <= 100
     for name in figures["sets"]:
         assert f"\n{name} " in table
