@@ -217,6 +217,6 @@ def describe(figures: dict[str, object]) -> list[str]:
         f"bound, {figures['k']} samples of q(z|x)",
         f"{figures['bits_per_dim_monte_carlo']:8.3f}  {under}: equation (1) of the paper, "
         f"the mean over {figures['monte_carlo_samples']:,} draws of z,",
-        f"          of which in effect {figures['effective_samples']:.1f} decide; far too "
+        f"          of which in effect {figures['effective_samples']:.1f} decide; too "
         "high where few do",
     ]
