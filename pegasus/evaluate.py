@@ -330,7 +330,7 @@ def set_figures(
         "power": (measures.radial_power(images) / photographs).tolist(),
         "deviation": variety.deviation,
         "correlation": variety.correlation,
-        "copies": near_share(reference, judgements),
+        "near": near_share(reference, judgements),
         "called": called_shares(judgements, classes),
     }
 
@@ -434,7 +434,7 @@ def set_cells(name: str, figures: dict) -> list[str]:
         f"± {frechet['deviation']:.2f}",
         *(f"{share:.0%}" for share in figures["power"]),
         f"{figures['correlation']:.2f}",
-        f"{figures['copies']:.1%}",
+        f"{figures['near']:.1%}",
         *(f"{share:.0%}" for share in figures["called"].values()),
     ]
 
