@@ -145,14 +145,12 @@ def prior_images(sampler: Sampler, n: int, seed: int) -> Tensor:
 # ---- all of them ----
 
 
-def measure(
-    sampler: Sampler, images: Tensor, k: int, monte_carlo_samples: int, seed: int
-) -> dict[str, object]:
-    """Return how probable a model finds images, bytes (n, 3, 32, 32), in means over them.
+def mean_terms(
+    sampler: Sampler, images: Tensor, k: int, seed: int
+) -> tuple[list[float], list[float] | None]:
+    """Return `autoencoder_terms` and, with a learned prior, `flow_terms`: their means.
 
-    k: posterior samples of each. monte_carlo_samples: of the prior, for all. In bits/dim
-    but for the rates, in nats, the squared error, summed over an image's values in [0, 1],
-    and `effective_samples` of equation (1). With the settings behind them.
+    images: bytes (n, 3, 32, 32).
     """
     terms = []
     flow = []
@@ -163,12 +161,25 @@ def measure(
         terms.append(autoencoder_terms(sampler.model, x, k, batch_seed))
         if sampler.prior is not None:
             flow.append(flow_terms(sampler, x, batch_seed))
+    flow_means = torch.cat(flow, 1).mean(1).tolist() if flow else None
+    return torch.cat(terms, 1).mean(1).tolist(), flow_means
+
+
+def measure(
+    sampler: Sampler, images: Tensor, k: int, monte_carlo_samples: int, seed: int
+) -> dict[str, object]:
+    """Return how probable a model finds images, bytes (n, 3, 32, 32), in means over them.
+
+    k: posterior samples of each. monte_carlo_samples: of the prior, for all. In bits/dim
+    but for the rates, in nats, the squared error, summed over an image's values in [0, 1],
+    and `effective_samples` of equation (1). With the settings behind them.
+    """
+    (elbo, weighted, rate, sse), flow = mean_terms(sampler, images, k, seed)
     cli.show("bits/dim by equation (1)")
     xhat = prior_images(sampler, monte_carlo_samples, seed)
     variance = sampler.model.variance
     estimate = monte_carlo(vae.from_bytes(images), xhat, variance)
     cli.show("")
-    elbo, weighted, rate, sse = torch.cat(terms, 1).mean(1).tolist()
     figures = {
         "images": len(images),
         "k": k,
@@ -182,10 +193,9 @@ def measure(
         "rate": rate,
         "squared_error": sse,
     }
-    if flow:
-        flow_elbo, flow_rate = torch.cat(flow, 1).mean(1).tolist()
-        figures["bits_per_dim_learned_prior"] = vae.bits_of_nats(flow_elbo)
-        figures["rate_learned_prior"] = flow_rate
+    if flow is not None:
+        figures["bits_per_dim_learned_prior"] = vae.bits_of_nats(flow[0])
+        figures["rate_learned_prior"] = flow[1]
     return figures
 
 
