@@ -403,7 +403,7 @@ def report(
 
 NOTES = """
 Judges {judges}: classifiers of CIFAR-10's ten classes, which chose none of these pictures.
-Of the test photographs they call {accuracy}.
+They know {accuracy} among the test photographs.
 Rows
   photographs  {count} test photographs, of each class as many
   10% copies   a tenth of them replaced by training photographs, moved by a pixel
@@ -461,7 +461,7 @@ def describe_table(figures: dict) -> str:
         unguided = ", without guidance; below: with it"
     modes = [name for name in figures["sets"] if name in ("pegasus", *classes, "prior")]
     right = [
-        f"{share:.0%} of {name} {name}" for name, share in settings["judges_accuracy"].items()
+        f"{share:.0%} of {name}" for name, share in settings["judges_accuracy"].items()
     ]
     return NOTES.format(
         judges=", ".join(map(str, settings["judges"])),
