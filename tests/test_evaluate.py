@@ -160,6 +160,13 @@ def test_the_table(figures):
         assert f"\n{name} " in table
 
 
+def test_of_synthetic_pictures_the_table_says_that_judges_know_photographs(figures):
+    settings = figures["settings"] | {"data": "synthetic"}
+    said = evaluate.table(figures | {"settings": settings})
+    assert "judges learned from photographs" in said
+    assert "judges learned from photographs" not in evaluate.table(figures)
+
+
 def test_export(last, tmp_path):
     evaluate.main([str(last), "--export", "5", str(tmp_path / "out")])
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
