@@ -1,11 +1,12 @@
 """The judges: small classifiers of CIFAR-10's ten classes, which score what a model draws.
 
-    python -m pegasus.models.classifier --seed 1    # makes judge 1 again, in ten minutes
+    python -m pegasus.models.classifier --seed 1    # makes judge 1 again, in 12 minutes
 
 A judge says how much an image looks like a class, and gives features in which to compare
 sets of images. It is a residual network of 540,000 weights, kept as float16 (1.1 MB).
 Four travel with the program, in judges/: `sample.py --best` chooses by that of CHOOSING,
 evaluate reports by those of REPORTING, so that no choice is measured by what made it.
+Made again they differ by rounding, which training magnifies: figures compare by one set.
 Trained on photographs, they tell synthetic pictures apart less well.
 """
 import functools
@@ -231,7 +232,7 @@ def load(seed: int) -> Classifier:
     if not path.exists():
         raise UserError(
             f"{path}: no such judge; python -m pegasus.models.classifier --seed {seed} "
-            "makes it, in ten minutes"
+            "makes it, in 12 minutes"
         )
     return from_state(torch.load(path, weights_only=True))
 
