@@ -138,10 +138,10 @@ def draw(
     return sampling.sample(sampler, config)
 
 
-def draw_classes(sampler: Sampler, n: int, seed: int, guidance: float = 1.0) -> Tensor:
-    """Draw n images, of each class in turn."""
+def draw_classes(sampler: Sampler, n: int, seed: int) -> Tensor:
+    """Draw n images, of each class in turn, without guidance."""
     count = math.ceil(n / len(sampler.classes))
-    sets = [draw(sampler, name, count, seed, guidance) for name in sampler.classes]
+    sets = [draw(sampler, name, count, seed) for name in sampler.classes]
     return interleave(sets, n)
 
 
@@ -320,13 +320,12 @@ def set_figures(
     reference: Reference,
     classes: tuple[str, ...],
 ) -> dict[str, object]:
-    """Return the measures of a set of images."""
+    """Return the measures of a set of images, but for its Frechet distance."""
     images, label = image_set
     photographs = measures.radial_power(reference.images[reference.rows(label)])
     variety = measures.variety(images[:500])
     return {
         "n": len(images),
-        "frechet": frechet_figures(reference, judgements, label),
         "power": (measures.radial_power(images) / photographs).tolist(),
         "deviation": variety.deviation,
         "correlation": variety.correlation,
@@ -339,19 +338,21 @@ def compare(
     sampler: Sampler, reference: Reference, config: EvaluateConfig
 ) -> dict[str, dict]:
     """Return the measures of each set of pictures, by the name of the table's row."""
+    sets = {"rebuilt": ImageSet(rebuild(sampler.model, reference.images))}
+    sets |= drawn_sets(sampler, config)
+    judged = dict(reference.spoiled)
+    for name, image_set in sets.items():
+        cli.show(f"judges look at {name}")
+        judged[name] = (image_set, judge(image_set.images))
+    cli.show("")
     classes = sampler.classes
     photographs = ImageSet(reference.images)
     figures = set_figures(photographs, reference.judgements, reference, classes)
-    result = {"photographs": figures | {"frechet": halves_figures(reference)}}
-    for name, (spoiled, judgements) in reference.spoiled.items():
-        result[name] = set_figures(spoiled, judgements, reference, classes)
-    sets = {"rebuilt": ImageSet(rebuild(sampler.model, reference.images))}
-    sets |= drawn_sets(sampler, config)
-    for name, image_set in sets.items():
-        cli.show(f"judges look at {name}")
-        judgements = judge(image_set.images)
-        result[name] = set_figures(image_set, judgements, reference, classes)
-    cli.show("")
+    result = {"photographs": {"frechet": halves_figures(reference)} | figures}
+    for name, (image_set, judgements) in judged.items():
+        frechet = frechet_figures(reference, judgements, image_set.label)
+        figures = set_figures(image_set, judgements, reference, classes)
+        result[name] = {"frechet": frechet} | figures
     return result
 
 
