@@ -1,8 +1,8 @@
 """Train a variational autoencoder on CIFAR-10's horses and birds, then a prior for it.
 
-    python train.py                               # a convolutional network, 300 epochs
-    python train.py --resume                      # goes on where that stopped
-    python train.py --run runs/paper --arch mlp   # the paper's recipe
+    python train.py                      # a convolutional network, 300 epochs
+    python train.py --resume             # goes on where that stopped
+    python train.py --run runs/paper --arch mlp --no-center  # the paper's recipe
 
 A run's folder, runs/pegasus, holds the checkpoint last.pt, log.csv (nats and squared
 error an image), speed.csv, config.json and pictures. A resumed run ends with the same

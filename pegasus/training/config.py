@@ -10,7 +10,7 @@ from pegasus.models import variants
 import torch
 
 RECIPES = {
-    "mlp": {"likelihood": "mse", "schedule": "constant", "lr": 1e-3, "flip": False},  # paper
+    "mlp": {"likelihood": "mse", "schedule": "constant", "lr": 1e-3, "flip": False},
     "conv": {"likelihood": "gaussian", "schedule": "onecycle", "lr": 2e-3, "flip": True},
 }
 FREE = {  # what may change when a run goes on
