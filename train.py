@@ -21,10 +21,11 @@ from pegasus.cli import UserError
 from pegasus.data import datasets
 from pegasus.drawing import compose
 from pegasus.models import classifier
-from pegasus.training import cuda_graph, run_dir
+from pegasus.training import cuda_graph, muon, run_dir
 from pegasus.training.accelerate import accelerate
 from pegasus.training.config import TrainConfig, resume_config
 from pegasus.training.distributed import Workers
+from pegasus.training.muon import Muon
 from pegasus.training.progress import Progress
 from pegasus.training.run import Run
 from pegasus.training.signals import StopSignal
@@ -33,31 +34,40 @@ from pegasus.training.stages import Batch, Stage, derived_seeds, epoch_flips, ep
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
-from torch.optim import Adam
+from torch.optim import Adam, Optimizer
 
 PREPARING = "drawing the parts of Pegasi; this takes minutes; --resume does it if cut off"
 
 
-def make_optimizer(stage: Stage) -> Adam:
-    """Return Adam for a stage; each step sets its learning rate."""
+def make_optimizers(stage: Stage) -> list[Optimizer]:
+    """Return Adam for a stage and, but for the paper's network, Muon for hidden layers.
+
+    Each step sets their learning rate.
+    """
+    weights = list(stage.network.parameters())
+    hidden = []
+    if stage.config.arch == "conv":
+        hidden = [weight for weight in weights if muon.is_hidden(weight)]
+        weights = [weight for weight in weights if not muon.is_hidden(weight)]
     on_gpu = stage.config.device != "cpu"
-    return Adam(stage.network.parameters(), fused=True, capturable=on_gpu)
+    adam = Adam(weights, fused=True, capturable=on_gpu)
+    return [adam, Muon(hidden)] if hidden else [adam]
 
 
-def restore_optimizer(optimizer: Adam, moments: dict) -> None:
-    """Take Adam's moments from a checkpoint, each in the memory layout of its weight.
+def restore_optimizers(optimizers: list[Optimizer], moments: list[dict]) -> None:
+    """Take moments from a checkpoint, each in the memory layout of its weight.
 
     Raises what `checkpoint.explain_mismatch` knows where they are another network's.
     """
-    if not moments:  # saved before the first step
-        return
-    for i, p in enumerate(optimizer.param_groups[0]["params"]):
-        state = {"step": moments[i]["step"].to(p.device)}
-        for name in ("exp_avg", "exp_avg_sq"):
-            if moments[i][name].shape != p.shape:
-                raise ValueError("optimizer and model differ in shape")
-            state[name] = torch.empty_like(p).copy_(moments[i][name])
-        optimizer.state[p] = state
+    for optimizer, saved in zip(optimizers, moments, strict=True):
+        if not saved:  # before the first step
+            continue
+        for i, weight in enumerate(optimizer.param_groups[0]["params"]):
+            for name, moment in saved[i].items():
+                like = torch.zeros((), device=weight.device) if name == "step" else weight
+                if moment.shape != like.shape:
+                    raise ValueError("optimizer and model differ in shape")
+                optimizer.state[weight][name] = torch.empty_like(like).copy_(moment)
 
 
 def batches(run: Run) -> list[tuple[Tensor, Tensor | None]]:
@@ -87,6 +97,23 @@ def clip_divisor(norm: Tensor, max_norm: float | None) -> Tensor | None:
     return None if max_norm is None else (norm / max_norm).clamp(min=1.0)
 
 
+def update_weights(
+    optimizers: list[Optimizer], lr: Tensor, skip: Tensor, divisor: Tensor | None
+) -> Tensor:
+    """Take a step of each optimizer; return how many steps were taken so far.
+
+    skip: 1.0 to take none. divisor: of the gradients, unless None.
+    """
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.found_inf = skip  # torch's fused Adam has these names
+        optimizer.grad_scale = divisor
+        optimizer.step()
+    adam = optimizers[0]
+    first = adam.param_groups[0]["params"][0]
+    return adam.state[first]["step"]
+
+
 def show_step(run: Run, stage: Stage, display: Progress) -> None:
     """Take a step's time; show the epoch's means now and then."""
     display.note_step()
@@ -114,7 +141,7 @@ def finish_epoch(run: Run, stage: Stage, display: Progress) -> None:
     display.end_epoch(run.epoch, shown, run.folder / "speed.csv")
 
 
-def train_stage(run: Run, stage: Stage, optimizer: Adam, workers: Workers, stop: StopSignal):
+def train_stage(run: Run, stage: Stage, optimizers: list, workers: Workers, stop: StopSignal):
     """Train a stage to its end, or until a signal: the training loop."""
     parameters = list(stage.network.parameters())
 
@@ -122,18 +149,15 @@ def train_stage(run: Run, stage: Stage, optimizer: Adam, workers: Workers, stop:
     def step(rows: Tensor, mirrored: Tensor | None, seeds: Tensor, lr_and_progress: Tensor):
         lr, progress = lr_and_progress
         batch = Batch(rows, mirrored, len(rows), row_offset=0, seeds=seeds, progress=progress)
-        optimizer.param_groups[0]["lr"] = lr
-        optimizer.zero_grad()
+        stage.network.zero_grad()
         loss, sums = stage.loss(batch.part(workers.share(len(rows))))
         loss.backward()
         workers.sum_(sums)
         workers.sum_gradients(parameters)
         norm = get_total_norm([p.grad for p in parameters])
-        # Fused Adam reads both: 1.0 skips the step, gradients are divided by the other.
-        optimizer.found_inf = run.guard.record(norm, sums, len(rows))
-        optimizer.grad_scale = clip_divisor(norm, stage.max_norm)
-        optimizer.step()
-        stage.after_step(optimizer.state[parameters[0]]["step"])  # steps not skipped
+        skip = run.guard.record(norm, sums, len(rows))
+        steps = update_weights(optimizers, lr, skip, clip_divisor(norm, stage.max_norm))
+        stage.after_step(steps)
         return sums
 
     if run.config.device != "cpu" and workers.size == 1:
@@ -152,12 +176,12 @@ def train_stage(run: Run, stage: Stage, optimizer: Adam, workers: Workers, stop:
             if stop.agreed:
                 return
             if run.timer.is_due() and run.epoch < run.config.epochs:  # else saved at the end
-                save(run, stage, optimizer, workers)
+                save(run, stage, optimizers, workers)
 
 
-def save(run: Run, stage: Stage, optimizer: Adam, workers: Workers) -> dict | None:
+def save(run: Run, stage: Stage, optimizers: list, workers: Workers) -> dict | None:
     """Save checkpoint and pictures, in the first process alone; return the state."""
-    return run.save(stage, optimizer) if workers.leads else None
+    return run.save(stage, optimizers) if workers.leads else None
 
 
 def train(run: Run, state: dict | None, workers: Workers, stop: StopSignal) -> dict | None:
@@ -167,22 +191,22 @@ def train(run: Run, state: dict | None, workers: Workers, stop: StopSignal) -> d
     """
     with checkpoint.explain_mismatch(run.last_path if state else None):
         stage = run.next_stage(workers, state)
-        optimizer = make_optimizer(stage)
+        optimizers = make_optimizers(stage)
         if state and state["phase"] == stage.name:
-            restore_optimizer(optimizer, state["optimizer"]["state"])
+            restore_optimizers(optimizers, state["optimizers"])
     if state:
         state.clear()  # frees what the networks have copied
     if workers.leads:
         run_dir.prepare(run.config, run.data, run.history)
         print(run_dir.describe(run.config, run.data, run.image_count, run.epoch), flush=True)
     stop.listen()
-    train_stage(run, stage, optimizer, workers, stop)
+    train_stage(run, stage, optimizers, workers, stop)
     while run.epoch < run.config.epochs and not stop.agreed:
         stage = run.next_stage(workers)
-        optimizer = make_optimizer(stage)
-        train_stage(run, stage, optimizer, workers, stop)
-    optimizer.zero_grad()  # frees the gradients
-    return save(run, stage, optimizer, workers)
+        optimizers = make_optimizers(stage)
+        train_stage(run, stage, optimizers, workers, stop)
+    stage.network.zero_grad()  # frees the gradients
+    return save(run, stage, optimizers, workers)
 
 
 def open_run(

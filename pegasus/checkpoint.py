@@ -20,8 +20,8 @@ from pegasus.cli import UserError, option
 import torch
 from torch import Tensor
 
-FORMAT = 7
-TRAINING = ("optimizer", "velocity", "history", "totals", "skipped")  # not for drawing
+FORMAT = 8
+TRAINING = ("optimizers", "velocity", "history", "totals", "skipped")  # not for drawing
 MISMATCHES = (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError)
 
 

@@ -89,7 +89,7 @@ def same(a: Path, b: Path) -> None:
     """Assert that two runs have the same weights, moments, log and pictures to the bit."""
     one = checkpoint.load(a / "last.pt")
     two = checkpoint.load(b / "last.pt")
-    for key in ("model", "prior", "velocity", "optimizer", "totals", "history"):
+    for key in ("model", "prior", "velocity", "optimizers", "totals", "history"):
         assert equal(one[key], two[key]), key
     for name in ("log.csv", *PICTURES):
         assert (a / name).read_bytes() == (b / name).read_bytes(), name

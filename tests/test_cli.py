@@ -76,7 +76,7 @@ def test_a_sheet_that_fits_into_no_memory(complaint, tmp_path, argv):
 def test_what_was_given_is_told_apart_from_defaults():
     config, given = cli.parse(TrainConfig, ["--lr", "2e-3", "--flip"], "")
     assert given == {"lr", "flip"}
-    assert (config.lr, config.flip, config.batch_size) == (2e-3, True, 128)
+    assert (config.lr, config.flip, config.epochs) == (2e-3, True, 300)
 
 
 def test_an_option_whose_name_python_reserves():
@@ -168,7 +168,8 @@ def test_make_paper_names_every_option_of_the_papers_recipe():
     config, given = cli.parse(TrainConfig, argv, "")
     wanted = TrainConfig(arch="mlp", center=False, run="runs/paper", resume=True)
     assert resolve(config) == resolve(wanted)
-    recipe = {"likelihood", "center", "latent", "schedule", "lr", "batch_size", "beta", "flip"}
+    recipe = {"likelihood", "center", "latent", "schedule", "lr", "batch_size", "beta"}
+    recipe |= {"warm_up", "flip"}
     assert given == recipe | {"arch", "run", "data", "resume"}
     assert words[words.index("-m") :] == ["-m", "pegasus.paper", "runs/paper"]
 

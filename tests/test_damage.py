@@ -88,7 +88,7 @@ def nan_bias(state: dict) -> None:
 
 
 def infinite_moment(state: dict) -> None:
-    state["optimizer"]["state"][0]["exp_avg"].view(-1)[5] = torch.inf
+    state["optimizers"][0][0]["exp_avg"].view(-1)[5] = torch.inf
 
 
 def evil_pickle(path: Path) -> None:
@@ -97,12 +97,12 @@ def evil_pickle(path: Path) -> None:
 
 DAMAGE = {
     "newer format": (
-        damaged(lambda s: s.update(format=8)),
-        "format 8, this program reads 7",
+        damaged(lambda s: s.update(format=9)),
+        "format 9, this program reads 8",
     ),
     "older format": (
-        damaged(lambda s: s.update(format=6)),
-        "format 6, this program reads 7",
+        damaged(lambda s: s.update(format=7)),
+        "format 7, this program reads 8",
     ),
     "other architecture": (
         damaged(other_architecture),
@@ -111,7 +111,7 @@ DAMAGE = {
     "nan": (damaged(nan_bias), "model/encoder.1.bias holds NaN"),
     "infinite moment": (
         damaged(infinite_moment),
-        "optimizer/state/0/exp_avg holds NaN",
+        "optimizers/0/0/exp_avg holds NaN",
     ),
     "pickle": (evil_pickle, "would run code"),
     "no configuration": (
@@ -143,7 +143,7 @@ def set_config(**values: object) -> Callable[[dict], None]:
 
 
 def set_moment(state: dict) -> None:
-    state["optimizer"]["state"][0]["exp_avg"] = torch.zeros(2)
+    state["optimizers"][0][0]["exp_avg"] = torch.zeros(2)
 
 
 NOT_RESUMED = {

@@ -75,14 +75,15 @@ def watch(monkeypatch) -> list[list[torch.Tensor]]:
     train_stage = train.train_stage
     optimizers = []
 
-    def noting(run: Run, stage: object, optimizer: object, *args: object) -> None:
-        optimizers[:] = [optimizer]
-        train_stage(run, stage, optimizer, *args)
+    def noting(run: Run, stage: object, used: list, *args: object) -> None:
+        optimizers[:] = used
+        train_stage(run, stage, used, *args)
 
     def watching(self: StepGuard, *args: object) -> None:
         state = [self.totals.clone()]
-        for p, moments in optimizers[0].state.items():
-            state += [p.detach().clone(), *(m.clone() for m in moments.values())]
+        for optimizer in optimizers:
+            for p, moments in optimizer.state.items():
+                state += [p.detach().clone(), *(m.clone() for m in moments.values())]
         seen.append(state)
         check(self, *args)
 

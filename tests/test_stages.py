@@ -151,19 +151,23 @@ def test_rows_of_a_batch_may_be_computed_apart(run, batches, tmp_path, monkeypat
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_the_autoencoders_loss_is_its_objective(run, batches, tmp_path):
-    """Distortion at the batch's own variance plus beta times the rate, a mean an image."""
+@pytest.mark.parametrize(("progress", "beta"), [(0.0, 0.0), (0.05, 0.1), (0.25, 0.5), (1, 0.5)])
+def test_the_autoencoders_loss_is_its_objective(run, batches, tmp_path, progress, beta):
+    """Distortion at the batch's own variance plus beta times the rate, a mean an image.
+
+    Beta rises over the first quarter of the stage.
+    """
     state = checkpoint.load(run / "last.pt")
     resumed = make_run(batches, tmp_path, state, beta=0.5)
     model = resumed.model
     stage = stages.AutoencoderStage(resumed.config, resumed.data, model, Workers("cpu"))
     rows = torch.tensor([5, 9, 70])
-    batch = Batch(rows, None, 3, 0, torch.tensor([4]), torch.tensor(0.0))
+    batch = Batch(rows, None, 3, 0, torch.tensor([4]), torch.tensor(progress))
     loss, sums = stage.loss(batch)
     terms = model(resumed.data.images[rows] / 255, torch.tensor(4))
     variance = terms.sse.mean() / vae.IMAGE_VALUES
     nll = vae.gaussian_nll(terms.sse, variance)
-    torch.testing.assert_close(loss, (nll + 0.5 * terms.rate).mean())
+    torch.testing.assert_close(loss, (nll + beta * terms.rate).mean())
     wanted = torch.stack([nll.sum(), terms.rate.sum(), terms.sse.sum()])
     torch.testing.assert_close(sums, wanted)
     assert not sums.requires_grad
@@ -359,9 +363,9 @@ def test_a_batch_of_more_than_there_is(batches, tmp_path):
 
 def test_how_epochs_are_split_by_default():
     shares = [training_config.default_split(n) for n in (1, 2, 30, 60, 100, 150, 300)]
-    assert shares == [1, 1, 10, 20, 20, 30, 60]
+    assert shares == [1, 1, 6, 12, 20, 20, 20]
     resolved = training_config.resolve(TrainConfig(epochs=300))
-    assert first_stage_epochs(resolved) == 60
+    assert first_stage_epochs(resolved) == 20
     assert first_stage_epochs(training_config.resolve(TrainConfig(epochs=9, arch="mlp"))) == 9
     both = TrainConfig(epochs=5, autoencoder_epochs=9)
     assert first_stage_epochs(training_config.resolve(both)) == 5
@@ -378,16 +382,16 @@ def test_how_epochs_of_a_resumed_run_are_split(run):
 
     state = checkpoint.load(run / "last.pt")
     assert parts(state, epochs=300) == (1, 300)
-    lengths = {"epochs": 300, "autoencoder_epochs": 60}
+    lengths = {"epochs": 300, "autoencoder_epochs": 20}
     config = {"config": state["config"] | lengths}
     early = state | {"phase": "autoencoder", "epochs_done": 3} | config
-    assert parts(early) == (60, 300)
-    assert parts(early, epochs=100) == (20, 100)
-    assert parts(early, epochs=100, autoencoder_epochs=60) == (60, 100)
-    late = early | {"epochs_done": 50, "step": 1}
-    assert parts(late, epochs=100) == (51, 100)  # not back to before
-    with pytest.raises(UserError, match="--epochs: got 50, but .* has begun epoch 51"):
-        parts(late, epochs=50)
+    assert parts(early) == (20, 300)
+    assert parts(early, epochs=50) == (10, 50)
+    assert parts(early, epochs=50, autoencoder_epochs=20) == (20, 50)
+    late = early | {"epochs_done": 15, "step": 1}
+    assert parts(late, epochs=50) == (16, 50)  # not back to before
+    with pytest.raises(UserError, match="--epochs: got 15, but .* has begun epoch 16"):
+        parts(late, epochs=15)
     asked = early | {"config": early["config"] | {"autoencoder_epochs": 100}}
     assert parts(asked, epochs=400) == (100, 400)
 

@@ -77,7 +77,7 @@ def test_the_logged_test_loss_is_that_of_the_checkpoint(run, batches):
 
 def test_a_checkpoint_says_what_it_is_of(run, batches):
     state = checkpoint.load(run / "last.pt")
-    assert state["format"] == checkpoint.FORMAT == 7
+    assert state["format"] == checkpoint.FORMAT == 8
     assert state["classes"] == ["horse", "bird"]
     assert state["data"]["folder"] == str(batches)
     position = [state[key] for key in ("phase", "epoch", "epochs_done", "step")]
@@ -283,10 +283,10 @@ def test_a_checkpoint_that_does_not_fit_is_told_in_one_sentence(
 
 def test_a_checkpoint_of_another_format(run, tmp_path, complaint):
     state = checkpoint.load(run / "last.pt")
-    for number in (6, 8):
+    for number in (7, 9):
         torch.save(state | {"format": number}, tmp_path / "last.pt")
         sentence = complaint(train.main, "--run", tmp_path, "--resume")
-        assert f"checkpoint format {number}, this program reads 7" in sentence
+        assert f"checkpoint format {number}, this program reads 8" in sentence
 
 
 def test_few_test_pictures(tmp_path):
@@ -428,7 +428,7 @@ def test_adam_goes_on_from_moments_of_another_layout(layout):
                 part[name] = part[name].contiguous(memory_format=layout)
     twin = copy.deepcopy(network)
     resumed = fused_adam(twin)
-    train.restore_optimizer(resumed, state)
+    train.restore_optimizers([resumed], [state])
     for p, part in resumed.state.items():
         assert part["exp_avg"].stride() == part["exp_avg_sq"].stride() == p.stride()
     step(network, whole, 1)
@@ -441,7 +441,7 @@ def test_adam_goes_on_from_moments_of_another_layout(layout):
 def test_adam_goes_on_from_before_its_first_step():
     network = make_network()
     optimizer = fused_adam(network)
-    train.restore_optimizer(optimizer, moments(fused_adam(make_network())))
+    train.restore_optimizers([optimizer], [moments(fused_adam(make_network()))])
     assert not optimizer.state
     step(network, optimizer, 0)
     assert moments(optimizer)[0]["step"] == 1
@@ -453,15 +453,15 @@ def test_moments_of_another_network_are_refused():
     step(network, optimizer, 0)
     state = moments(optimizer)
     with pytest.raises(ValueError, match="differ in shape"):
-        train.restore_optimizer(fused_adam(nn.Linear(3, 2)), state)
+        train.restore_optimizers([fused_adam(nn.Linear(3, 2))], [state])
     del state[2]
     with pytest.raises(checkpoint.MISMATCHES):
-        train.restore_optimizer(fused_adam(make_network()), state)
+        train.restore_optimizers([fused_adam(make_network())], [state])
 
 
 def test_moments_that_do_not_fit_are_told_in_one_sentence(run, tmp_path, complaint):
     state = checkpoint.load(run / "last.pt")
-    state["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
+    state["optimizers"][0][0]["exp_avg"] = torch.zeros(3)
     checkpoint.save(tmp_path / "last.pt", state)
     sentence = complaint(train.main, "--run", tmp_path, "--resume", "--epochs", 5)
     assert "another version (optimizer and model differ in shape)" in sentence
@@ -509,5 +509,6 @@ def test_adam_stays_on_the_gpu_where_steps_are_captured():
     stage.network = nn.Linear(2, 2)
     for device, capturable in (("cpu", False), ("cuda", True)):
         stage.config = TrainConfig(device=device)
-        group = train.make_optimizer(stage).param_groups[0]
+        (adam,) = train.make_optimizers(stage)  # no weight is large enough for Muon
+        group = adam.param_groups[0]
         assert (group["fused"], group["capturable"]) == (True, capturable)

@@ -196,9 +196,13 @@ class FlowPrior(nn.Module):
         return z * self.std + self.mean
 
     @torch.no_grad()
-    def update_ema(self, steps: Tensor, decay: float = 0.995) -> None:
-        """Move the averaged weights after so many steps of training."""
-        rate = 1 - (steps / (9 + steps)).clamp(max=decay)  # at first faster
+    def update_ema(self, steps: Tensor) -> None:
+        """Move the averaged weights after so many steps of training.
+
+        A step's weight in the average grows with the seventh power of its number, so
+        that the average spans an eighth of the steps, however many (Karras et al. 2024).
+        """
+        rate = 8 / (7 + steps)
         pairs = zip(self.ema.parameters(), self.velocity.parameters(), strict=True)
         for average, weight in pairs:
             average.lerp_(weight, rate)

@@ -10,8 +10,14 @@ from pegasus.models import variants
 import torch
 
 RECIPES = {
-    "mlp": {"likelihood": "mse", "schedule": "constant", "lr": 1e-3, "flip": False},
-    "conv": {"likelihood": "gaussian", "schedule": "onecycle", "lr": 2e-3, "flip": True},
+    "mlp": {
+        "likelihood": "mse", "warm_up": 0.0, "schedule": "constant",
+        "batch_size": 128, "lr": 1e-3, "flip": False,
+    },
+    "conv": {
+        "likelihood": "gaussian", "warm_up": 0.25, "schedule": "onecycle",
+        "batch_size": 64, "lr": 2e-3, "flip": True,
+    },
 }
 FREE = {  # what may change when a run goes on
     "parts", "epochs", "run", "resume", "overwrite", "threads", "device", "save_seconds"
@@ -70,6 +76,13 @@ class TrainConfig:
         10, "values of the code, under --prior conditional", least=1, most=65_536
     )
     beta: float = option(1.0, "weight of the rate in the loss", least=0.0)
+    warm_up: float | None = option(
+        None,
+        "share of the autoencoder's epochs in which beta rises from 0, so that no latent "
+        "is given up early; by default 0 for mlp, 0.25 for conv",
+        least=0.0,
+        most=1.0,
+    )
     schedule: str | None = option(
         None,
         "learning rate over the autoencoder's epochs; by default constant for mlp, "
@@ -80,18 +93,20 @@ class TrainConfig:
     autoencoder_epochs: int | None = option(
         None,
         "how many of --epochs are the autoencoder's; by default all, with a learned prior a "
-        "third, at most 20, from 100 on a fifth",
+        "fifth, at most 20",
         least=1,
     )
-    batch_size: int = option(128, "pictures a step", least=1)
+    batch_size: int | None = option(
+        None, "pictures a step; by default 128 for mlp, 64 for conv", least=1
+    )
     lr: float | None = option(
         None,
-        "Adam's learning rate, under onecycle its peak; by default 1e-3 for mlp, 2e-3 "
-        "for conv",
+        "Adam's learning rate, under onecycle its peak; Muon's, of conv, is ten times as "
+        "high; by default 1e-3 for mlp, 2e-3 for conv",
         above=0.0,
     )
     prior_lr: float = option(
-        1.5e-3, "peak learning rate of the learned prior, always onecycle", above=0.0
+        2e-3, "peak learning rate of the learned prior, always onecycle", above=0.0
     )
     flip: bool | None = option(None, "mirror half of the pictures; the default for conv")
     seed: int = option(0, "decides everything random")
@@ -125,8 +140,7 @@ class TrainConfig:
 
 def default_split(epochs: int) -> int:
     """Return how many of so many epochs are by default the autoencoder's."""
-    third = min(round(epochs / 3), 20)
-    return max(1, third, round(epochs / 5))
+    return min(max(1, round(epochs / 5)), 20)
 
 
 def first_stage_epochs(config: TrainConfig) -> int:

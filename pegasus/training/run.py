@@ -17,6 +17,7 @@ from pegasus.training.guard import StepGuard
 from pegasus.training.stages import AutoencoderStage, PriorStage, Stage
 
 import torch
+from torch.optim import Optimizer
 
 
 class SaveTimer:
@@ -131,7 +132,7 @@ class Run:
         device.trim_memory()
         return stage
 
-    def state(self, stage: Stage, optimizer: torch.optim.Optimizer) -> dict:
+    def state(self, stage: Stage, optimizers: list[Optimizer]) -> dict:
         """Return all that a resume and sample.py need: tensors and plain types."""
         data = self.data
         state = {
@@ -141,7 +142,7 @@ class Run:
             "model": self.model.state_dict(),
             "prior": None,
             "velocity": None,
-            "optimizer": {"state": optimizer.state_dict()["state"]},
+            "optimizers": [optimizer.state_dict()["state"] for optimizer in optimizers],
             "phase": stage.name,
             "epoch": self.epoch + self.step / self.steps_per_epoch,
             "epochs_done": self.epoch,
@@ -157,10 +158,10 @@ class Run:
             state["velocity"] = self.prior.velocity.state_dict()
         return state
 
-    def save(self, stage: Stage, optimizer: torch.optim.Optimizer) -> dict:
+    def save(self, stage: Stage, optimizers: list[Optimizer]) -> dict:
         """Write checkpoint and pictures; return the checkpoint's state."""
         begun = time.monotonic()
-        state = self.state(stage, optimizer)
+        state = self.state(stage, optimizers)
         self.write(state)
         self.timer.saved(time.monotonic() - begun)
         return state

@@ -82,7 +82,7 @@ def read_state(config: TrainConfig) -> dict | None:
         return None
     if config.resume:
         state = checkpoint.load(last) if last.exists() else None
-        if state is not None and "optimizer" not in state:
+        if state is not None and "optimizers" not in state:
             raise UserError(
                 f"{last}: a small checkpoint, which only draws; --overwrite begins anew, "
                 "--run names another"

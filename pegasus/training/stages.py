@@ -96,6 +96,12 @@ class AutoencoderStage:
     def learning_rate(self, progress: float) -> float:
         return learning_rate(self.config.schedule, self.config.lr, progress)
 
+    def beta(self, progress: Tensor) -> Tensor | float:
+        """Return the rate's weight: without a warm-up, unused latents stay so for good."""
+        if self.config.warm_up == 0:
+            return self.config.beta
+        return self.config.beta * (progress / self.config.warm_up).clamp(max=1)
+
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return this process's part of the loss, and sums over its rows.
 
@@ -107,7 +113,8 @@ class AutoencoderStage:
         sse = self.workers.sum_(terms.sse.detach().sum())
         variance = sse / (batch.size * vae.IMAGE_VALUES)
         distortion = self.network.distortion(terms.sse, variance)
-        loss = (distortion + self.config.beta * terms.rate).sum() / batch.size
+        beta = self.beta(batch.progress)
+        loss = (distortion + beta * terms.rate).sum() / batch.size
         parts = (distortion, terms.rate, terms.sse)
         return loss, torch.stack([part.detach().sum() for part in parts])
 
