@@ -44,7 +44,7 @@ paper: RUN = runs/paper
 endif
 paper: build  ## the paper in one command: its recipe in runs/paper, its figures, the best picture, P(x)
 	$(TRAIN) --run "$(RUN)" --arch mlp --likelihood mse --latent 128 --schedule constant --lr 1e-3 \
-	  --batch-size 128 --beta 1 --warm-up 0 --no-flip --no-center $(ARGS)
+	  --batch-size 128 --beta 1 --no-flip --no-center $(ARGS)
 	@$(PYTHON) -m pegasus.paper "$(RUN)"
 
 # before there is a run: the checkpoint that comes along

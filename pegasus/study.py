@@ -27,7 +27,7 @@ import torch
 TRAIN = Path(__file__).parents[1] / "train.py"
 PAPER = (
     "--arch mlp --likelihood mse --latent 128 --schedule constant --lr 1e-3 "
-    "--batch-size 128 --beta 1 --warm-up 0 --no-flip"
+    "--batch-size 128 --beta 1 --no-flip"
 )
 GAUSSIAN = (
     "--arch mlp --center --likelihood gaussian --schedule onecycle --lr 2e-3 --flip "

@@ -168,8 +168,7 @@ def test_make_paper_names_every_option_of_the_papers_recipe():
     config, given = cli.parse(TrainConfig, argv, "")
     wanted = TrainConfig(arch="mlp", center=False, run="runs/paper", resume=True)
     assert resolve(config) == resolve(wanted)
-    recipe = {"likelihood", "center", "latent", "schedule", "lr", "batch_size", "beta"}
-    recipe |= {"warm_up", "flip"}
+    recipe = {"likelihood", "center", "latent", "schedule", "lr", "batch_size", "beta", "flip"}
     assert given == recipe | {"arch", "run", "data", "resume"}
     assert words[words.index("-m") :] == ["-m", "pegasus.paper", "runs/paper"]
 

@@ -374,15 +374,15 @@ def test_a_training_step_reaches_all_of_the_prior(batches, tmp_path):
         exact = run.model(x, seed).sse.sum().double()
     stop = StopSignal()
     stop.asked = 15  # after one step
-    optimizer = train.make_optimizer(stage)
-    train.train_stage(run, stage, optimizer, workers, stop)
+    (adam,) = train.make_optimizers(stage)
+    train.train_stage(run, stage, [adam], workers, stop)
     assert (run.step, stop.agreed) == (1, 15)
     torch.testing.assert_close(run.guard.totals[2], relaxed)
     assert not relaxed.allclose(exact, rtol=1e-4)
     for name, p in run.model.named_parameters():
         assert p.grad.abs().sum() > 0, name
         assert not before[name].equal(p), name
-    assert len(optimizer.state) == len(before)
+    assert len(adam.state) == len(before)
 
 
 @pytest.mark.parametrize("progress", [None, 0.5])
