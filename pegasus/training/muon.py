@@ -30,7 +30,7 @@ def as_matrix(weight: Tensor) -> Tensor:
 
 
 def polynomial(gram: Tensor) -> Tensor:
-    """Return a + b G + c G^2 of matrices G (n, r, r)."""
+    """Return a I + b G + c G^2 of matrices G (n, r, r)."""
     result = torch.baddbmm(gram, gram, gram, beta=B, alpha=C)
     result.diagonal(dim1=1, dim2=2).add_(A)
     return result
@@ -73,13 +73,13 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:
         same_shape = {}  # they are orthogonalized together
         for weight in self.param_groups[0]["params"]:
-            same_shape.setdefault(as_matrix(weight).shape, []).append(weight)
-        for (rows, columns), weights in same_shape.items():
+            same_shape.setdefault(weight.shape, []).append(weight)
+        for (_, _, height, width), weights in same_shape.items():
             directions = torch.stack([self.direction(weight) for weight in weights])
+            _, rows, columns = directions.shape
             rate = RATE * self.param_groups[0]["lr"] * math.sqrt(max(1, rows / columns))
             steps = orthogonalize(directions) * (rate * (1 - self.found_inf))
             for weight, step in zip(weights, steps, strict=True):
-                height, width = weight.shape[2:]
                 weight.sub_(step.unflatten(1, (height, width, -1)).movedim(3, 1))
 
     def direction(self, weight: nn.Parameter) -> Tensor:
