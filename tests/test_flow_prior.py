@@ -41,6 +41,32 @@ def test_a_new_velocity_is_zero_and_leaves_noise_as_it_was():
         assert flow_prior.integrate(field, z, even(7)).equal(z)
 
 
+@pytest.mark.parametrize("t", [0.0, 0.2, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize(("mean", "variance"), [(0.0, 1.0), (0.7, 0.3)])
+def test_the_direction_is_what_is_expected_of_z(t, mean, variance):
+    """A least-squares fit of z_1 - z_0 to z_t, z_1 ~ N(mean, variance)."""
+    z0, z1 = torch.randn(2, 10**6, dtype=torch.float64, generator=torch.manual_seed(0))
+    z1 = mean + variance**0.5 * z1
+    z = (1 - t) * z0 + t * z1
+    v = z1 - z0
+    slope = ((z - z.mean()) * v).mean() / z.var()
+    fit = v.mean() + slope * (z - z.mean())
+    got = flow_prior.direction(z[:, None], torch.tensor([[t]]), mean, variance)
+    torch.testing.assert_close(got[:, 0], fit, atol=0.03, rtol=0)
+
+
+def test_times_are_spread_evenly_and_each_rows_its_own():
+    """One in each of `size` parts of equal chance; a part of the rows has the same."""
+    seed = torch.tensor(3)
+    t = flow_prior.even_times(64, 64, seed, 0)
+    u = (t.logit() / 0.6).sigmoid()[:, 0].double()
+    assert sorted((u * 64).floor().int().tolist()) == list(range(64))
+    assert (u.diff() % 1).allclose(torch.tensor(1 / 64).double(), atol=1e-5)
+    parts = [flow_prior.even_times(n, 64, seed, first) for n, first in ((40, 0), (24, 40))]
+    torch.testing.assert_close(torch.cat(parts), t)
+    assert not flow_prior.even_times(64, 64, seed + 1, 0).allclose(t)
+
+
 def test_the_solver_is_of_second_order():
     """dz/dt = z cos(6 t) has the solution z exp(sin(6 t) / 6).
 
@@ -234,7 +260,8 @@ def toy_stage(velocity: nn.Module, **attributes: object) -> PriorStage:
     stage = PriorStage.__new__(PriorStage)
     stage.config = TrainConfig(device="cpu", precision="float32")
     stage.network = velocity
-    stage.prior = SimpleNamespace(normalize=lambda z: z, unconditional=2, ema=velocity)
+    prior = {"normalize": lambda z: z, "std": torch.ones(()), "unconditional": 2, "ema": velocity}
+    stage.prior = SimpleNamespace(**prior)
     stage.workers = Workers("cpu")
     for name, value in attributes.items():
         setattr(stage, name, value)
@@ -247,35 +274,41 @@ def test_gradients_are_of_the_weighted_loss():
     rows = torch.arange(40) % 8
     both = torch.tensor([[0, 1], [0, 0]] * 4)
     posteriors = torch.stack([torch.randn(8, 1), torch.zeros(8, 1)])
-    seeds = torch.tensor([1, 2, 3, 4])
+    seeds = torch.tensor([1, 2, 3])
     stage = toy_stage(toy, posteriors=posteriors, labels=both)
     loss, sums = stage.loss(Batch(rows, None, 80, 0, seeds, torch.tensor(0.0)))
     got = torch.autograd.grad(loss, list(toy.parameters()))
-    labels = flow_prior.choose_labels(both[rows], 2, seeds[3], 0)
+    labels = flow_prior.choose_labels(both[rows], 2, seeds[2], 0)
     weights = flow_prior.label_weights(labels, both[rows])
-    error = stage.matching_loss(toy, posteriors[:, rows], labels, seeds[:3], 0)
+    times = flow_prior.even_times(40, 80, seeds[1], 0)
+    error = stage.matching_loss(toy, posteriors[:, rows], labels, times, seeds[0], 0)
     wanted = torch.autograd.grad((weights * error).sum() / 80, list(toy.parameters()))
     torch.testing.assert_close(got, wanted)
     assert 2 in weights
     assert sums[0].item() == pytest.approx(error.sum().item(), rel=1e-6)
 
 
-def test_the_matching_loss_is_its_formula():
-    """Mean squares of v(z_t, t) - (z_1 - z_0) along straight lines, by the same noise."""
+def test_the_matching_loss_teaches_the_direction_of_samples():
+    """Its gradient is that of the squares of v(z_t, t) - (z_1 - z_0), expected.
+
+    z_1 is a sample of the posterior, z_t on the straight line that joins it to noise z_0.
+    """
     torch.manual_seed(0)
     toy = Toy()
-    mu = torch.randn(6, 1)
-    logvar = torch.randn(6, 1)
-    labels = torch.tensor([0, 1, 2] * 2)
-    seeds = torch.tensor([5, 6, 7])
-    z0 = reparam.normals(6, 1, seeds[0], 20)
-    z1 = mu + (logvar / 2).exp() * reparam.normals(6, 1, seeds[1], 20)
-    t = reparam.normals(6, 1, seeds[2], 20).sigmoid()
-    v = toy((1 - t) * z0 + t * z1, t[:, 0], labels)
-    wanted = (v - (z1 - z0)).square()[:, 0]
-    posteriors = torch.stack([mu, logvar])
-    got = toy_stage(toy).matching_loss(toy, posteriors, labels, seeds, 20)
-    torch.testing.assert_close(got, wanted)
+    n = 200_000
+    posteriors = torch.tensor([0.8, math.log(0.5)])[:, None, None].expand(2, n, 1)
+    labels = torch.zeros(n, dtype=torch.int64)
+    t = torch.full((n, 1), 0.6)
+    seed = torch.tensor(5)
+    loss = toy_stage(toy).matching_loss(toy, posteriors, labels, t, seed, 20).mean()
+    got = torch.autograd.grad(loss, toy.body.parameters())
+    z0, noise = torch.randn(2, n, 1)
+    z1 = 0.8 + 0.5**0.5 * noise
+    v = toy(torch.lerp(z0, z1, t), t[:, 0], labels)
+    wanted = torch.autograd.grad((v - (z1 - z0)).square().mean(), toy.body.parameters())
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0.02 * b.abs().max().item())
+    assert loss < (v - (z1 - z0)).square().mean()  # it lacks the samples' own variance
 
 
 def train_toy(toy: Toy) -> None:
@@ -289,8 +322,9 @@ def train_toy(toy: Toy) -> None:
     for step in range(1200):
         optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / 1200)
         labels = flow_prior.choose_labels(both, 2, torch.tensor(step), 0)
-        seeds = torch.tensor([3 * step, 3 * step + 1, 3 * step + 2])
-        loss = stage.matching_loss(toy, posteriors, labels, seeds, 0).mean()
+        noise_seed, time_seed = torch.tensor([2 * step, 2 * step + 1])
+        times = flow_prior.even_times(512, 512, time_seed, 0)
+        loss = stage.matching_loss(toy, posteriors, labels, times, noise_seed, 0).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

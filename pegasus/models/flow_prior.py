@@ -1,9 +1,10 @@
 """The learned prior: a flow from noise to the latents of photographs, by class.
 
-A trained autoencoder stays as it is. Its latents z_1, normalized per channel, and noise
-z_0 ~ N(0, I) are joined by straight lines z_t = (1 - t) z_0 + t z_1, and a network
-v(z_t, t, class) learns their direction z_1 - z_0 by mean squares (flow matching: Lipman
-et al. 2023, Liu et al. 2023). Following v from noise at t = 0 to t = 1 draws a latent.
+A trained autoencoder stays as it is. Its latents z_1 ~ q(z|x), normalized per channel,
+and noise z_0 ~ N(0, I) are joined by straight lines z_t = (1 - t) z_0 + t z_1, and a
+network v(z_t, t, class) learns their direction E[z_1 - z_0 | z_t, x] by mean squares (flow
+matching: Lipman et al. 2023, Liu et al. 2023). Following v from noise at t = 0 to t = 1
+draws a latent.
 Now and then the class is hidden in training, so that classes can be weighed against
 "any" (classifier-free guidance: Ho and Salimans 2022) and against each other (Liu et
 al. 2022): v_any + sum over classes k of w_k (v_k - v_any).
@@ -132,6 +133,28 @@ class Velocity(nn.Module):
         for block in self.up:
             x = block(x, condition)
         return self.leave(x).float().flatten(1)
+
+
+def direction(z: Tensor, t: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """Return the velocity that takes N(0, 1) at t = 0 to N(mean, variance) at t = 1.
+
+    On the way it is N(t mean, (1 - t)^2 + t^2 variance): a Gaussian path, whose velocity
+    is E[z_1 - z_0 | z_t] (Lipman et al. 2023, theorem 3). z: (B, d); t: (B, 1).
+    """
+    slope = (t * variance - (1 - t)) / ((1 - t).square() + t.square() * variance)
+    return mean + slope * (z - t * mean)
+
+
+def even_times(n: int, size: int, seed: Tensor, row_offset: int) -> Tensor:
+    """Return times (n, 1) for n of a step's `size` rows, spread evenly over the step.
+
+    u goes around [0, 1) in steps of 1 / size from a random start (Kingma et al. 2021);
+    t is u drawn towards 1/2. Row i depends on (seed, row_offset + i, size) alone.
+    """
+    rows = row_offset + torch.arange(n, device=seed.device)
+    first = reparam.words(1, 1, seed)[0, 0, 0] / 2**32
+    u = (first + rows / size) % 1
+    return (0.6 * u.logit()).sigmoid()[:, None]
 
 
 class FlowPrior(nn.Module):

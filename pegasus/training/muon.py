@@ -30,35 +30,35 @@ def as_matrix(weight: Tensor) -> Tensor:
 
 
 def polynomial(gram: Tensor) -> Tensor:
-    """Return a I + b G + c G^2 of matrices G (n, r, r)."""
-    result = torch.baddbmm(gram, gram, gram, beta=B, alpha=C)
-    result.diagonal(dim1=1, dim2=2).add_(A)
+    """Return a I + b G + c G^2 of a matrix G (r, r)."""
+    result = torch.addmm(gram, gram, gram, beta=B, alpha=C)
+    result.diagonal().add_(A)
     return result
 
 
-def orthogonalize(matrices: Tensor) -> Tensor:
-    """Bring all singular values of matrices (n, r, c) to 0.7 to 1.2, but for tiny ones.
+def orthogonalize(matrix: Tensor) -> Tensor:
+    """Bring all singular values of a matrix (r, c) to 0.7 to 1.2, but for tiny ones.
 
-    By an odd polynomial of each matrix X, applied five times: a X + b (X X') X + c
-    (X X')^2 X. All but the last product takes the small X X' alone, for speed.
+    By an odd polynomial of the matrix X, scaled to length 1, applied five times:
+    a X + b (X X') X + c (X X')^2 X. All but the last product takes X X' alone, for speed.
     """
-    is_tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if is_tall else matrices
-    length = x.flatten(1).norm(dim=1).clamp(min=1e-7)
-    x = x / length[:, None, None]
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.mT if is_tall else matrix
     gram = x @ x.mT
+    square = gram.trace().clamp(min=1e-14)  # of the length
+    gram = gram / square
     factor = polynomial(gram)
     product = factor
     for _ in range(ITERATIONS - 1):
         gram = factor @ gram @ factor
         factor = polynomial(gram)
         product = factor @ product
-    x = product @ x
+    x = (product * square.rsqrt()) @ x
     return x.mT if is_tall else x
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for matrices of float32; each step sets its learning rate, as Adam's.
+    """Muon for convolutions in float32; each step sets its learning rate, as Adam's.
 
     Like torch's fused Adam, reads `grad_scale`, by which gradients are divided unless
     it is None, and `found_inf`, 1.0 to skip a step.
@@ -71,23 +71,19 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        same_shape = {}  # they are orthogonalized together
         for weight in self.param_groups[0]["params"]:
-            same_shape.setdefault(weight.shape, []).append(weight)
-        for (_, _, height, width), weights in same_shape.items():
-            directions = torch.stack([self.direction(weight) for weight in weights])
-            _, rows, columns = directions.shape
+            direction = as_matrix(self.direction(weight))
+            rows, columns = direction.shape
             rate = RATE * self.param_groups[0]["lr"] * math.sqrt(max(1, rows / columns))
-            steps = orthogonalize(directions) * (rate * (1 - self.found_inf))
-            for weight, step in zip(weights, steps, strict=True):
-                weight.sub_(step.unflatten(1, (height, width, -1)).movedim(3, 1))
+            step = orthogonalize(direction) * (rate * (1 - self.found_inf))
+            weight.sub_(step.unflatten(1, (*weight.shape[2:], -1)).movedim(3, 1))
 
     def direction(self, weight: nn.Parameter) -> Tensor:
-        """Add a gradient to its momentum; return where both point, (r, c) (Nesterov)."""
+        """Add a gradient to its momentum; return where both point (Nesterov)."""
         state = self.state[weight]
         if not state:
             state["momentum"] = torch.zeros_like(weight)
         gradient = weight.grad if self.grad_scale is None else weight.grad / self.grad_scale
         gradient = torch.where(self.found_inf > 0, 0, gradient)
         state["momentum"].lerp_(gradient, (1 - MOMENTUM) * (1 - self.found_inf))
-        return as_matrix(gradient.lerp(state["momentum"], MOMENTUM))
+        return gradient.lerp(state["momentum"], MOMENTUM)

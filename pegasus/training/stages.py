@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 # purposes of the seeds derived from the run's: their numbers decide every run's bits
-ORDER, FLIP, NOISE, TEST, START, TIME, LABEL = range(7)
+ORDER, FLIP, NOISE, TEST, TIME, LABEL = range(6)
 SUMS = 3  # sums over images that a stage's loss returns
 
 
@@ -186,7 +186,7 @@ class PriorStage:
     name = "prior"
     lr_flag = "--prior-lr"
     max_norm = 1.0
-    purposes = (START, NOISE, TIME, LABEL)
+    purposes = (NOISE, TIME, LABEL)
 
     def __init__(
         self,
@@ -220,22 +220,25 @@ class PriorStage:
         velocity: nn.Module,
         posteriors: Tensor,
         labels: Tensor,
-        seeds: Tensor,
+        times: Tensor,
+        noise_seed: Tensor,
         row_offset: int,
     ) -> Tensor:
         """Return flow matching's squared error of each latent, a mean over its numbers.
 
-        posteriors: mu and logvar, (2, B, d).
+        Each photograph's path leads from noise to its posterior, so that what a sample of
+        it adds is no noise in the target. posteriors: mu and logvar, (2, B, d).
         """
-        start_seed, noise_seed, time_seed = seeds
         mu, logvar = posteriors.float()
-        z, _ = reparam.reparameterize_kl(mu, logvar, noise_seed, row_offset)
-        z1 = self.prior.normalize(z)
-        z0 = reparam.normals(*z1.shape, start_seed, row_offset)
-        t = reparam.normals(len(z1), 1, time_seed, row_offset).sigmoid()
+        mean = self.prior.normalize(mu)
+        variance = logvar.exp() / self.prior.std.square()
+        noise = reparam.normals(*mean.shape, noise_seed, row_offset)
+        spread = ((1 - times).square() + times.square() * variance).sqrt()
+        z = times * mean + spread * noise
         with device.autocast(self.config.device, self.config.precision):
-            v = velocity(torch.lerp(z0, z1, t), t[:, 0], labels)
-        return (v - (z1 - z0)).square().mean(1)
+            v = velocity(z, times[:, 0], labels)
+        target = flow_prior.direction(z, times, mean, variance)
+        return (v - target).square().mean(1)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return this process's part of the loss, and its sum of squared errors."""
@@ -245,13 +248,14 @@ class PriorStage:
         if batch.mirrored is not None and n:
             posterior_rows = rows + batch.mirrored * (self.posteriors.shape[1] // 2)
         class_and_coat = self.labels[rows]
-        *loss_seeds, label_seed = batch.seeds
+        noise_seed, time_seed, label_seed = batch.seeds
         labels = flow_prior.choose_labels(
             class_and_coat, self.prior.unconditional, label_seed, batch.row_offset
         )
+        times = flow_prior.even_times(len(rows), batch.size, time_seed, batch.row_offset)
         posteriors = self.posteriors[:, posterior_rows]
         error = self.matching_loss(
-            self.network, posteriors, labels, loss_seeds, batch.row_offset
+            self.network, posteriors, labels, times, noise_seed, batch.row_offset
         )[:n]
         weights = flow_prior.label_weights(labels, class_and_coat)[:n]
         total = error.detach().sum()
@@ -272,13 +276,16 @@ class PriorStage:
         n = self.test_posteriors.shape[1]
         share = self.workers.share(n)
         total = torch.zeros(1, dtype=torch.float64, device=where)
-        seeds = derived_seeds(0, 0, (START, NOISE, TIME), where)
+        noise_seed, time_seed = derived_seeds(0, 0, (NOISE, TIME), where)
         size = device.inference_batch(where, 100)
         for first in range(share.start, share.stop, size):
             rows = slice(first, min(first + size, share.stop))
             posteriors = self.test_posteriors[:, rows]
             labels = self.test_labels[rows]
-            error = self.matching_loss(self.prior.ema, posteriors, labels, seeds, first)
+            times = flow_prior.even_times(len(labels), n, time_seed, first)
+            error = self.matching_loss(
+                self.prior.ema, posteriors, labels, times, noise_seed, first
+            )
             total += error.sum()
         mean = self.workers.sum_(total) / n
         return {"train_loss": means[0], "test_loss": mean.item()}
