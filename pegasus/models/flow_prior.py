@@ -4,10 +4,9 @@ A trained autoencoder stays as it is. Its latents z_1 ~ q(z|x), normalized per c
 and noise z_0 ~ N(0, I) are joined by straight lines z_t = (1 - t) z_0 + t z_1, and a
 network v(z_t, t, class) learns their direction E[z_1 - z_0 | z_t, x] by mean squares (flow
 matching: Lipman et al. 2023, Liu et al. 2023). Following v from noise at t = 0 to t = 1
-draws a latent.
-Now and then the class is hidden in training, so that classes can be weighed against
-"any" (classifier-free guidance: Ho and Salimans 2022) and against each other (Liu et
-al. 2022): v_any + sum over classes k of w_k (v_k - v_any).
+draws a latent. Now and then the class is hidden in training, so that classes can be
+weighed against "any" (classifier-free guidance: Ho and Salimans 2022) and against each
+other (Liu et al. 2022): v_any + sum over classes k of w_k (v_k - v_any).
 """
 import copy
 import math
@@ -154,6 +153,7 @@ def even_times(n: int, size: int, seed: Tensor, row_offset: int) -> Tensor:
     rows = row_offset + torch.arange(n, device=seed.device)
     first = reparam.words(1, 1, seed)[0, 0, 0] / 2**32
     u = (first + rows / size) % 1
+    # 0.6: t is spread as the sigmoid of N(0, 1) is, nearly
     return (0.6 * u.logit()).sigmoid()[:, None]
 
 

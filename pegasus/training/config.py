@@ -78,8 +78,8 @@ class TrainConfig:
     beta: float = option(1.0, "weight of the rate in the loss", least=0.0)
     warm_up: float | None = option(
         None,
-        "share of the autoencoder's epochs in which beta rises from 0, so that no latent "
-        "is given up early; by default 0 for mlp, 0.25 for conv",
+        "share of the autoencoder's epochs in which beta rises from 0, so that fewer "
+        "latents are given up early; by default 0 for mlp, 0.25 for conv",
         least=0.0,
         most=1.0,
     )

@@ -97,7 +97,10 @@ class AutoencoderStage:
         return learning_rate(self.config.schedule, self.config.lr, progress)
 
     def beta(self, progress: Tensor) -> Tensor | float:
-        """Return the rate's weight: without a warm-up, unused latents stay so for good."""
+        """Return the rate's weight, which rises over the warm-up.
+
+        At full weight from the start more latents are given up, and stay so.
+        """
         if self.config.warm_up == 0:
             return self.config.beta
         return self.config.beta * (progress / self.config.warm_up).clamp(max=1)
