@@ -216,36 +216,18 @@ def test_threads_have_scratch_memory_of_their_own():
 
 
 @built
-def test_scratch_is_used_again_in_other_modes():
-    """What a thread keeps must not be of the mode in which it was first asked for."""
-    layer = WinogradConv2d(16, 16, 3, padding=1)
-    x = torch.randn(2, 16, 4, 4)
-    wanted = copied(layer)(x)
-    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
-        vars(acceleration.SCRATCH).clear()
-        with mode():
-            torch.testing.assert_close(layer(x), wanted)
-        layer(x).sum().backward()
-    vars(acceleration.SCRATCH).clear()
-    torch.set_default_dtype(torch.float64)
-    try:
-        torch.testing.assert_close(layer(x), wanted)
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-@built
 def test_flushing_of_denormals_does_not_reach_products():
     """They are to be the same in every thread."""
     generator = torch.Generator().manual_seed(3)
     x = 1e-17 * torch.randn(8, 16, 8, 8, generator=generator)
     x = x.contiguous(memory_format=torch.channels_last)
-    kernels = 1e-20 * torch.randn(36, 16, 16, generator=generator)
+    weight = 1e-20 * torch.randn(16, 16, 3, 3, generator=generator)
+    weight = weight.contiguous(memory_format=torch.channels_last)
     outputs = []
     for flush in (False, True):
         y = torch.empty_like(x)
         torch.set_flush_denormal(flush)
-        torch.ops.pegasus_step.winograd(x, kernels, torch.zeros(0), y, 8)
+        torch.ops.pegasus_step.winograd(x, weight, torch.zeros(0), y, 8)
         torch.set_flush_denormal(False)
         outputs.append(y)
     assert outputs[0].equal(outputs[1])

@@ -62,17 +62,17 @@ def winograd_results(generator: torch.Generator, dtype: torch.dtype) -> Results:
     """
     x = images(generator, 64, 16, 8, 4)
     dy = images(generator, 64, 16, 8, 4)
-    kernels = torch.randn(36, 16, 16, generator=generator)
+    weight = images(generator, 16, 16, 3, 3)
     bias = x[0, :, 0, 0].clone()
-    sums = torch.empty(36, 256)
+    dweight = torch.empty_like(weight)
     y = torch.empty_like(x)
     dx = torch.empty_like(x)
     ops = torch.ops.pegasus_step
-    ops.winograd(x, kernels, bias, y, 7)
-    ops.winograd_backward(dy, x, kernels, dx, sums, 7)
+    ops.winograd(x, weight, bias, y, 7)
+    ops.winograd_backward(dy, x, weight, dx, dweight, 7)
     torch.set_num_threads(1)
-    ops.winograd_backward(dy, x, kernels, torch.empty_like(x), sums, 7)
-    return [y, dx, sums]
+    ops.winograd_backward(dy, x, weight, torch.empty_like(x), dweight, 7)
+    return [y, dx, dweight]
 
 
 def show(results: Callable[..., Results], dtype: torch.dtype) -> None:

@@ -86,42 +86,45 @@ def test_silu_group_norm_backward(step: None, name: str, value: object, message:
     ("x", images(3, 16, 4, 8), "as many"),
     ("x", images(2, 16, 8, 4), "as large"),
     ("x", images(2, 16, 4, 8).double(), "images: got torch.float64"),
-    ("kernels", torch.zeros(36, 32, 16), r"kernels: got .* wanted \(36, {}, {}\)"),
+    ("weight", images(16, 32, 3, 3), r"weight: got .* wanted \(32, 16, 3, 3\)"),
+    ("weight", torch.zeros(32, 16, 3, 3), r"weight: got .* in channels_last"),
+    ("weight", images(32, 16, 3, 3).double(), "weight: got torch.float64"),
+    ("weight", None, "weight: got None"),
     ("block", 0, "block: .*1 or more"),
 ])
 def test_winograd(step: None, name: str, value: object, message: str) -> None:
-    arguments = {"x": images(2, 16, 4, 8), "kernels": torch.zeros(36, 16, 32), "block": 3}
+    arguments = {"x": images(2, 16, 4, 8), "weight": images(32, 16, 3, 3), "block": 3}
     arguments[name] = value
-    x, kernels, block = arguments.values()
+    x, weight, block = arguments.values()
     y = images(2, 32, 4, 8)
-    with pytest.raises(RuntimeError, match=message.format(16, 32)):
-        STEP.winograd(x, kernels, torch.zeros(0), y, block)
-    sums = torch.zeros(36, 512)
-    with pytest.raises(RuntimeError, match=message.format(32, 16)):
-        STEP.winograd_backward(y, x, kernels.mT, torch.empty_like(x), sums, block)
+    with pytest.raises(RuntimeError, match=message):
+        STEP.winograd(x, weight, torch.zeros(0), y, block)
+    results = (torch.empty_like(x), images(32, 16, 3, 3))
+    with pytest.raises(RuntimeError, match=message):
+        STEP.winograd_backward(y, x, weight, *results, block)
 
 
 def test_winograd_with_another_bias(step: None) -> None:
-    kernels = torch.zeros(36, 16, 32)
+    weight = images(32, 16, 3, 3)
     with pytest.raises(RuntimeError, match="bias: got"):
-        STEP.winograd(images(2, 16, 4, 8), kernels, torch.zeros(8), images(2, 32, 4, 8), 1)
+        STEP.winograd(images(2, 16, 4, 8), weight, torch.zeros(8), images(2, 32, 4, 8), 1)
 
 
 @pytest.mark.parametrize("name,value,message", [
     ("dx", torch.zeros(2, 16, 4, 8), "dx: got .*strides"),
     ("dx", images(2, 16, 4, 8).double(), "dx: got torch.float64"),
-    ("dkernels", torch.zeros(512), "dkernels"),
-    ("dkernels", torch.zeros(512, 36).t(), "dkernels"),
+    ("dweight", images(16, 32, 3, 3), "dweight"),
+    ("dweight", torch.zeros(32, 16, 3, 3), "dweight: got .*strides"),
 ])
 def test_winograd_backward_with_other_results(
     step: None, name: str, value: torch.Tensor, message: str
 ) -> None:
     x = images(2, 16, 4, 8)
-    results = {"dx": torch.empty_like(x), "dkernels": torch.zeros(36, 512)}
+    weight = images(32, 16, 3, 3)
+    results = {"dx": torch.empty_like(x), "dweight": torch.empty_like(weight)}
     results[name] = value
-    dx, dkernels = results.values()
     with pytest.raises(RuntimeError, match=message):
-        STEP.winograd_backward(images(2, 32, 4, 8), x, torch.zeros(36, 32, 16), dx, dkernels, 1)
+        STEP.winograd_backward(images(2, 32, 4, 8), x, weight, *results.values(), 1)
 
 
 @pytest.mark.parametrize("name,value,message", [

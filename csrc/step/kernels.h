@@ -26,8 +26,8 @@ struct NormKernels {
   NormKernel forward[2], backward[2];
 };
 
-// Float images (rows, columns, channels), cut into tiles of 4 x 4 pixels, and the tiles' 36
-// Winograd planes (tiles, channels), a stride apart, each a matrix of its own in the products.
+// Float images (rows, columns, channels), cut into tiles of 4 x 4 pixels (weights: 3 x 3), and the
+// tiles' 36 Winograd planes (tiles, channels), a stride apart, each a matrix in the products.
 // bias: (channels,) or null. zeros: (channels,), read for pixels beyond an image.
 struct Tiles {
   float *images, *planes;
@@ -41,6 +41,8 @@ using TilesKernel = void (*)(const Tiles&, int64_t first, int64_t last);
 struct TileKernels {
   const char* level;
   TilesKernel inputs_to_planes, gradients_to_planes, planes_to_outputs;
+  // weights (K, 3, 3, C) as K images of one tile; turned: by half a turn
+  TilesKernel weights_to_planes, turned_weights_to_planes, planes_to_weights;
 };
 
 namespace baseline {

@@ -44,6 +44,7 @@ class Scratch {
 };
 
 thread_local Scratch scratch_inputs, scratch_gradients, scratch_products, scratch_sums;
+thread_local Scratch scratch_kernels, scratch_total;
 
 // Some images of a tensor (B, C, H, W).
 struct Part {
@@ -91,6 +92,13 @@ Tensor gradients_to_planes(const Part& part) {
   return to_planes(part, tile_kernels().gradients_to_planes, scratch_gradients);
 }
 
+// A weight (K, C, 3, 3) as kernels (36, K, C).
+Tensor to_kernels(const Tensor& weight, TilesKernel kernel) {
+  const Tensor kernels = scratch_kernels.tensor(36, weight.size(0), weight.size(1));
+  Part{weight, 0, weight.size(0)}.run(kernel, kernels, nullptr);
+  return kernels;
+}
+
 // Planes (36, rows, C) times kernels (36, C, K), to images (B, K, H, W). bias: (K,) or null.
 void planes_to_outputs(const Tensor& planes, const Tensor& kernels, const float* bias,
                        const Part& part) {
@@ -122,28 +130,32 @@ void check_images(const Tensor& images) {
   float_data(images, "images");
 }
 
-void check(const Tensor& x, const Tensor& y, const Tensor& kernels, int64_t block) {
+// x: (B, C, H, W). y: (B, K, H, W).
+void check(const Tensor& x, const Tensor& y, const Tensor& weight, int64_t block) {
   check_images(x);
   check_images(y);
-  check_defined(kernels, "kernels");
-  float_data(kernels, "kernels");
+  check_defined(weight, "weight");
+  float_data(weight, "weight");
   if (x.size(0) != y.size(0) || x.size(2) != y.size(2) || x.size(3) != y.size(3))
     refuse("images", y, "as many and as large ones as " + describe(x));
   const int64_t before = x.size(1);
   const int64_t after = y.size(1);
-  if (kernels.dim() != 3 || kernels.size(0) != 36 || kernels.size(1) != before ||
-      kernels.size(2) != after)
-    refuse("kernels", kernels,
-           "(36, " + std::to_string(before) + ", " + std::to_string(after) + ")");
+  if (weight.dim() != 4 || weight.size(0) != after || weight.size(1) != before ||
+      weight.size(2) != 3 || weight.size(3) != 3 || !channels_innermost(weight))
+    refuse("weight", weight,
+           "(" + std::to_string(after) + ", " + std::to_string(before) +
+               ", 3, 3), in channels_last");
   if (block < 1) throw std::runtime_error("block: wanted 1 or more");
 }
 
-void winograd(const Tensor& x, const Tensor& kernels, const Tensor& bias, const Tensor& y,
+void winograd(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& y,
               int64_t block) {
-  check(x, y, kernels, block);
+  check(x, y, weight, block);
   check_defined(bias, "bias");
   block = std::min(block, x.size(0));
   const float* added = bias.numel() ? contiguous_data(bias, "bias", y.size(1)) : nullptr;
+  const Tensor planes = to_kernels(weight, tile_kernels().weights_to_planes);
+  const Tensor kernels = torch::stable::transpose(planes, 1, 2);
   share_images(x, kernels, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; i += block) {
       const int64_t n = std::min(block, last - i);
@@ -152,12 +164,13 @@ void winograd(const Tensor& x, const Tensor& kernels, const Tensor& bias, const 
   });
 }
 
-void winograd_backward(const Tensor& dy, const Tensor& x, const Tensor& kernels, const Tensor& dx,
-                       const Tensor& dkernels, int64_t block) {
-  check(dy, x, kernels, block);
+void winograd_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& dx,
+                       const Tensor& dweight, int64_t block) {
+  check(x, dy, weight, block);
   block = std::min(block, x.size(0));
   data_like(dx, x, "dx", "x");
-  float* total = contiguous_data(dkernels, "dkernels", kernels.numel());
+  data_like(dweight, weight, "dweight", "weight");
+  const Tensor kernels = to_kernels(weight, tile_kernels().turned_weights_to_planes);
   // Each thread's sums, by its first image, so that they are added in one order.
   std::map<int64_t, std::shared_ptr<const float>> sums;
   std::mutex adding;
@@ -175,17 +188,20 @@ void winograd_backward(const Tensor& dy, const Tensor& x, const Tensor& kernels,
     std::lock_guard lock(adding);
     sums[first] = scratch_sums.memory;
   });
+  const Tensor dkernels = scratch_total.tensor(36, dy.size(1), x.size(1));
+  float* total = static_cast<float*>(dkernels.data_ptr());
   in_parallel(dkernels.numel(), 1, [&](int64_t first, int64_t last) {
     std::fill(total + first, total + last, 0.0f);
     for (const auto& [_, sum] : sums)
       for (int64_t i = first; i < last; ++i) total[i] += sum.get()[i];
   });
+  Part{dweight, 0, dweight.size(0)}.run(tile_kernels().planes_to_weights, dkernels, nullptr);
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pegasus_step, m) {
-  m.def("winograd(Tensor x, Tensor kernels, Tensor bias, Tensor(a!) y, int block) -> ()");
+  m.def("winograd(Tensor x, Tensor weight, Tensor bias, Tensor(a!) y, int block) -> ()");
   m.def(
-      "winograd_backward(Tensor dy, Tensor x, Tensor kernels, Tensor(a!) dx, Tensor(b!) dkernels,"
+      "winograd_backward(Tensor dy, Tensor x, Tensor weight, Tensor(a!) dx, Tensor(b!) dweight,"
       " int block) -> ()");
 }
 

@@ -4,8 +4,9 @@
 //
 // 4 x 4 outputs of a channel depend on 6 x 6 inputs d. They are A' [G w G' * B' d B] A for the
 // kernel w: 36 products instead of 144, which over all channels are 36 matrix products. Here are
-// B' d B, A' m A and, of an output's gradient, A y A', with which the kernel's gradient is
-// G' [A y A' * B' d B] G. Points 0, 1, -1, 2, -2 and infinity. The caller transforms kernels by G.
+// B' d B, G w G', A' m A and, of an output's gradient, A y A', with which the kernel's gradient is
+// G' [A y A' * B' d B] G. Points 0, 1, -1, 2, -2 and infinity. Weights (K, 3, 3, C) are taken for K
+// images of one tile.
 #include "../reparam/vectors.h"
 #include "kernels.h"
 
@@ -14,6 +15,7 @@ namespace pegasus::PEGASUS_LEVEL {
 // One dimension of a transform: `inputs` vectors to `outputs`, `step` apart in both arrays.
 struct InputTransform {  // B'
   static constexpr int inputs = 6, outputs = 6;
+  static constexpr int tile = 4;    // pixels from one tile to the next
   static constexpr int margin = 1;  // pixels read before and behind the tile
   static PEGASUS_INLINE void run(const Vector* d, Vector* y, int step) {
     const Vector a = d[4 * step] - 4.0f * d[2 * step];
@@ -44,7 +46,7 @@ struct OutputTransform {  // A'
 };
 
 struct GradientTransform {  // A
-  static constexpr int inputs = 4, outputs = 6, margin = 0;
+  static constexpr int inputs = 4, outputs = 6, tile = 4, margin = 0;
   static PEGASUS_INLINE void run(const Vector* d, Vector* y, int step) {
     const Vector a = d[0] + d[2 * step];
     const Vector b = d[step] + d[3 * step];
@@ -56,6 +58,38 @@ struct GradientTransform {  // A
     y[3 * step] = e + f;
     y[4 * step] = e - f;
     y[5 * step] = d[3 * step];
+  }
+};
+
+template <bool turned>  // by half a turn, for the gradient of inputs
+struct WeightTransform {  // G
+  static constexpr int inputs = 3, outputs = 6, tile = 3, margin = 0;
+  static PEGASUS_INLINE void run(const Vector* w, Vector* y, int step) {
+    const Vector first = w[turned ? 2 * step : 0];
+    const Vector last = w[turned ? 0 : 2 * step];
+    const Vector a = (-1 / 6.0f) * (first + last);
+    const Vector b = (-1 / 6.0f) * w[step];
+    const Vector e = (1 / 24.0f) * first + (1 / 6.0f) * last;
+    const Vector f = (1 / 12.0f) * w[step];
+    y[0] = 0.25f * first;
+    y[step] = a + b;
+    y[2 * step] = a - b;
+    y[3 * step] = e + f;
+    y[4 * step] = e - f;
+    y[5 * step] = last;
+  }
+};
+
+struct WeightGradientTransform {  // G'
+  static constexpr int inputs = 6, outputs = 3;
+  static PEGASUS_INLINE void run(const Vector* m, Vector* y, int step) {
+    const Vector a = (-1 / 6.0f) * (m[step] + m[2 * step]);
+    const Vector b = (-1 / 6.0f) * (m[step] - m[2 * step]);
+    const Vector e = m[3 * step] + m[4 * step];
+    const Vector f = m[3 * step] - m[4 * step];
+    y[0] = 0.25f * m[0] + a + (1 / 24.0f) * e;
+    y[step] = b + (1 / 12.0f) * f;
+    y[2 * step] = a + (1 / 6.0f) * e + m[5 * step];
   }
 };
 
@@ -76,8 +110,8 @@ static PEGASUS_INLINE float* pixel(const Tiles& a, int64_t image, int64_t row, i
   return a.images + ((image * a.rows + row) * a.columns + column) * a.channels;
 }
 
-static PEGASUS_INLINE int64_t tiles_per_image(const Tiles& a) {
-  return (a.rows / 4) * (a.columns / 4);
+static PEGASUS_INLINE int64_t tiles_per_image(const Tiles& a, int tile) {
+  return (a.rows / tile) * (a.columns / tile);
 }
 
 // One tile's numbers of all channels, from its pixels to the planes from `to` on.
@@ -106,13 +140,14 @@ template <class Transform>
 static __attribute__((noinline)) void to_planes(const Tiles& arguments, int64_t first,
                                                 int64_t last) {
   constexpr int inputs = Transform::inputs;
+  constexpr int tile = Transform::tile;
   constexpr int margin = Transform::margin;
   const Tiles a = arguments;  // a copy, which the compiler knows that no store changes
   const float* pixels[inputs * inputs];
-  float* to = a.planes + first * tiles_per_image(a) * a.channels;
+  float* to = a.planes + first * tiles_per_image(a, tile) * a.channels;
   for (int64_t image = first; image < last; ++image)
-    for (int64_t row = -margin; row + 4 <= a.rows; row += 4)
-      for (int64_t column = -margin; column + 4 <= a.columns; column += 4) {
+    for (int64_t row = -margin; row + tile <= a.rows; row += tile)
+      for (int64_t column = -margin; column + tile <= a.columns; column += tile) {
         for (int i = 0; i < inputs * inputs; ++i) {
           const int64_t y = row + i / inputs;
           const int64_t x = column + i % inputs;
@@ -125,25 +160,27 @@ static __attribute__((noinline)) void to_planes(const Tiles& arguments, int64_t 
 }
 
 // Planes to images, plus the bias.
+template <class Transform>
 static __attribute__((noinline)) void to_outputs(const Tiles& arguments, int64_t first,
                                                  int64_t last) {
+  constexpr int tile = Transform::outputs;
   const Tiles a = arguments;
-  const float* from = a.planes + first * tiles_per_image(a) * a.channels;
+  const float* from = a.planes + first * tiles_per_image(a, tile) * a.channels;
   for (int64_t image = first; image < last; ++image)
-    for (int64_t row = 0; row < a.rows; row += 4)
-      for (int64_t column = 0; column < a.columns; column += 4, from += a.channels)
+    for (int64_t row = 0; row < a.rows; row += tile)
+      for (int64_t column = 0; column < a.columns; column += tile, from += a.channels)
         for (int64_t c = 0; c < a.channels; c += width) {
           Vector in[36];
-          Vector out[16];
+          Vector out[tile * tile];
           Vector bias = {};
           if (a.bias) bias = load<Vector, Float32>(a.bias + c);
           PEGASUS_UNROLL
           for (int plane = 0; plane < 36; ++plane)
             in[plane] = load<Vector, Float32>(from + plane * a.stride + c);
-          transform<OutputTransform>(in, out);
+          transform<Transform>(in, out);
           PEGASUS_UNROLL
-          for (int i = 0; i < 16; ++i) {
-            float* to = pixel(a, image, row + i / 4, column + i % 4) + c;
+          for (int i = 0; i < tile * tile; ++i) {
+            float* to = pixel(a, image, row + i / tile, column + i % tile) + c;
             store<Vector, Float32>(to, out[i] + bias);
           }
         }
@@ -155,7 +192,10 @@ extern const TileKernels tile_kernels = {
     PEGASUS_LEVEL_NAME,
     in_state<flushing, to_planes<InputTransform>>,
     in_state<flushing, to_planes<GradientTransform>>,
-    in_state<flushing, to_outputs>,
+    in_state<flushing, to_outputs<OutputTransform>>,
+    in_state<flushing, to_planes<WeightTransform<false>>>,
+    in_state<flushing, to_planes<WeightTransform<true>>>,
+    in_state<flushing, to_outputs<WeightGradientTransform>>,
 };
 
 }  // namespace pegasus::PEGASUS_LEVEL

@@ -5,15 +5,12 @@ it are one pass, for images with channels innermost, the layout in which convolu
 fastest. docs/notes.md has what each brings. Without the extension `pegasus_step`, or on
 a GPU, networks stay as they are.
 """
-import math
 import os
-import threading
 
 from pegasus.models.flow_prior import ModulatedNorm
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 available = False
 if os.environ.get("PEGASUS_EXTENSION", "1") != "0":
@@ -27,11 +24,6 @@ if os.environ.get("PEGASUS_EXTENSION", "1") != "0":
 ops = torch.ops.pegasus_step
 LANES = 16  # channels have to be a multiple
 BLOCK = 2**17  # floats of Winograd planes that a thread takes at a time: its cache
-G = torch.tensor(  # Winograd's, for tiles of 4 x 4; see csrc/step/winograd_kernels.cpp
-    [[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]
-)
-G2 = torch.kron(G / 24, G / 24)  # in both directions: kernels (9, ...) to (36, ...)
-SCRATCH = threading.local()  # tensors by name
 
 
 class NormSiLUFunction(torch.autograd.Function):
@@ -104,28 +96,6 @@ class FastModulatedNorm(ModulatedNorm):
         return silu_group_norm(x, self.groups, scale, shift, self.eps)
 
 
-def scratch(name: str, *shape: int) -> Tensor:
-    """Return a thread's float32 scratch memory for one purpose, reused.
-
-    Fresh pieces leave gaps, 30 MB of them in the end.
-    """
-    size = math.prod(shape)
-    memory = vars(SCRATCH).get(name)
-    if memory is None or memory.numel() < size:
-        # a plain tensor, whatever mode this caller is in: it is kept for others
-        with torch.inference_mode(False), _disable_current_modes():
-            memory = torch.empty(size, dtype=torch.float32, device="cpu")
-        setattr(SCRATCH, name, memory)
-    return memory[:size].view(shape)
-
-
-def winograd_kernels(weight: Tensor, transform: Tensor) -> Tensor:
-    """Transform a weight (K, C, 3, 3) by a matrix (36, 9) to kernels (36, K, C)."""
-    k, c = weight.shape[:2]
-    rows = scratch("rows", 3, 3, k, c).copy_(weight.permute(2, 3, 0, 1)).view(9, -1)
-    return torch.mm(transform, rows, out=scratch("kernels", 36, k * c)).view(36, k, c)
-
-
 def images_per_block(x: Tensor, weight: Tensor) -> int:
     """Return how many images (B, C, H, W) to take at a time."""
     places = x[0, 0].numel()
@@ -141,30 +111,24 @@ class WinogradFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias):
+        weight = weight.contiguous(memory_format=torch.channels_last)
         ctx.save_for_backward(x, weight)
         ctx.has_bias = len(bias) > 0
         shape = (len(x), len(weight), *x.shape[2:])
         y = torch.empty(
             shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last
         )
-        kernels = winograd_kernels(weight, G2).transpose(1, 2)
-        ops.winograd(x, kernels, bias, y, images_per_block(x, weight))
+        ops.winograd(x, weight, bias, y, images_per_block(x, weight))
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        k, c = weight.shape[:2]
         dy = dy.contiguous(memory_format=torch.channels_last)
         dx = torch.empty_like(x)
-        kernels = winograd_kernels(weight, G2.flip(1))  # turned by half a turn
-        dkernels = scratch("dkernels", 36, k * c)
-        block = images_per_block(x, weight)
-        ops.winograd_backward(dy, x, kernels, dx, dkernels, block)
-        rows = scratch("rows", 3, 3, k, c)
-        torch.mm(G2.T, dkernels, out=rows.view(9, -1))
-        dweight = torch.empty_like(weight).copy_(rows.permute(2, 3, 0, 1))
+        dweight = torch.empty_like(weight)
+        ops.winograd_backward(dy, x, weight, dx, dweight, images_per_block(x, weight))
         dbias = dy.sum((0, 2, 3)) if ctx.has_bias else weight.new_empty(0)
         return dx, dweight, dbias
 

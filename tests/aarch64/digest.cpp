@@ -133,6 +133,16 @@ void tiles() {
   show("gradients", planes);
   baseline::tile_kernels.planes_to_outputs(a, 0, images);
   show("outputs", x);
+  const int64_t weights = 5;
+  auto w = numbers<float>(weights * 9 * channels);
+  const Tiles b{w.data(), planes.data(), nullptr, nullptr, 3, 3, channels, weights * channels};
+  planes.assign(36 * b.stride, 0.0f);
+  baseline::tile_kernels.weights_to_planes(b, 0, weights);
+  show("weights", planes);
+  baseline::tile_kernels.turned_weights_to_planes(b, 0, weights);
+  show("turned", planes);
+  baseline::tile_kernels.planes_to_weights(b, 0, weights);
+  show("gradients", w);
   std::printf("\n");
 }
 
