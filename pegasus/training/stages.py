@@ -69,12 +69,6 @@ def derived_seeds(seed: int, step: int, purposes: tuple[int, ...], where: str) -
     return device.to_device(seeds, where)
 
 
-def fit_gaussians(config: TrainConfig, data: Dataset, model: VAE) -> dict[str, list[Tensor]]:
-    """Return the Gaussians of the classes' latents as an autoencoder has them now."""
-    with device.autocast(config.device, config.precision):
-        return gaussians.fit_classes(model, data.images, data.labels, data.classes)
-
-
 class AutoencoderStage:
     """Encoder and decoder, trained on photographs."""
 
@@ -176,7 +170,9 @@ class AutoencoderStage:
 
     def fit_gaussians(self) -> dict[str, list[Tensor]]:
         """Return the Gaussians of the classes' latents as they are now."""
-        return fit_gaussians(self.config, self.data, self.network)
+        data = self.data
+        with device.autocast(self.config.device, self.config.precision):
+            return gaussians.fit_classes(self.network, data.images, data.labels, data.classes)
 
 
 class PriorStage:
@@ -205,8 +201,6 @@ class PriorStage:
         self.workers = workers
         self.first_epoch = first_stage_epochs(config)
         self.last_epoch = config.epochs
-        # first, for memory: before there are posteriors
-        self.fitted = fit_gaussians(config, data, model)
         self.posteriors = encode_all(model, data.images, config, config.flip)
         self.test_posteriors = encode_all(model, data.test_images, config)
         labels = gaussians.labels_with_coats(data.images, data.labels, data.classes)
@@ -294,8 +288,8 @@ class PriorStage:
         return {"train_loss": means[0], "test_loss": mean.item()}
 
     def fit_gaussians(self) -> dict[str, list[Tensor]]:
-        """Return the Gaussians of the classes' latents, which no longer change."""
-        return self.fitted
+        """Return none: a learned prior draws without."""
+        return {}
 
 
 # What train.py needs of a stage: name, first_epoch, last_epoch, network (what is trained),
