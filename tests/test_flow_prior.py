@@ -105,7 +105,8 @@ def test_guidance_is_the_sum_of_weighted_differences():
     two = 4 + z / 2
     weights = torch.tensor([[0.5], [3.0]])
     wanted = none + 0.7 * (one - none) + weights * (two - none)
-    assert guided({1: 0.7, 2: weights}).allclose(wanted)
+    torch.testing.assert_close(guided({1: 0.7, 2: weights}), wanted)
+    assert guided({1: weights, 2: 1 - weights}).allclose(two + weights * (one - two))
     assert guided({1: 1.0}).equal(one)
     assert guided({}).equal(none)
 
@@ -184,15 +185,12 @@ def test_a_state_for_drawing_holds_all_but_the_trained_velocity():
 
 
 def test_classes_hidden():
-    """15 % are none, the others in equal parts class and coat.
-
-    A function of seed and row alone.
-    """
+    """15 % are none, of the others 15 % the coat; a function of seed and row alone."""
     both = torch.tensor([[0, 2]]).repeat(20_000, 1)
     seed = torch.tensor(9)
     picked = flow_prior.choose_labels(both, 4, seed, 0)
     shares = [(picked == number).double().mean().item() for number in (4, 0, 2)]
-    assert shares == pytest.approx([0.15, 0.425, 0.425], abs=0.01)
+    assert shares == pytest.approx([0.15, 0.7225, 0.1275], abs=0.01)
     assert picked[100:].equal(flow_prior.choose_labels(both[100:], 4, seed, 100))
     assert not picked.equal(flow_prior.choose_labels(both, 4, torch.tensor(10), 0))
 
@@ -284,7 +282,7 @@ def test_gradients_are_of_the_weighted_loss():
     error = stage.matching_loss(toy, posteriors[:, rows], labels, times, seeds[0], 0)
     wanted = torch.autograd.grad((weights * error).sum() / 80, list(toy.parameters()))
     torch.testing.assert_close(got, wanted)
-    assert 2 in weights
+    assert weights.max() > 1
     assert sums[0].item() == pytest.approx(error.sum().item(), rel=1e-6)
 
 

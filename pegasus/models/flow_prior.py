@@ -24,6 +24,7 @@ CHUNK = 64  # latents that are drawn at a time
 CHANNELS = (96, 160)  # of the network, at 8 x 8 and at 4 x 4
 CONDITION = 128  # numbers that time and class become
 DROPPED = 0.15  # share of rows whose class is hidden in training
+COATED = 0.15  # share of the other rows with a coat that get it instead of their class
 
 Field = Callable[[Tensor, float], Tensor]  # velocities (B, d) of latents at a time
 
@@ -236,24 +237,23 @@ def choose_labels(
 ) -> Tensor:
     """Return each row's class, its coat or, for the share DROPPED, none; int64 (B,).
 
-    class_and_coat: class numbers (B, 2). Class and coat are as likely. Row i depends on
-    (seed, row_offset + i) alone.
+    class_and_coat: class numbers (B, 2). Row i depends on (seed, row_offset + i) alone.
     """
     words = reparam.words(len(class_and_coat), 1, seed, row_offset)
     chance = words[:, 0, 0] / 2**32
-    half = DROPPED + (1 - DROPPED) / 2
-    labels = torch.where(chance < half, class_and_coat[:, 0], class_and_coat[:, 1])
+    with_class = chance < 1 - (1 - DROPPED) * COATED
+    labels = torch.where(with_class, class_and_coat[:, 0], class_and_coat[:, 1])
     return torch.where(chance < DROPPED, unconditional, labels)
 
 
 def label_weights(labels: Tensor, class_and_coat: Tensor) -> Tensor:
-    """Return weights of the loss (B,): 2 for a row with a coat given its class, else 1.
+    """Return weights of the loss (B,), above 1 for a row with a coat given its class.
 
-    Such rows get that label half as often as those without a coat, and samples of the
+    Such rows get that label less often than those without a coat, and samples of the
     class would have few coats.
     """
     name, coat = class_and_coat.unbind(1)
-    return 1 + (labels == name) * (name != coat)
+    return 1 + (labels == name) * (name != coat) * COATED / (1 - COATED)
 
 
 def integrate(field: Field, z: Tensor, times: Sequence[float]) -> Tensor:
@@ -284,27 +284,19 @@ def guided_velocity(
     """Return v_any + sum_k w_k (v_k - v_any) as a function of latents and time.
 
     unconditional: the class number of "any". weights: of class numbers; a number, or
-    (B, 1) where images differ, or (B, d) where places of the grid do. A class alone at
-    weight 1, and no class at all, need one evaluation a call instead of several.
+    (B, 1) where images differ, or (B, d) where places of the grid do. What has no weight
+    is not evaluated, as "any" where those of classes sum to 1.
     """
-    unguided = all(isinstance(w, float) and w == 1 for w in weights.values())
-    single = len(weights) < 2 and unguided
-    numbers = [unconditional, *weights]
-    if single and weights:
-        numbers = list(weights)
+    shares = weights | {unconditional: 1 - sum(weights.values())}
+    shares = {k: w for k, w in shares.items() if torch.as_tensor(w).abs().max() > 1e-6}
+    numbers = list(shares)
 
     def field(z: Tensor, t: float) -> Tensor:
         classes = torch.tensor(numbers, device=z.device).repeat_interleave(len(z))
-        repeated = z.repeat(len(numbers), 1)
         times = z.new_full((len(classes),), t)
-        v = velocity(repeated, times, classes).view(len(numbers), *z.shape)
-        if single:
-            return v[0]
-        v_any = v[0]
-        differences = 0
-        for weight, v_class in zip(weights.values(), v[1:], strict=True):
-            differences = differences + weight * (v_class - v_any)
-        return v_any + differences
+        v = velocity(z.repeat(len(numbers), 1), times, classes)
+        parts = zip(shares.values(), v.view(len(numbers), *z.shape), strict=True)
+        return sum(share * v_class for share, v_class in parts)
 
     return field
 
