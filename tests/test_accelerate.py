@@ -216,6 +216,23 @@ def test_threads_have_scratch_memory_of_their_own():
 
 
 @built
+def test_a_layer_is_the_same_in_other_modes():
+    """What a thread keeps must not be of the mode in which it was first asked for."""
+    layer = WinogradConv2d(16, 16, 3, padding=1)
+    x = torch.randn(2, 16, 4, 4)
+    wanted = copied(layer)(x)
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        with mode():
+            torch.testing.assert_close(layer(x), wanted)
+        layer(x).sum().backward()
+    torch.set_default_dtype(torch.float64)
+    try:
+        torch.testing.assert_close(layer(x), wanted)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@built
 def test_flushing_of_denormals_does_not_reach_products():
     """They are to be the same in every thread."""
     generator = torch.Generator().manual_seed(3)

@@ -258,8 +258,9 @@ def toy_stage(velocity: nn.Module, **attributes: object) -> PriorStage:
     stage = PriorStage.__new__(PriorStage)
     stage.config = TrainConfig(device="cpu", precision="float32")
     stage.network = velocity
-    prior = {"normalize": lambda z: z, "std": torch.ones(()), "unconditional": 2, "ema": velocity}
-    stage.prior = SimpleNamespace(**prior)
+    stage.prior = SimpleNamespace(
+        normalize=lambda z: z, std=torch.ones(()), unconditional=2, ema=velocity
+    )
     stage.workers = Workers("cpu")
     for name, value in attributes.items():
         setattr(stage, name, value)

@@ -118,31 +118,30 @@ void norm(const char* name, bool bf16) {
   std::printf("\n");
 }
 
+void tile(const char* what, TilesKernel kernel, const Tiles& a, int64_t images,
+          const std::vector<float>& result) {
+  kernel(a, 0, images);
+  show(what, result);
+}
+
 void tiles() {
-  const int64_t images = 2, rows = 8, columns = 4, channels = 48;
+  const int64_t images = 2, rows = 8, columns = 4, channels = 48, weights = 5;
   const int64_t count = images * rows * columns / 16 * channels;
   auto x = numbers<float>(images * rows * columns * channels);
+  auto w = numbers<float>(weights * 9 * channels);
   const auto bias = numbers<float>(channels);
-  std::vector<float> planes(36 * count);
+  std::vector<float> planes(36 * count), kernels(36 * weights * channels);
   const std::vector<float> zeros(channels);
   const Tiles a{x.data(), planes.data(), bias.data(), zeros.data(), rows, columns, channels, count};
+  const Tiles b{w.data(), kernels.data(), nullptr, nullptr, 3, 3, channels, weights * channels};
+  const TileKernels& k = baseline::tile_kernels;
   std::printf("tiles");
-  baseline::tile_kernels.inputs_to_planes(a, 0, images);
-  show("inputs", planes);
-  baseline::tile_kernels.gradients_to_planes(a, 0, images);
-  show("gradients", planes);
-  baseline::tile_kernels.planes_to_outputs(a, 0, images);
-  show("outputs", x);
-  const int64_t weights = 5;
-  auto w = numbers<float>(weights * 9 * channels);
-  const Tiles b{w.data(), planes.data(), nullptr, nullptr, 3, 3, channels, weights * channels};
-  planes.assign(36 * b.stride, 0.0f);
-  baseline::tile_kernels.weights_to_planes(b, 0, weights);
-  show("weights", planes);
-  baseline::tile_kernels.turned_weights_to_planes(b, 0, weights);
-  show("turned", planes);
-  baseline::tile_kernels.planes_to_weights(b, 0, weights);
-  show("gradients", w);
+  tile("inputs", k.inputs_to_planes, a, images, planes);
+  tile("gradients", k.gradients_to_planes, a, images, planes);
+  tile("outputs", k.planes_to_outputs, a, images, x);
+  tile("weights", k.weights_to_planes, b, weights, kernels);
+  tile("turned", k.turned_weights_to_planes, b, weights, kernels);
+  tile("dweights", k.planes_to_weights, b, weights, w);
   std::printf("\n");
 }
 
