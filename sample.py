@@ -2,10 +2,9 @@
 
     python sample.py pegasus.pt out.png                         # 64 Pegasi
     python sample.py pegasus.pt out.png --mode horse            # 64 horses
-    python sample.py pegasus.pt out.png --mode morph            # from a horse to a bird
+    python sample.py pegasus.pt out.png --mode morph            # horse to Pegasus to bird
     python sample.py pegasus.pt out.png --best 8 --coat white   # 8 of 64, enlarged
     python sample.py pegasus.pt out.png --from photo.png        # of your own horse
-    python sample.py pegasus.pt out.png --no-composed --guidance 1.9  # without parts
 
 `make train` writes a checkpoint of your own to runs/pegasus/last.pt.
 """
@@ -18,7 +17,6 @@ from pegasus.drawing import plots
 from pegasus.drawing.sampler import (
     SampleConfig,
     Sampler,
-    is_composed,
     load,
     page,
     sample,
@@ -59,7 +57,6 @@ def describe(sampler: Sampler, config: SampleConfig) -> dict[str, object]:
     if sampler.prior is not None:
         about["steps"] = config.steps
         about["guidance"] = config.guidance
-        about["composed"] = is_composed(sampler, config)
         if config.from_ is not None:
             about["from"] = config.from_
             about["keep"] = config.keep
@@ -73,10 +70,10 @@ def summary(sampler: Sampler, config: SampleConfig, about: dict[str, object]) ->
     count = f"{config.n} pictures"
     if config.best:
         count = f"the best {config.best} of {count}"
-    if config.mode == "pegasus" and sampler.prior is not None and sampler.parts is None:
+    if config.mode == "pegasus" and sampler.prior is not None and not sampler.has_pegasi:
         count += (
-            " without wings (this checkpoint has no parts for them: "
-            "train.py --resume --parts adds them)"
+            f" between {sampler.classes[0]} and {sampler.classes[1]}, hardly with wings "
+            "(judge 0 did not know the first class with the second's wings)"
         )
     settings = [f"{key} {value}" for key, value in about.items() if key != "Software"]
     return f"{config.out}: {count}, {', '.join(settings)}"

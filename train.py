@@ -19,10 +19,7 @@ from pathlib import Path
 from pegasus import checkpoint, cli, device
 from pegasus.cli import UserError
 from pegasus.data import datasets
-from pegasus.drawing import compose
-from pegasus.models import classifier
 from pegasus.training import cuda_graph, muon, run_dir
-from pegasus.training.accelerate import accelerate
 from pegasus.training.config import TrainConfig, resume_config
 from pegasus.training.distributed import Workers
 from pegasus.training.muon import Muon
@@ -35,8 +32,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Adam, Optimizer
-
-PREPARING = "drawing the parts of Pegasi; this takes minutes; --resume does it if cut off"
 
 
 def make_optimizers(stage: Stage) -> list[Optimizer]:
@@ -70,11 +65,17 @@ def restore_optimizers(optimizers: list[Optimizer], moments: list[dict]) -> None
                 optimizer.state[weight][name] = torch.empty_like(like).copy_(moment)
 
 
-def batches(run: Run) -> list[tuple[Tensor, Tensor | None]]:
-    """Return what is left of an epoch: rows of the images, and which are mirrored."""
+def batches(run: Run, stage: Stage) -> list[tuple[Tensor, Tensor | None]]:
+    """Return what is left of an epoch: rows of the images, and which are mirrored.
+
+    Where an epoch takes some of a stage's images, the next takes others, until (nearly) all
+    had their turn.
+    """
     config = run.config
-    order = epoch_order(config.seed, run.epoch, run.image_count).to(config.device)
-    rows = order.split(config.batch_size)
+    n = run.image_count
+    turn, part = divmod(run.epoch, stage.image_count // n)
+    order = epoch_order(config.seed, turn, stage.image_count)[part * n : (part + 1) * n]
+    rows = order.to(config.device).split(config.batch_size)
     mirrored = [None] * len(rows)
     if config.flip:
         flips = epoch_flips(config.seed, run.epoch, run.image_count).to(config.device)
@@ -165,7 +166,7 @@ def train_stage(run: Run, stage: Stage, optimizers: list, workers: Workers, stop
     epochs = (stage.last_epoch, run.config.epochs)
     display = Progress(*epochs, run.image_count, run.images_done, workers.leads)
     while run.epoch < stage.last_epoch:
-        for rows, mirrored in batches(run):
+        for rows, mirrored in batches(run, stage):
             step(rows, mirrored, *step_inputs(run, stage))
             run.step += 1
             run.guard.check(run.steps_done, run.steps_per_epoch, run.folder, stage.lr_flag)
@@ -179,13 +180,14 @@ def train_stage(run: Run, stage: Stage, optimizers: list, workers: Workers, stop
                 save(run, stage, optimizers, workers)
 
 
-def save(run: Run, stage: Stage, optimizers: list, workers: Workers) -> dict | None:
-    """Save checkpoint and pictures, in the first process alone; return the state."""
-    return run.save(stage, optimizers) if workers.leads else None
+def save(run: Run, stage: Stage, optimizers: list, workers: Workers) -> None:
+    """Save checkpoint and pictures, in the first process alone."""
+    if workers.leads:
+        run.save(stage, optimizers)
 
 
-def train(run: Run, state: dict | None, workers: Workers, stop: StopSignal) -> dict | None:
-    """Train all epochs that are left; return the state of the last save.
+def train(run: Run, state: dict | None, workers: Workers, stop: StopSignal) -> None:
+    """Train all epochs that are left, and save.
 
     state: of the checkpoint to go on from; it is emptied.
     """
@@ -198,7 +200,7 @@ def train(run: Run, state: dict | None, workers: Workers, stop: StopSignal) -> d
         state.clear()  # frees what the networks have copied
     if workers.leads:
         run_dir.prepare(run.config, run.data, run.history)
-        print(run_dir.describe(run.config, run.data, run.image_count, run.epoch), flush=True)
+        print(run_dir.describe(run.config, run.data, run.photographs, run.epoch), flush=True)
     stop.listen()
     train_stage(run, stage, optimizers, workers, stop)
     while run.epoch < run.config.epochs and not stop.agreed:
@@ -206,7 +208,7 @@ def train(run: Run, state: dict | None, workers: Workers, stop: StopSignal) -> d
         optimizers = make_optimizers(stage)
         train_stage(run, stage, optimizers, workers, stop)
     stage.network.zero_grad()  # frees the gradients
-    return save(run, stage, optimizers, workers)
+    save(run, stage, optimizers, workers)
 
 
 def open_run(
@@ -234,20 +236,6 @@ def open_run(
     return run, state
 
 
-def finish(run: Run, state: dict) -> None:
-    """Put the parts of Pegasi into the checkpoint of a finished run.
-
-    state: of its last save, from which sample.py can draw without them already.
-    """
-    has_prior = state["phase"] == "prior" and len(run.data.classes) > 1
-    if run.config.parts and has_prior and state["bank"] is None:
-        print(PREPARING, flush=True)
-        judge = classifier.load(classifier.CHOOSING)
-        accelerate(judge)
-        state["bank"] = compose.prepare(run.model, run.prior, judge, run.data.classes)
-        run.write(state)
-
-
 def main(argv: list[str] | None = None) -> int:
     config, given = cli.parse(TrainConfig, argv, __doc__)
     workers = Workers(device.resolve_device(config.device))
@@ -258,15 +246,13 @@ def main(argv: list[str] | None = None) -> int:
     with run_dir.lock(folder) if workers.leads else contextlib.nullcontext():
         try:  # leave the group on errors too: its abort would hide them
             run, state = open_run(config, given, workers)
-            state = train(run, state, workers, stop)
+            train(run, state, workers, stop)
         finally:
             workers.leave()
+            stop.release()
         if workers.leads:
             stopped = ", then stopped; --resume goes on" if stop.agreed else ""
             print(f"{run.epoch} epochs done{stopped}: {folder}/last.pt and pictures")
-        if workers.leads and not stop.asked:
-            stop.release()
-            finish(run, state)
     return (128 + stop.agreed) if stop.agreed else 0  # as a shell reports a signal
 
 

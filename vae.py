@@ -6,8 +6,8 @@ Kingma and Welling (2014) with a squared error:
     loss(x) = sum (x - xhat)^2 + KL(N(mu, exp(logvar)) || N(0, I))
     xhat = decoder(z),  z ~ N(mu, exp(logvar)),  mu, logvar = encoder(x)
 
-That is `VAE("mlp", "mse")`. `VAE("conv", "gaussian", (8, 8, 8), center=True)` draws better:
-a residual network, a measured pixel variance, latents in 8 channels of 8 x 8.
+That is `VAE("mlp", "mse")`. `VAE("conv", "gaussian", (16, 8, 8), center=True)` draws better:
+a residual network, a measured pixel variance, latents in 16 channels of 8 x 8.
 AutoencoderStage.loss in pegasus/training/stages.py adds up the loss, in nats per image.
 Checkpoints rely on the names of modules here, variants.py on the encoder's last and the
 decoder's first layer, accelerate.py on GroupNorm followed by SiLU in nn.Sequential.
@@ -189,6 +189,11 @@ def squared_error(x: Tensor, xhat: Tensor) -> Tensor:
 def from_bytes(images: Tensor) -> Tensor:
     """Convert uint8 images to float32 in [0, 1]."""
     return images.float().div_(255)
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Round images to uint8; what is outside [0, 1] is cut off."""
+    return (images.clamp(0, 1) * 255).round().byte()
 
 
 def sampling_noise(n: int, size: int, seed: int) -> Tensor:

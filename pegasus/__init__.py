@@ -3,8 +3,9 @@
     cli, files, device       command lines, files written whole, where to compute
     checkpoint               save and load a run
     data/                    CIFAR-10's format, its download, the synthetic set
-    models/                  variants of the VAE, flow prior, Gaussians, classifier
-    drawing/                 pictures from a checkpoint, Pegasi, sheets and curves
+    models/                  variants of the VAE, flow prior, Gaussians, classifier,
+                             the Pegasi that a prior learns from
+    drawing/                 pictures from a checkpoint, sheets and curves
     training/                options of a run, its stages, its folder, its speed
     likelihoods, measures    what a model is measured by
     evaluate, paper, study, bench

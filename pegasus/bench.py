@@ -47,7 +47,7 @@ SHAPES = ((128, 128), (128, 512), (1024, 128), (8192, 128), (65536, 128))
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12, "bfloat16": 1.6e-2, "float16": 2e-3}
 NETWORKS = {  # options of train.py; what the usual loop trains
     "mlp": ("--arch mlp", ("mlp", "mse")),
-    "conv": ("--prior normal --latent 8x8x8", ("conv", "gaussian", (8, 8, 8))),
+    "conv": ("--prior normal --latent 8x8x16", ("conv", "gaussian", (16, 8, 8))),
     "prior": ("--prior learned --autoencoder-epochs 1", None),
 }
 
@@ -200,7 +200,7 @@ def our_speed(arguments: str, config: argparse.Namespace, folder: str) -> float:
     """Return images a second in the last of three epochs of train.py."""
     command = [sys.executable, str(TRAIN), *arguments.split(), "--epochs", "3"]
     command += ["--data", config.data, "--device", config.device]
-    command += ["--threads", str(config.threads), "--save-seconds", "1e9", "--no-parts"]
+    command += ["--threads", str(config.threads), "--save-seconds", "1e9"]
     command += ["--run", folder, "--overwrite"]
     status = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
     if status:

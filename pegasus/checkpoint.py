@@ -20,7 +20,7 @@ from pegasus.cli import UserError, option
 import torch
 from torch import Tensor
 
-FORMAT = 8
+FORMAT = 9
 TRAINING = ("optimizers", "velocity", "history", "totals", "skipped")  # not for drawing
 MISMATCHES = (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError)
 

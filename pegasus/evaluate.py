@@ -9,7 +9,6 @@ people's measures. Three judges report (pegasus/models/classifier.py) that never
 anything. Photographs spoiled on purpose show what each measure is worth.
 """
 import argparse
-import dataclasses
 import functools
 import json
 import math
@@ -28,7 +27,7 @@ from pegasus.data.datasets import Dataset
 from pegasus.drawing import plots
 from pegasus.drawing import sampler as sampling
 from pegasus.drawing.sampler import SampleConfig, Sampler
-from pegasus.models import classifier
+from pegasus.models import classifier, composites
 from pegasus.models.classifier import Classifier
 from pegasus.training.accelerate import accelerate
 
@@ -130,11 +129,10 @@ def add_lines(images: Tensor) -> Tensor:
 def draw(
     sampler: Sampler, mode: str, n: int, seed: int, guidance: float = 1.0
 ) -> Tensor:
-    """Draw n images of a mode; guidance: of a class. Each mode has its own noise."""
+    """Draw n images of a mode. Each mode has its own noise."""
     number = sampling.modes(sampler).index(mode)
-    config = SampleConfig(mode=mode, n=n, seed=reparam.derive_seed(seed, number, SAMPLES))
-    if mode in sampler.classes:
-        config = dataclasses.replace(config, guidance=guidance)
+    own_seed = reparam.derive_seed(seed, number, SAMPLES)
+    config = SampleConfig(mode=mode, n=n, seed=own_seed, guidance=guidance)
     return sampling.sample(sampler, config)
 
 
@@ -158,7 +156,8 @@ def drawn_sets(sampler: Sampler, config: EvaluateConfig) -> dict[str, ImageSet]:
     count = math.ceil(n / len(sampler.classes))
     sets = {}
     if "pegasus" in sampling.modes(sampler):
-        sets["pegasus"] = ImageSet(draw(sampler, "pegasus", count, config.seed), 0)
+        images = draw(sampler, "pegasus", count, config.seed, guidance)
+        sets["pegasus"] = ImageSet(images, 0)
     for label, name in enumerate(sampler.classes):
         images = draw(sampler, name, count, config.seed, guidance)
         sets[name] = ImageSet(images, label)
@@ -258,6 +257,51 @@ def make_reference(data: Dataset) -> Reference:
     )
 
 
+# ---- what has wings ----
+
+
+class Detector(NamedTuple):
+    """Tells pictures with wings from others by what the judges see."""
+    weights: Tensor
+    found: float  # share of composites of test photographs that it takes for winged
+    mistaken: float  # and of their bodies without wings
+
+    def share(self, judgements: list[Judgement]) -> float:
+        return measures.detected(self.weights, all_features(judgements))
+
+
+def all_features(judgements: list[Judgement]) -> Tensor:
+    """Return what all judges see in n images, (n, 336)."""
+    return torch.cat([said.features for said in judgements], 1)
+
+
+def features_of_composites(
+    model: vae.VAE, images: Tensor, labels: Tensor, classes: tuple[str, ...]
+) -> list[Tensor]:
+    """Return what judges see in composites, rebuilt by a model: with wings, and without."""
+    chooser = classifier.load(classifier.CHOOSING)
+    accelerate(chooser)
+    made = composites.make(images, labels, classes, chooser)
+    step = len(made.images) // 800 + 1
+    views = []
+    for pictures in (made.images[::step], made.bodies[::step]):
+        rebuilt = rebuild(model, vae.from_bytes(pictures))
+        views.append(all_features(judge(rebuilt)))
+    return views
+
+
+def make_detector(sampler: Sampler, data: Dataset) -> Detector | None:
+    """Return a detector of wings, from training photographs, where Pegasi are a class."""
+    if not sampler.has_pegasi:
+        return None
+    cli.show("judges look at composites")
+    training = (data.images, data.labels, data.classes)
+    weights = measures.detector(*features_of_composites(sampler.model, *training))
+    test = (data.test_images, data.test_labels, data.classes)
+    views = features_of_composites(sampler.model, *test)
+    return Detector(weights, *(measures.detected(weights, view) for view in views))
+
+
 # ---- figures of a set ----
 
 
@@ -319,6 +363,7 @@ def set_figures(
     judgements: list[Judgement],
     reference: Reference,
     classes: tuple[str, ...],
+    detector: Detector | None,
 ) -> dict[str, object]:
     """Return the measures of a set of images, but for its Frechet distance."""
     images, label = image_set
@@ -330,12 +375,16 @@ def set_figures(
         "deviation": variety.deviation,
         "correlation": variety.correlation,
         "near": near_share(reference, judgements),
+        "winged": detector.share(judgements) if detector else None,
         "called": called_shares(judgements, classes),
     }
 
 
 def compare(
-    sampler: Sampler, reference: Reference, config: EvaluateConfig
+    sampler: Sampler,
+    reference: Reference,
+    detector: Detector | None,
+    config: EvaluateConfig,
 ) -> dict[str, dict]:
     """Return the measures of each set of pictures, by the name of the table's row."""
     sets = {"rebuilt": ImageSet(rebuild(sampler.model, reference.images))}
@@ -347,11 +396,11 @@ def compare(
     cli.show("")
     classes = sampler.classes
     photographs = ImageSet(reference.images)
-    figures = set_figures(photographs, reference.judgements, reference, classes)
+    figures = set_figures(photographs, reference.judgements, reference, classes, detector)
     result = {"photographs": {"frechet": halves_figures(reference)} | figures}
     for name, (image_set, judgements) in judged.items():
         frechet = frechet_figures(reference, judgements, image_set.label)
-        figures = set_figures(image_set, judgements, reference, classes)
+        figures = set_figures(image_set, judgements, reference, classes, detector)
         result[name] = {"frechet": frechet} | figures
     return result
 
@@ -382,6 +431,7 @@ def report(
     sampler: Sampler, data: Dataset, reference: Reference, config: EvaluateConfig
 ) -> dict[str, dict]:
     """Return all figures, with the settings behind them."""
+    detector = make_detector(sampler, data)
     settings = {
         "model": sampler.about,
         "data": data.name,
@@ -394,11 +444,12 @@ def report(
         "training_photographs": len(data.images),
         "near": NEAR,
         "guidance": config.guidance,
+        "detector": detector and {"found": detector.found, "mistaken": detector.mistaken},
     }
     return {
         "settings": settings,
         "likelihood": measure_likelihoods(sampler, data, config),
-        "sets": compare(sampler, reference, config),
+        "sets": compare(sampler, reference, detector, config),
     }
 
 
@@ -423,7 +474,10 @@ Columns
   alike    median correlation of two pictures' upper parts. 0: unrelated; 1: one stamp.
   near     share nearer to some training photograph than {far:.0%} of the test photographs
            are, in the judges' features. More than {near:.0%}: copies. Odd pictures: none.
-  called   what the judges call them."""
+{winged}  called   what the judges call them."""
+WINGED = """  winged   share that a detector takes for winged. It learned from composites with and
+           without wings; of test photographs' it takes {found:.0%} and {mistaken:.0%} for such.
+"""
 
 
 def set_cells(name: str, figures: dict) -> list[str]:
@@ -436,6 +490,7 @@ def set_cells(name: str, figures: dict) -> list[str]:
         *(f"{share:.0%}" for share in figures["power"]),
         f"{figures['correlation']:.2f}",
         f"{figures['near']:.1%}",
+        *([] if figures["winged"] is None else [f"{figures['winged']:.0%}"]),
         *(f"{share:.0%}" for share in figures["called"].values()),
     ]
 
@@ -472,6 +527,7 @@ def describe_table(figures: dict) -> str:
         drawn=", ".join(modes),
         guidance=guidance,
         unguided=unguided,
+        winged=WINGED.format(**settings["detector"]) if settings["detector"] else "",
         near=settings["near"],
         far=1 - settings["near"],
     )
@@ -483,6 +539,7 @@ def table(figures: dict) -> str:
     classes = settings["classes"]
     model = ", ".join(f"{key} {value}" for key, value in settings["model"].items())
     heads = ["", "Frechet", "", "fine", "finest", "alike", "near"]
+    heads += ["winged"] if settings["detector"] else []
     rows = [heads + [f"called {name}" for name in classes]]
     rows += [set_cells(name, values) for name, values in figures["sets"].items()]
     notes = describe_table(figures)

@@ -102,3 +102,24 @@ def variety(images: Tensor) -> Variety:
     above = torch.triu_indices(n, n, offset=1)
     median = correlations.nan_to_num(1.0)[above[0], above[1]].median()
     return Variety(upper.std(0).mean().item(), median.item())
+
+
+def detector(present: Tensor, absent: Tensor) -> Tensor:
+    """Return weights (d + 1,) that tell features of two kinds (n, d) apart.
+
+    By ridge regression on 1 and -1; the last weight is a constant.
+    """
+    x = with_constant(torch.cat([present, absent]))
+    y = torch.cat([torch.ones(len(present)), -torch.ones(len(absent))]).double()
+    ridge = 1e-3 * len(x) * torch.eye(x.shape[1], dtype=torch.float64)
+    return torch.linalg.solve(x.T @ x + ridge, x.T @ y)
+
+
+def with_constant(features: Tensor) -> Tensor:
+    """Return features (n, d) and a column of ones, float64 (n, d + 1)."""
+    return torch.nn.functional.pad(features.double(), (0, 1), value=1.0)
+
+
+def detected(weights: Tensor, features: Tensor) -> float:
+    """Return the share of features (n, d) that a detector takes for the first kind."""
+    return (with_constant(features) @ weights > 0).double().mean().item()

@@ -150,7 +150,7 @@ def own_process_state() -> Iterator[None]:
 
 @pytest.fixture
 def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
-    """Let runs get SIGTERM after a step, counted from the start of the run, or no more."""
+    """Let runs get SIGTERM after a step, counted as Run.steps_done, or no more."""
     check = StepGuard.check
 
     def at(step: int | None) -> None:

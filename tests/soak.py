@@ -45,7 +45,7 @@ def measure(epochs: int) -> list[tuple[float, int]]:
         synthetic.write(data, train=625, test=125)  # four in five are horses or birds
         argv = ["--run", f"{folder}/run", "--data", str(data), "--arch", "mlp"]
         argv += ["--threads", "1", "--epochs", str(epochs), "--save-seconds", "5"]
-        train.main([*argv, "--no-parts"])
+        train.main(argv)
     return measured
 
 

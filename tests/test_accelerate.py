@@ -340,7 +340,7 @@ def test_which_layers_are_swapped():
         fits = sizes == ((3, 3), 64, 64) and torch.backends.mkl.is_available()
         assert isinstance(layer, WinogradConv2d) == fits
     assert len(convolutions) > 10
-    prior = FlowPrior((8, 8, 8), 2)
+    prior = FlowPrior((8, 8, 8), 7)
     accelerate(prior)
     assert type(prior.ema.middle[0].modulate) is FastModulatedNorm
     assert not any(p.requires_grad for p in prior.ema.parameters())

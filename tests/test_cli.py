@@ -118,7 +118,7 @@ def test_what_is_given_stands_beside_defaults():
     config = resolve(TrainConfig(arch="mlp", lr=0.5, flip=True))
     assert (config.lr, config.flip, config.schedule) == (0.5, True, "constant")
     conv = resolve(TrainConfig(arch="conv"))
-    assert (conv.likelihood, conv.prior, conv.latent) == ("gaussian", "learned", "8x8x8")
+    assert (conv.likelihood, conv.prior, conv.latent) == ("gaussian", "learned", "8x8x16")
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,6 @@ def test_options_of_a_run_pass_the_check_that_files_get():
         {"likelihood": "poisson"},
         {"flip": 1},
         {"center": 0},
-        {"parts": None},
         {"run": 3},
         {"seed": torch.tensor(3)},
     ],

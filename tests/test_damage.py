@@ -97,12 +97,12 @@ def evil_pickle(path: Path) -> None:
 
 DAMAGE = {
     "newer format": (
-        damaged(lambda s: s.update(format=9)),
-        "format 9, this program reads 8",
+        damaged(lambda s: s.update(format=10)),
+        "format 10, this program reads 9",
     ),
     "older format": (
-        damaged(lambda s: s.update(format=7)),
-        "format 7, this program reads 8",
+        damaged(lambda s: s.update(format=8)),
+        "format 8, this program reads 9",
     ),
     "other architecture": (
         damaged(other_architecture),
@@ -149,7 +149,7 @@ def set_moment(state: dict) -> None:
 NOT_RESUMED = {
     "no history": (lambda s: s.pop("history"), "'history'"),
     "no data": (lambda s: s.pop("data"), "'data'"),
-    "no parts": (lambda s: s.pop("bank"), "'bank'"),
+    "no number of composites": (lambda s: s.pop("composites"), "'composites'"),
     "epochs in words": (lambda s: s.update(epochs_done="many"), "str"),
     "more steps than an epoch's": (lambda s: s.update(step=10**6), "1000000 steps"),
     "a row too few": (lambda s: s["history"].pop(), "4 epochs"),
@@ -157,7 +157,7 @@ NOT_RESUMED = {
     "a row without a rate": (lambda s: s["history"][0].pop("test_rate"), "columns"),
     "a row of text": (lambda s: s["history"][0].update(test_loss="x"), "test_loss"),
     "other totals": (lambda s: s.update(totals=torch.zeros(5)), "size"),
-    "a number for parts": (lambda s: s.update(bank=5), "'items'"),
+    "words for composites": (lambda s: s.update(composites="many"), "'many'"),
     "no birds": (lambda s: s["densities"].pop("bird"), "horse, white horse, dark horse"),
     "a moment's shape": (set_moment, "differ in shape"),
     "an unknown option": (set_config(novelty=1), "novelty"),

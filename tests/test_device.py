@@ -10,7 +10,6 @@ import reparam
 import train
 from pegasus import checkpoint, device
 from pegasus.cli import UserError
-from pegasus.drawing import compose
 from pegasus.drawing.sampler import SampleConfig
 from pegasus.training import cuda_graph, run_dir
 
@@ -24,10 +23,7 @@ from torch import Tensor
 @pytest.fixture
 def few(small_network: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let runs show few pictures: what is computed where is the same for many."""
-    prepare = functools.partial(compose.prepare, draws=12, horses=2, birds=2)
     monkeypatch.setattr(run_dir, "SampleConfig", functools.partial(SampleConfig, n=4, steps=2))
-    monkeypatch.setattr(compose, "preview", functools.partial(compose.preview, n=4))
-    monkeypatch.setattr(compose, "prepare", prepare)
 
 
 @pytest.fixture
@@ -132,13 +128,13 @@ def test_a_run_keeps_its_tensors_on_the_gpu_and_resumes_there(
 ):
     with simulated.gpu(monkeypatch):
         assert train.main([*arguments, *network.split(), "--epochs", "2"]) == 0
-        argv = [*arguments, "--resume", "--epochs", "3", "--no-parts"]
+        argv = [*arguments, "--resume", "--epochs", "3"]
         assert train.main(argv) == 0
 
 
 def losses(arguments: list[str], place: str, tmp_path: Path) -> list[float]:
     """Return the test losses of two epochs, one of them the flow prior's."""
-    options = ["--epochs", "2", "--no-parts", "--overwrite", "--precision", "float32"]
+    options = ["--epochs", "2", "--overwrite", "--precision", "float32"]
     assert train.main([*arguments, *options, "--device", place]) == 0
     return [float(row["test_loss"]) for row in rows(tmp_path / "run" / "log.csv")]
 
@@ -152,10 +148,10 @@ def test_gpu_and_cpu_follow_one_curve(few, arguments, tmp_path, monkeypatch):
 
 def test_a_run_moves_from_the_gpu_to_the_cpu(few, arguments, monkeypatch):
     """Its moments come along."""
-    argv = [*arguments, "--prior", "normal", "--latent", "8x8x2", "--no-parts"]
+    argv = [*arguments, "--prior", "normal", "--latent", "8x8x2"]
     with simulated.gpu(monkeypatch):
         assert train.main([*argv, "--epochs", "1"]) == 0
-    resume = [*arguments, "--resume", "--no-parts", "--device", "cpu", "--epochs", "2"]
+    resume = [*arguments, "--resume", "--device", "cpu", "--epochs", "2"]
     assert train.main(resume) == 0
 
 
@@ -194,12 +190,12 @@ def test_a_real_gpu_follows_the_same_curve(few, arguments, tmp_path, monkeypatch
 
 
 @needs_a_gpu
-@pytest.mark.parametrize("step", [5, 9])  # of the autoencoder's 6, and of the prior's
+@pytest.mark.parametrize("step", [5, 8])  # of the autoencoder's 6, and of the prior's
 def test_a_run_on_a_real_gpu_goes_on_to_the_same_bits(
     few, arguments, tmp_path, monkeypatch, stop_at, step
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    command = [*arguments, "--epochs", "3", "--no-parts"]
+    command = [*arguments, "--epochs", "3"]
     assert train.main([*command, "--run", str(tmp_path / "whole")]) == 0
     stop_at(step)
     assert train.main(command) == 128 + 15

@@ -40,10 +40,10 @@ def curves(folder: Path) -> list[list[float]]:
 def options(folder: Path, batches: Path, *argv: object) -> list[str]:
     """Return options of a run in float32.
 
-    Batches of 38 give uneven shares, and 2 rows in the last.
+    Batches of 38 give uneven shares, and 2 rows in the autoencoder's last.
     """
     places = ["--run", folder, "--data", batches, "--threads", 1]
-    model = ["--arch", "conv", "--latent", "8x8x2", "--precision", "float32", "--no-parts"]
+    model = ["--arch", "conv", "--latent", "8x8x2", "--precision", "float32"]
     return [str(word) for word in ("--batch-size", 38, *places, *model, *argv)]
 
 
@@ -79,12 +79,12 @@ def free_port() -> int:
 
 
 def train_mlp(folder: Path, batches: Path, *argv: object) -> int:
-    command = ("--run", folder, "--data", batches, "--arch", "mlp", "--no-parts", *argv)
+    command = ("--run", folder, "--data", batches, "--arch", "mlp", *argv)
     return train.main([str(word) for word in command])
 
 
 def test_three_processes_follow_the_curve_of_one(batches, tmp_path, train_alone):
-    """In both stages; also where the last step leaves the first of them without a row."""
+    """In both stages; also where a last step leaves the first of them without a row."""
     process = start(3, tmp_path / "three", batches, "--epochs", 2)
     alone = train_alone(tmp_path / "alone", "--epochs", 2)
     output = process.communicate(timeout=240)[0]

@@ -8,6 +8,7 @@ from pegasus import checkpoint, evaluate
 from pegasus.cli import UserError
 from pegasus.data import datasets, synthetic
 from pegasus.evaluate import EvaluateConfig, Judgement
+from pegasus.models import composites
 
 import pytest
 import torch
@@ -209,16 +210,26 @@ def test_one_class_has_no_pegasus(batches, tmp_path, capsys):
     assert "pegasus  " not in said
 
 
-def test_guidance_is_of_classes_alone(monkeypatch):
-    """Composed Pegasi take none, and refuse any."""
+def test_each_mode_has_noise_of_its_own(monkeypatch):
     configs = []
     monkeypatch.setattr(evaluate.sampling, "modes", lambda s: ("pegasus", "morph", "horse"))
     monkeypatch.setattr(evaluate.sampling, "sample", lambda s, c: configs.append(c))
-    model = SimpleNamespace(classes=("horse", "bird"))
     for mode in ("pegasus", "horse"):
-        evaluate.draw(model, mode, 8, 0, guidance=3.0)
-    assert [config.guidance for config in configs] == [2.0, 3.0]
+        evaluate.draw(None, mode, 8, 0, guidance=3.0)
+    assert [config.guidance for config in configs] == [3.0, 3.0]
     assert configs[0].seed != configs[1].seed
+
+
+def test_a_detector_tells_composites_from_their_bodies(batches, monkeypatch):
+    """Also of photographs that it did not learn from."""
+    monkeypatch.setattr(composites, "BODIES", 0.5)
+    data = datasets.load(str(batches), "horse,bird")
+    model = SimpleNamespace(reconstruct=lambda images: images)
+    pegasi = SimpleNamespace(model=model, classes=data.classes, has_pegasi=True)
+    detector = evaluate.make_detector(pegasi, data)
+    assert detector.found > 0.8
+    assert detector.mistaken < 0.2
+    assert evaluate.make_detector(SimpleNamespace(has_pegasi=False), data) is None
 
 
 def test_few_images_have_no_distribution(batches):

@@ -12,6 +12,7 @@ from pegasus.training.stages import Batch, PriorStage
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 pytestmark = pytest.mark.usefixtures("small_network")
 SHAPE = (2, 8, 8)
@@ -34,11 +35,13 @@ def even(steps: int) -> list[float]:
     return [i / steps for i in range(steps + 1)]
 
 
-def test_a_new_velocity_is_zero_and_leaves_noise_as_it_was():
+def test_a_new_velocity_leaves_noise_as_it_was():
+    """It takes latents for N(0, I), so that all the way leads back."""
     z = torch.randn(5, 128)
     field = flow_prior.guided_velocity(make_velocity(), 3, {0: 2.0, 1: 0.5})
     with torch.no_grad():
-        assert flow_prior.integrate(field, z, even(7)).equal(z)
+        end = flow_prior.integrate(field, z, even(400))
+    torch.testing.assert_close(end, z, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("t", [0.0, 0.2, 0.5, 0.9, 1.0])
@@ -142,14 +145,11 @@ def test_attention_is_softmax_over_places():
     attention = flow_prior.Attention(16)
     nn.init.normal_(attention.out.weight)
     x = torch.randn(2, 16, 4, 4)
-    query, key, value = attention.inside(attention.norm(x)).flatten(2).chunk(3, 1)
-    parts = []
-    for head in range(4):
-        channels = slice(4 * head, 4 * head + 4)
-        scores = query[:, channels].mT @ key[:, channels] / 2
-        parts.append(value[:, channels] @ scores.softmax(2).mT)
-    y = torch.cat(parts, 1).view_as(x)
-    torch.testing.assert_close(attention(x), x + attention.out(y), rtol=1e-4, atol=1e-4)
+    places = attention.norm(x).view(2, 16, 16).mT
+    query, key, value = attention.inside(places).chunk(3, 2)
+    mixed = functional.scaled_dot_product_attention(query, key, value)
+    y = attention.out(mixed).mT.view_as(x)
+    torch.testing.assert_close(attention(x), x + y, rtol=1e-4, atol=1e-4)
 
 
 def test_normalized_latents_have_mean_zero_and_variance_one_in_each_channel():
@@ -186,20 +186,20 @@ def test_a_state_for_drawing_holds_all_but_the_trained_velocity():
 
 def test_classes_hidden():
     """15 % are none, of the others 15 % the coat; a function of seed and row alone."""
-    both = torch.tensor([[0, 2]]).repeat(20_000, 1)
+    choices = torch.tensor([[0, 2, 4]]).repeat(20_000, 1)
     seed = torch.tensor(9)
-    picked = flow_prior.choose_labels(both, 4, seed, 0)
+    picked = flow_prior.choose_labels(choices, seed, 0)
     shares = [(picked == number).double().mean().item() for number in (4, 0, 2)]
     assert shares == pytest.approx([0.15, 0.7225, 0.1275], abs=0.01)
-    assert picked[100:].equal(flow_prior.choose_labels(both[100:], 4, seed, 100))
-    assert not picked.equal(flow_prior.choose_labels(both, 4, torch.tensor(10), 0))
+    assert picked[100:].equal(flow_prior.choose_labels(choices[100:], seed, 100))
+    assert not picked.equal(flow_prior.choose_labels(choices, torch.tensor(10), 0))
 
 
 def test_images_with_and_without_a_coat_count_alike_for_their_class():
-    both = torch.tensor([[0, 2]]).repeat(20_000, 1)
-    both[::2, 1] = 0  # half of them have no coat
-    picked = flow_prior.choose_labels(both, 4, torch.tensor(9), 0)
-    weights = flow_prior.label_weights(picked, both)
+    choices = torch.tensor([[0, 2, 4]]).repeat(20_000, 1)
+    choices[::2, 1] = 0  # half of them have no coat
+    picked = flow_prior.choose_labels(choices, torch.tensor(9), 0)
+    weights = flow_prior.label_weights(picked, choices)
     of_class = weights * (picked == 0)
     without = of_class[::2].sum().item()
     assert without == pytest.approx(of_class[1::2].sum().item(), rel=0.03)
@@ -224,12 +224,12 @@ def test_the_average_is_weighted_by_a_power_of_the_step():
 
 
 @pytest.mark.parametrize("start", [0.0, 0.4])
-def test_samples_follow_the_average_in_chunks(start):
-    """70 latents at once are those of the solver alone; a tensor's weights keep their rows."""
+def test_samples_follow_the_average(start):
+    """Images have weights of their own."""
     prior = FlowPrior(SHAPE, 2)
     shake(prior.ema)
-    z = torch.randn(70, 128)
-    weights = {0: torch.rand(70, 1), 1: 0.5}
+    z = torch.randn(7, 128)
+    weights = {0: torch.rand(7, 1), 1: 0.5}
     got = flow_prior.sample_ode(prior, weights, z, start, 3)
     times = [start + (1 - start) * i / 3 for i in range(4)]
     field = flow_prior.guided_velocity(prior.ema, prior.unconditional, weights)
@@ -259,7 +259,7 @@ def toy_stage(velocity: nn.Module, **attributes: object) -> PriorStage:
     stage.config = TrainConfig(device="cpu", precision="float32")
     stage.network = velocity
     stage.prior = SimpleNamespace(
-        normalize=lambda z: z, std=torch.ones(()), unconditional=2, ema=velocity
+        normalize=lambda z: z, std=torch.ones(()), ema=velocity
     )
     stage.workers = Workers("cpu")
     for name, value in attributes.items():
@@ -271,14 +271,14 @@ def test_gradients_are_of_the_weighted_loss():
     torch.manual_seed(0)
     toy = Toy()
     rows = torch.arange(40) % 8
-    both = torch.tensor([[0, 1], [0, 0]] * 4)
+    choices = torch.tensor([[0, 1, 2], [0, 0, 2]] * 4)
     posteriors = torch.stack([torch.randn(8, 1), torch.zeros(8, 1)])
     seeds = torch.tensor([1, 2, 3])
-    stage = toy_stage(toy, posteriors=posteriors, labels=both)
+    stage = toy_stage(toy, posteriors=posteriors, choices=choices)
     loss, sums = stage.loss(Batch(rows, None, 80, 0, seeds, torch.tensor(0.0)))
     got = torch.autograd.grad(loss, list(toy.parameters()))
-    labels = flow_prior.choose_labels(both[rows], 2, seeds[2], 0)
-    weights = flow_prior.label_weights(labels, both[rows])
+    labels = flow_prior.choose_labels(choices[rows], seeds[2], 0)
+    weights = flow_prior.label_weights(labels, choices[rows])
     times = flow_prior.even_times(40, 80, seeds[1], 0)
     error = stage.matching_loss(toy, posteriors[:, rows], labels, times, seeds[0], 0)
     wanted = torch.autograd.grad((weights * error).sum() / 80, list(toy.parameters()))
@@ -316,11 +316,11 @@ def train_toy(toy: Toy) -> None:
     number = torch.arange(512) % 2
     mu = 3.0 * number[:, None] - 1.5
     posteriors = torch.stack([mu, torch.full((512, 1), math.log(0.25))])
-    both = number[:, None].repeat(1, 2)
+    choices = torch.stack([number, number, torch.full_like(number, 2)], 1)
     stage = toy_stage(toy)
     for step in range(1200):
         optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / 1200)
-        labels = flow_prior.choose_labels(both, 2, torch.tensor(step), 0)
+        labels = flow_prior.choose_labels(choices, torch.tensor(step), 0)
         noise_seed, time_seed = torch.tensor([2 * step, 2 * step + 1])
         times = flow_prior.even_times(512, 512, time_seed, 0)
         loss = stage.matching_loss(toy, posteriors, labels, times, noise_seed, 0).mean()

@@ -84,20 +84,6 @@ def test_classes_and_coats():
     assert not dark.allclose(fitted["white horse"][0], atol=1e-3)
 
 
-def test_class_numbers_of_photographs():
-    """The darkest horse is dark, the lightest white; others have their class twice."""
-    light = torch.arange(8, dtype=torch.uint8)[:, None, None, None] * 20
-    images = light.expand(-1, 3, 32, 32)
-    labels = torch.tensor([0, 1] * 4)
-    both = gaussians.labels_with_coats(images, labels, CLASSES)
-    assert both[:, 0].tolist() == [0, 1] * 4
-    assert both[:, 1].tolist() == [3, 1, 0, 1, 0, 1, 2, 1]
-    numbers = [gaussians.class_number(CLASSES, c) for c in ("any", "white", "dark")]
-    assert numbers == [0, 2, 3]
-    keys = [gaussians.coat_key("horse", coat) for coat in ("any", "white")]
-    assert keys == ["horse", "white horse"]
-
-
 @pytest.mark.parametrize("blend", [0.0, 0.3, 1.0])
 def test_product_is_the_product_of_the_densities(blend):
     """Against torch.distributions: the logarithms differ by one number for every z."""

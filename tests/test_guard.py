@@ -50,7 +50,7 @@ def spoil(steps):
 def command(folder: Path, batches: Path, epochs: int, *argv: str) -> list[str]:
     """Return options of a run of 4 steps an epoch, that goes on if it has begun."""
     places = ["--run", str(folder), "--data", str(batches), "--epochs", str(epochs)]
-    options = ["--batch-size", "50", "--arch", "mlp", "--flip", "--resume", "--no-parts"]
+    options = ["--batch-size", "50", "--arch", "mlp", "--flip", "--resume"]
     return [*places, *options, *argv]
 
 

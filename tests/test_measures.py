@@ -95,3 +95,16 @@ def test_nearest_distances():
     others = torch.tensor([[0.0, 1], [3, 4], [9, 9]])
     assert measures.nearest_distances(features, others).tolist() == pytest.approx([1, 0, 6.7082])
     assert measures.nearest_distances(features, features).tolist() == [0, 0, 0]
+
+
+def test_a_detector_is_the_best_line_between_two_gaussians():
+    """Fisher's: of N(m, I) and N(-m, I) it is wrong as often as N(0, 1) is beyond |m|."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, 4000, 8, generator=generator)
+    mean = torch.full((8,), 0.4)
+    weights = measures.detector(noise[0, :2000] + mean, noise[1, :2000] - mean)
+    found = measures.detected(weights, noise[0, 2000:] + mean)
+    mistaken = measures.detected(weights, noise[1, 2000:] - mean)
+    wrong = torch.special.ndtr(-mean.norm()).item()
+    assert 1 - found == pytest.approx(wrong, abs=0.02)
+    assert mistaken == pytest.approx(wrong, abs=0.02)

@@ -10,11 +10,12 @@ from dataclasses import replace
 import sample
 import train
 import vae
+from pegasus import measures
 from pegasus.cli import UserError
 from pegasus.data import cifar10
-from pegasus.drawing import compose, plots, sampler, wing_shapes
+from pegasus.drawing import plots, sampler
 from pegasus.drawing.sampler import SampleConfig, Sampler
-from pegasus.models import classifier, flow_prior, gaussians
+from pegasus.models import classifier, composites, flow_prior, gaussians
 from pegasus.models.classifier import pegasus_score
 from pegasus.models.gaussians import Gaussian
 
@@ -49,25 +50,22 @@ def plain(last):
 
 @pytest.fixture(scope="module")
 def flow():
-    """A sampler with a small flow prior of random weights and random parts."""
+    """A sampler with a small flow prior of random weights."""
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patched:  # other tests load whole networks
         patched.setattr(vae, "CHANNELS", (16, 16))
         patched.setattr(flow_prior, "CHANNELS", (16, 16))
         model = vae.VAE("conv", "gaussian", (2, 8, 8)).eval()
-        prior = flow_prior.FlowPrior(model.latent_shape, 2)
+        prior = flow_prior.FlowPrior(model.latent_shape, 7)
     for parameter in prior.ema.parameters():
         parameter.add_(0.05 * torch.randn(parameter.shape))
-    parts = {"birds": torch.randn(4, 128).half()}
-    for coat in ("any", "white", "dark"):
-        parts[coat] = torch.randn(5, 128).half()
     return Sampler(
         model=model,
         gaussians={},
         classes=("horse", "bird"),
         about={"model": "0" * 16, "data": "photographs", "prior": "learned"},
         prior=prior,
-        parts=parts,
+        has_pegasi=True,
         data={},
     )
 
@@ -181,26 +179,35 @@ def test_morph_keeps_its_amount_of_noise(plain):
 
 
 @pytest.mark.parametrize(
-    ("options", "wanted"),
+    ("mode", "options", "weights"),
     [
-        ({"mode": "bird"}, {1: 2.0}),
-        ({"mode": "horse", "coat": "dark", "guidance": 1.5}, {3: 1.5}),
-        ({"mode": "prior"}, {}),
-        ({"blend": 0.75, "guidance": 4.0, "coat": "white"}, {2: 6.0, 1: 2.0}),
+        ("pegasus", {}, {2: 2.0}),
+        ("pegasus", {"coat": "dark", "guidance": 3.0}, {6: 3.0}),
+        ("horse", {"coat": "white"}, {3: 2.0}),
+        ("bird", {}, {1: 2.0}),
+        ("prior", {}, {}),
     ],
 )
-def test_how_much_of_each_class_the_flow_follows(flow, options, wanted):
-    weights = sampler.class_weights(flow, SampleConfig(**options), torch.arange(4))
-    assert weights == wanted
+def test_a_mode_follows_its_class(flow, mode, options, weights):
+    config = SampleConfig(mode=mode, **options)
+    assert sampler.class_weights(flow, config, torch.arange(3)) == weights
 
 
-def test_in_morph_the_flow_goes_from_one_class_to_the_other(flow):
-    config = SampleConfig(mode="morph", columns=3)
-    weights = sampler.class_weights(flow, config, torch.arange(4))
-    assert {number: w.flatten().tolist() for number, w in weights.items()} == {
-        0: [2, 1, 0, 2],
-        1: [0, 1, 2, 0],
-    }
+def test_morph_leads_from_the_first_class_by_pegasus_to_the_second(flow):
+    config = SampleConfig(mode="morph", columns=5, coat="white", guidance=1.0)
+    weights = sampler.class_weights(flow, config, torch.arange(5))
+    shares = {number: weight[:, 0].tolist() for number, weight in weights.items()}
+    assert shares == {3: [1, 0.5, 0, 0, 0], 5: [0, 0.5, 1, 0.5, 0], 1: [0, 0, 0, 0.5, 1]}
+
+
+def test_without_a_class_of_their_own_pegasi_are_of_two(flow):
+    without = replace(flow, has_pegasi=False)
+    config = SampleConfig(blend=0.25, guidance=1.0)
+    assert sampler.class_weights(without, config, torch.arange(1)) == {0: 0.5, 1: 1.5}
+    config = replace(config, mode="morph", columns=3)
+    weights = sampler.class_weights(without, config, torch.arange(3))
+    assert weights[0][:, 0].tolist() == [1, 0.5, 0]
+    assert weights[1][:, 0].tolist() == [0, 0.5, 1]
 
 
 def test_guidance_and_coat_change_the_flow(flow):
@@ -267,38 +274,6 @@ def test_in_morph_a_row_of_the_sheet_begins_from_one_sample_of_a_picture(
     assert ((first[0] - second[0]) / std).abs().mean() > 0.5
 
 
-@pytest.mark.parametrize("coat", ["any", "dark"])
-@pytest.mark.parametrize("has_photo", [False, True])
-def test_pegasi_are_composed_where_there_are_parts(flow, tmp_path, coat, has_photo):
-    path = tmp_path / "photo.png"
-    save_photo(path)
-    photo = plots.read(path) if has_photo else None
-    source = str(path) if has_photo else None
-    z = latents(flow, "pegasus", 3, 2, coat=coat, from_=source)
-    wanted = compose.pegasus(
-        flow.model, flow.prior, flow.parts, flow.classes, 3, 2, coat, photo=photo
-    )
-    assert z.equal(wanted)
-    other = latents(flow, "pegasus", 3, 2, coat=coat, composed=False)
-    assert not other.allclose(z, atol=0.1)
-
-
-@pytest.mark.parametrize(
-    "change", [{"guidance": 1.9}, {"blend": 0.6}, {"temperature": 0.5}, {"keep": 0.5}]
-)
-def test_no_option_takes_the_wings_away_silently(flow, change):
-    (name,) = change
-    with pytest.raises(UserError, match=f"--{name}: .*add --no-composed"):
-        sampler.sample(flow, SampleConfig(n=2, **change))
-    for config in (
-        SampleConfig(n=2, composed=False, **change),
-        SampleConfig(n=2, mode="horse", **change),
-    ):
-        sampler.check(flow, config)
-        assert not sampler.is_composed(flow, config)
-    sampler.check(replace(flow, parts=None), SampleConfig(n=2, **change))
-
-
 def probabilities(images):
     """By the judge that chooses: others report."""
     return classifier.classify(classifier.load(classifier.CHOOSING), images)[0]
@@ -312,7 +287,13 @@ def test_best_of_a_class_are_what_the_classifier_is_surest_of(plain):
     assert best.equal(images[order[:4]])
 
 
-def test_best_composed_pegasi_are_the_surest_horses(flow):
+def test_blend_is_refused_where_it_does_nothing(flow):
+    with pytest.raises(UserError, match="--blend: Pegasi are a class"):
+        sampler.sample(flow, SampleConfig(n=2, blend=0.6))
+    sampler.check(replace(flow, has_pegasi=False), SampleConfig(n=2, blend=0.6))
+
+
+def test_best_pegasi_of_a_class_have_the_surest_bodies(flow):
     config = SampleConfig(n=10, steps=4)
     images = sampler.sample(flow, config)
     order = probabilities(images)[:, HORSE].argsort(descending=True)
@@ -327,13 +308,14 @@ def test_best_pegasi_have_the_highest_score(plain):
     assert best.equal(images[score.argsort(descending=True)[:5]])
 
 
-@pytest.mark.parametrize(("coat", "sign"), [("white", 1), ("dark", -1)])
-def test_best_of_a_coat_have_the_score_and_the_coat(plain, coat, sign):
+@pytest.mark.parametrize("coat", ["white", "dark"])
+def test_best_of_a_coat_have_the_score_and_the_coat(plain, coat):
     config = SampleConfig(n=64, seed=3, coat=coat)
     images = sampler.sample(plain, config)
     best = sampler.sample(plain, replace(config, best=8))
-    light = [wing_shapes.coat_color(x).mean() for x in (best, images)]
-    assert sign * (light[0] - light[1]) > 0
+    number = ("white", "dark").index(coat)
+    like_the_coat = [composites.coat_scores(x)[number].mean() for x in (best, images)]
+    assert like_the_coat[0] > like_the_coat[1]
     like = []
     for x in (best, images):
         like.append(pegasus_score(probabilities(x), plain.classes).mean())
@@ -370,15 +352,13 @@ def test_what_a_picture_by_a_flow_prior_says(flow, tmp_path, monkeypatch, capsys
     out = tmp_path / "o.png"
     sample.main(["x.pt", str(out), "--n", "2", "--steps", "4"])
     about = png(out)[1]
-    assert about["composed"] == "True"
     assert about["steps"] == "4"
-    assert "without wings" not in capsys.readouterr().out
-    monkeypatch.setattr(sample, "load", lambda path: replace(flow, parts=None))
+    assert "hardly with wings" not in capsys.readouterr().out
+    monkeypatch.setattr(sample, "load", lambda path: replace(flow, has_pegasi=False))
     sample.main(["x.pt", str(out), "--n", "2", "--steps", "4", "--guidance", "1.9"])
     about = png(out)[1]
-    assert about["composed"] == "False"
     assert about["guidance"] == "1.9"
-    assert "2 pictures without wings" in capsys.readouterr().out
+    assert "2 pictures between horse and bird, hardly with wings" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -462,6 +442,5 @@ def test_the_checkpoint_that_comes_along():
     for coat in ("any", "white", "dark"):
         images = sampler.sample(source, SampleConfig(n=64, coat=coat))
         p = probabilities(images)
-        assert (p.argmax(1) == HORSE).double().mean() > 0.85
-        score = pegasus_score(p, source.classes)
-        assert score.mean() > 0.25  # with wings like a cloud 0.24
+        assert (p.argmax(1) == HORSE).double().mean() > 0.75
+        assert measures.variety(images).correlation < 0.5  # of one stamp 0.67

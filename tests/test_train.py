@@ -77,7 +77,7 @@ def test_the_logged_test_loss_is_that_of_the_checkpoint(run, batches):
 
 def test_a_checkpoint_says_what_it_is_of(run, batches):
     state = checkpoint.load(run / "last.pt")
-    assert state["format"] == checkpoint.FORMAT == 8
+    assert state["format"] == checkpoint.FORMAT == 9
     assert state["classes"] == ["horse", "bird"]
     assert state["data"]["folder"] == str(batches)
     position = [state[key] for key in ("phase", "epoch", "epochs_done", "step")]
@@ -104,7 +104,7 @@ inputs = train.step_inputs
 train.step_inputs = lambda *given: (time.sleep(0.02), inputs(*given))[1]
 cli.run(train.main)
 """
-LONG = ("--epochs", 24, "--flip", "--no-parts", "--resume")
+LONG = ("--epochs", 24, "--flip", "--resume")
 
 
 def start(folder: Path, batches: Path, *argv: object) -> subprocess.Popen:
@@ -193,7 +193,7 @@ cli.run(train.main)
 
 def test_a_run_without_the_extension(batches, tmp_path, small_network):
     """It warns of nothing that was asked for, and follows the same curve."""
-    options = ["--data", str(batches), "--latent", "8x8x2", "--epochs", "2", "--no-parts"]
+    options = ["--data", str(batches), "--latent", "8x8x2", "--epochs", "2"]
     options += ["--batch-size", "50", "--precision", "float32"]
     command = [sys.executable, "-c", PLAIN, "--run", str(tmp_path / "plain"), *options]
     env = os.environ | {"PEGASUS_EXTENSION": "0"}
@@ -283,10 +283,10 @@ def test_a_checkpoint_that_does_not_fit_is_told_in_one_sentence(
 
 def test_a_checkpoint_of_another_format(run, tmp_path, complaint):
     state = checkpoint.load(run / "last.pt")
-    for number in (7, 9):
+    for number in (8, 10):
         torch.save(state | {"format": number}, tmp_path / "last.pt")
         sentence = complaint(train.main, "--run", tmp_path, "--resume")
-        assert f"checkpoint format {number}, this program reads 8" in sentence
+        assert f"checkpoint format {number}, this program reads 9" in sentence
 
 
 def test_few_test_pictures(tmp_path):
@@ -363,7 +363,7 @@ def test_without_network_and_data_the_synthetic_set_is_announced_everywhere(
     Path("data").mkdir()
     Path("data/synthetic").symlink_to(batches)
     monkeypatch.setattr(datasets.Path, "resolve", lambda path: path)
-    train_mlp(tmp_path / "r", "--epochs", 1, "--no-parts")
+    train_mlp(tmp_path / "r", "--epochs", 1)
     assert "SYNTHETIC DATA" in capsys.readouterr().err
     state = checkpoint.load(tmp_path / "r" / "last.pt")
     assert state["data"]["name"] == "synthetic"

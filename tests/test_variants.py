@@ -238,7 +238,7 @@ def test_gaussians_are_fitted_behind_the_flow():
 
 
 def test_a_run_with_a_flow(batches, tmp_path, complaint):
-    argv = ["--run", str(tmp_path / "r"), "--arch", "mlp", "--no-parts"]
+    argv = ["--run", str(tmp_path / "r"), "--arch", "mlp"]
     train.main([*argv, "--data", str(batches), "--epochs", "1", "--flow", "2"])
     train.main([*argv, "--resume", "--epochs", "2"])
     loaded = sampler.load(tmp_path / "r" / "last.pt")
@@ -366,7 +366,7 @@ def test_a_training_step_reaches_all_of_the_prior(batches, tmp_path):
     workers = Workers("cpu")
     stage = run.next_stage(workers)
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
-    rows, mirrored = train.batches(run)[0]
+    rows, mirrored = train.batches(run, stage)[0]
     x = stages.gather(stage.images, rows, mirrored)
     seed = stages.derived_seeds(config.seed, 0, stage.purposes, "cpu")
     with torch.no_grad(), stages.device.autocast("cpu", config.precision):
@@ -533,7 +533,7 @@ def test_a_conditional_run(batches, tmp_path, complaint, stop_at):
     def run(name: str, *argv: str) -> int:
         place = ("--data", str(batches), "--run", str(tmp_path / name))
         model = ("--arch", "mlp", "--prior", "conditional", "--components", "3")
-        return train.main([*place, *model, "--no-parts", "--epochs", "2", *argv])
+        return train.main([*place, *model, "--epochs", "2", *argv])
 
     assert run("a") == 0
     stop_at(1)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import vae
 from pegasus import cli, files
 from pegasus.cli import UserError
 
@@ -93,7 +94,7 @@ def sheet(
     images: Tensor, columns: int = 8, scale: int = 4, gap: int = GAP
 ) -> Image.Image:
     """Lay out images (n, 3, h, w) in [0, 1] row by row, each `scale` times as large."""
-    tiles = (images.clamp(0, 1) * 255).round().byte()
+    tiles = vae.to_bytes(images)
     tiles = tiles.permute(0, 2, 3, 1).cpu().numpy()
     height = tiles.shape[1] * scale
     width = tiles.shape[2] * scale

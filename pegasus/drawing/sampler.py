@@ -1,8 +1,8 @@
 """Sample latents and images from a trained model, and lay them out on a sheet.
 
-Latents come from the flow prior where there is one; Pegasi then are composed of parts
-(compose.py) or follow a sum of two classes' velocities. Without a flow prior they come
-from Gaussians fitted to the latents of each class, and Pegasi from the product of two.
+Latents come from the flow prior where there is one; Pegasi are one of its classes. Without
+a flow prior they come from Gaussians fitted to the latents of each class, and Pegasi from
+the product of two.
 """
 import math
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ from pathlib import Path
 
 import reparam
 import vae
-from pegasus import checkpoint
-from pegasus.cli import UserError, flag_of, option
-from pegasus.drawing import compose, plots, wing_shapes
-from pegasus.models import classifier, gaussians, variants
+from pegasus import checkpoint, cli, device
+from pegasus.cli import UserError, option
+from pegasus.drawing import plots
+from pegasus.models import classifier, composites, gaussians, labels, variants
 from pegasus.models.flow_prior import FlowPrior, sample_ode
 from pegasus.models.gaussians import Gaussian
 from vae import VAE
@@ -23,12 +23,10 @@ from PIL import Image
 from torch import Tensor
 
 GAUSSIAN, POSTERIOR = range(2)  # purposes of derived seeds
+CHUNK = 64  # latents that are drawn at a time
 UNTRAINED = "drawn from the aggregate posterior: the learned prior is not trained yet"
-PREVIEW = (
-    "training pictures joined: the model draws its own Pegasi at the end of the run"
-)
+PREVIEW = "training pictures joined, and rebuilt: the prior learns Pegasi from such"
 SYNTHETIC_NAME = "synthetic"  # of data
-NOT_COMPOSED = ("blend", "guidance", "temperature", "keep")  # composed Pegasi have none
 
 
 @dataclass(frozen=True)
@@ -39,23 +37,23 @@ class SampleConfig:
     out: str = option("", "the PNG to write", positional=True)
     mode: str = option(
         "pegasus",
-        "pegasus: both horse and bird; morph: rows from a horse to a bird; the name of "
-        "one of the run's classes; prior: whatever the model makes of noise",
+        "pegasus: a winged horse; morph: rows from a horse to a Pegasus to a bird; the name "
+        "of one of the run's classes; prior: whatever the model makes of noise",
     )
     best: int = option(
         0,
-        "keep this many, enlarged: of a class's mode or composed Pegasi what the judge "
-        "is surest is that class, or a horse; else the most Pegasus-like; 0 keeps all",
+        "keep this many, enlarged: what the judge is surest is of the mode's class, of "
+        "Pegasi what has the surest body; else the most Pegasus-like; 0 keeps all",
         least=0,
     )
     n: int = option(64, "how many pictures to draw", least=1, most=65_536)
     blend: float = option(
         0.5,
-        "how much of the first class a Pegasus has that is not composed, 0 to 1",
+        "how much of the first class a Pegasus has where it is no class, 0 to 1",
         least=0.0,
         most=1.0,
     )
-    coat: str = option("any", "of the horse", choices=("any", *gaussians.COATS))
+    coat: str = option("any", "of the horse", choices=("any", *labels.COATS))
     guidance: float = option(
         2.0,
         "with a learned prior, weight of a class against any; 1: no guidance",
@@ -63,18 +61,13 @@ class SampleConfig:
     )
     from_: str | None = option(
         None,
-        "with a learned prior, a picture to begin from; a whole horse gets wings",
+        "with a learned prior, a picture to begin from, as of a horse to get wings",
     )
     keep: float = option(
         0.4,
-        "how much of that picture to keep where no Pegasi are composed, 0 to 1",
+        "how much of that picture to keep, 0 to 1",
         least=0.0,
         most=1.0,
-    )
-    composed: bool = option(
-        True,
-        "Pegasi of a horse's body and a bird's wings, where the model has the parts; "
-        "off: sums of velocities, by --blend, --guidance, --temperature and --keep",
     )
     steps: int = option(
         16, "of the integration of the learned prior", least=1, most=1000
@@ -98,7 +91,7 @@ class Sampler:
     classes: tuple[str, ...]
     about: dict[str, object]  # a PNG's text
     prior: FlowPrior | None  # once its training has begun
-    parts: dict[str, Tensor] | None  # of Pegasi, at the end of a run
+    has_pegasi: bool  # whether they are a class of the prior
     data: dict[str, str]  # folder and digest of what it was trained on
 
     @property
@@ -117,9 +110,6 @@ def digest(
     if prior is not None:
         for name, tensor in prior.drawing_state().items():
             tensors[f"prior {name}"] = tensor
-    if state["bank"] is not None:
-        for name, latents in state["bank"].items():
-            tensors[f"bank {name}"] = latents
     config = {"classes": state["classes"]}
     for key in ("arch", "likelihood", "latent", "flow", "center"):
         config[key] = state["config"][key]
@@ -130,16 +120,13 @@ def from_state(state: dict, model: VAE, prior: FlowPrior | None) -> Sampler:
     """Return the sampler of a run's state.
 
     Before its training begins a prior is left out: samples then come from Gaussians, and
-    pictures say so. Raises ValueError where parts or Gaussians don't fit.
+    pictures say so. Raises ValueError where Gaussians don't fit.
     """
     prior_state = "learned"
     if prior is not None and state["phase"] != "prior":
         prior = None
         prior_state = UNTRAINED
     fitted = {name: Gaussian(*pair) for name, pair in state["densities"].items()}
-    compose.check(state["bank"], model.latent_size)
-    if state["bank"] is not None and prior is None:
-        raise ValueError("parts of Pegasi without a learned prior")
     gaussians.check(fitted, state["classes"], model.latent_size, prior is not None)
     about = {
         "Software": "Pegasus VAE",
@@ -155,7 +142,7 @@ def from_state(state: dict, model: VAE, prior: FlowPrior | None) -> Sampler:
         classes=tuple(state["classes"]),
         about=about,
         prior=prior,
-        parts=state["bank"],
+        has_pegasi=prior is not None and state["composites"] > 0,
         data={key: str(state["data"][key]) for key in ("folder", "digest")},
     )
 
@@ -168,21 +155,16 @@ def load(path: Path) -> Sampler:
         model.load_state_dict(state["model"])
         prior = None
         if state["prior"]:
-            prior = FlowPrior(model.latent_shape, len(state["classes"]))
+            names = labels.names(state["classes"])
+            prior = FlowPrior(model.latent_shape, len(names))
             prior.load_drawing_state(state["prior"])
         return from_state(state, model, prior)
 
 
 def modes(sampler: Sampler) -> tuple[str, ...]:
     """Return what `--mode` may be: a Pegasus needs two classes."""
-    pair = ("pegasus", "morph") if len(sampler.classes) > 1 else ()
+    pair = (labels.PEGASUS, "morph") if len(sampler.classes) > 1 else ()
     return (*pair, *sampler.classes, "prior")
-
-
-def is_composed(sampler: Sampler, config: SampleConfig) -> bool:
-    """Return whether Pegasi are to be composed of parts."""
-    has_parts = sampler.parts is not None
-    return config.mode == "pegasus" and config.composed and has_parts
 
 
 def check_coat(sampler: Sampler, config: SampleConfig) -> None:
@@ -193,19 +175,6 @@ def check_coat(sampler: Sampler, config: SampleConfig) -> None:
         raise UserError(
             f"--coat: got {config.coat} with --mode {config.mode}, which has no "
             f"{first}; leave it out, or use one of the modes {', '.join(with_coat)}"
-        )
-
-
-def check_composed(sampler: Sampler, config: SampleConfig) -> None:
-    """Raise UserError for options that composed Pegasi would not follow."""
-    changed = []
-    for name in NOT_COMPOSED:
-        if getattr(config, name) != getattr(DEFAULTS, name):
-            changed.append(flag_of(name))
-    if changed and is_composed(sampler, config):
-        raise UserError(
-            f"{', '.join(changed)}: without effect on composed Pegasi; "
-            "add --no-composed, or leave it out"
         )
 
 
@@ -221,15 +190,16 @@ def check(sampler: Sampler, config: SampleConfig) -> None:
             "--from: this model has no learned prior, and nothing else can go on from "
             "a picture; leave it out"
         )
+    if sampler.has_pegasi and config.blend != DEFAULTS.blend:
+        raise UserError("--blend: Pegasi are a class of this model; leave it out")
     if config.best:
         classifier.load(classifier.CHOOSING)  # before minutes of drawing
     check_coat(sampler, config)
-    check_composed(sampler, config)
 
 
 def class_pair(sampler: Sampler, coat: str) -> tuple[Gaussian, Gaussian]:
     """Return the Gaussians of the first class, with a coat, and of the second."""
-    first = gaussians.coat_key(sampler.classes[0], coat)
+    first = labels.with_coat(sampler.classes[0], coat)
     return sampler.gaussians[first], sampler.gaussians[sampler.classes[1]]
 
 
@@ -301,9 +271,16 @@ def gaussian_latents(sampler: Sampler, config: SampleConfig) -> Tensor:
         first, second = class_pair(sampler, config.coat)
         gaussian = gaussians.product(first, second, config.blend)
     else:
-        gaussian = sampler.gaussians[gaussians.coat_key(config.mode, config.coat)]
+        gaussian = sampler.gaussians[labels.with_coat(config.mode, config.coat)]
     eps = sheet_noise(sampler, config, config.seed)
     return gaussians.sample(gaussian, eps, config.temperature)
+
+
+def morph_weights(share: Tensor, first: int, middle: int, last: int) -> dict[int, Tensor]:
+    """Return weights (n, 1) of three classes, one after the other as a share rises."""
+    start = (1 - 2 * share).clamp(min=0)
+    end = (2 * share - 1).clamp(min=0)
+    return {first: start, middle: 1 - start - end, last: end}
 
 
 def class_weights(
@@ -311,20 +288,39 @@ def class_weights(
 ) -> dict[int, float | Tensor]:
     """Return how much of each class number the flow follows for pictures number `rows`.
 
-    In mode morph weights (n, 1) change along a row of the sheet.
+    In mode morph weights (n, 1) change along a row of the sheet. Pegasi that are no class
+    are of the first two together.
     """
-    first = gaussians.class_number(sampler.classes, config.coat)
     if config.mode == "prior":
         return {}
-    if config.mode == "morph":
-        share = morph_share(rows, config.columns).to(sampler.device)
-        return {first: config.guidance * (1 - share), 1: config.guidance * share}
-    if config.mode == "pegasus":
-        weight = 2 * config.guidance
-        return {first: config.blend * weight, 1: (1 - config.blend) * weight}
-    if config.mode == sampler.classes[0]:
-        return {first: config.guidance}
-    return {sampler.classes.index(config.mode): config.guidance}
+    classes = sampler.classes
+    first = labels.number(classes, classes[0], config.coat)
+    share = morph_share(rows, config.columns).to(sampler.device)
+    if config.mode == "morph" and sampler.has_pegasi:
+        winged = labels.number(classes, labels.PEGASUS, config.coat)
+        weights = morph_weights(share, first, winged, 1)
+    elif config.mode == "morph":
+        weights = {first: 1 - share, 1: share}
+    elif config.mode == labels.PEGASUS and not sampler.has_pegasi:
+        weights = {first: 2 * config.blend, 1: 2 - 2 * config.blend}
+    else:
+        weights = {labels.number(classes, config.mode, config.coat): 1.0}
+    return {number: config.guidance * weight for number, weight in weights.items()}
+
+
+def begin_from(sampler: Sampler, config: SampleConfig, eps: Tensor) -> Tensor:
+    """Return latents (n, d) on the way from noise (n, d) to a picture's.
+
+    Its latents are samples: to the prior a mean is a latent like no other, of which little
+    is drawn anew.
+    """
+    photo = plots.read(Path(config.from_)).to(sampler.device)
+    with device.fast_autocast(photo):
+        mu, logvar = sampler.model.encode(photo)
+    seed = reparam.derive_seed(config.seed, 0, POSTERIOR)
+    noise = sheet_noise(sampler, config, seed).to(mu) * config.temperature
+    z = sampler.prior.normalize(mu + (logvar / 2).exp() * noise)
+    return torch.lerp(eps, z.cpu(), config.keep)
 
 
 def flow_latents(sampler: Sampler, config: SampleConfig) -> Tensor:
@@ -333,37 +329,16 @@ def flow_latents(sampler: Sampler, config: SampleConfig) -> Tensor:
     start = 0.0
     if config.from_ is not None:
         start = config.keep
-        photo = plots.read(Path(config.from_)).to(sampler.device)
-        posterior_seed = reparam.derive_seed(config.seed, 0, POSTERIOR)
-        posterior = sheet_noise(sampler, config, posterior_seed) * config.temperature
-        posterior = posterior.to(sampler.device)
-        z = compose.encode_sample(sampler.model, sampler.prior, photo, posterior)
-        eps = torch.lerp(eps, z.cpu(), start)
+        eps = begin_from(sampler, config, eps)
     z = []
-    for rows in compose.chunks(config.n, config.mode):
+    for rows in torch.arange(config.n).split(CHUNK):
+        cli.show(f"{config.mode}: {int(rows[0]):,} of {config.n:,} sampled")
         weights = class_weights(sampler, config, rows)
         noise = eps[rows].to(sampler.device)
         end = sample_ode(sampler.prior, weights, noise, start, config.steps)
         z.append(sampler.prior.denormalize(end).cpu())
+    cli.show("")
     return torch.cat(z)
-
-
-def composed_latents(sampler: Sampler, config: SampleConfig) -> Tensor:
-    """Sample latents of Pegasi composed of parts, or of a picture's horse and wings."""
-    photo = None
-    if config.from_ is not None:
-        photo = plots.read(Path(config.from_))
-    return compose.pegasus(
-        sampler.model,
-        sampler.prior,
-        sampler.parts,
-        sampler.classes,
-        config.n,
-        config.seed,
-        config.coat,
-        config.steps,
-        photo,
-    ).cpu()
 
 
 @torch.no_grad()
@@ -373,8 +348,6 @@ def latents(sampler: Sampler, config: SampleConfig) -> Tensor:
     Row i depends on (seed, i) alone; in mode morph on the seed, its row and its column
     of the sheet.
     """
-    if is_composed(sampler, config):
-        return composed_latents(sampler, config)
     if sampler.prior is not None:
         return flow_latents(sampler, config)
     if config.mode == "morph":
@@ -405,15 +378,15 @@ def rank(values: Tensor) -> Tensor:
 def ranking(sampler: Sampler, images: Tensor, config: SampleConfig) -> Tensor:
     """Return what `--best` goes by, (n,): the classifier's score, and the coat.
 
-    The score is the probability of a mode's class, or of a horse, which composed
-    Pegasi, having wings, may lack; else `pegasus_score`. With a coat it is the sum of
-    an image's ranks by score and by how light, or dark, the body is: neither has a unit
-    that the other knows.
+    The score is the probability of a mode's class, of Pegasi that are a class that of the
+    body's, as all have wings; else `pegasus_score`.
+    With a coat it is the sum of an image's ranks by score and by how white, or dark, the
+    body is: neither has a unit that the other knows.
     """
     classes = sampler.classes
     probabilities, _ = classifier.classify(classifier.load(classifier.CHOOSING), images)
     name = config.mode
-    if is_composed(sampler, config) or len(classes) < 2:
+    if len(classes) < 2 or (name == labels.PEGASUS and sampler.has_pegasi):
         name = classes[0]
     if name in classes:
         score = classifier.probability_of(probabilities, (name,))
@@ -421,10 +394,8 @@ def ranking(sampler: Sampler, images: Tensor, config: SampleConfig) -> Tensor:
         score = classifier.pegasus_score(probabilities, classes)
     if config.coat == "any":
         return score
-    light = wing_shapes.coat_color(images).mean(1)
-    if config.coat == "dark":
-        light = -light
-    return rank(score) + rank(light)
+    coat = composites.coat_scores(images)[labels.COATS.index(config.coat)]
+    return rank(score) + rank(coat)
 
 
 @torch.no_grad()

@@ -14,13 +14,11 @@ from collections.abc import Callable, Sequence
 
 import reparam
 from pegasus import device
-from pegasus.models import gaussians
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-CHUNK = 64  # latents that are drawn at a time
 CHANNELS = (96, 160)  # of the network, at 8 x 8 and at 4 x 4
 CONDITION = 128  # numbers that time and class become
 DROPPED = 0.15  # share of rows whose class is hidden in training
@@ -66,28 +64,33 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """x + attention over all places of norm(x), (B, channels, h, w)."""
 
-    def __init__(self, channels: int, heads: int = 4):
+    def __init__(self, channels: int):
         super().__init__()
-        self.heads = heads
         self.norm = nn.GroupNorm(8, channels)
-        self.inside = nn.Conv2d(channels, 3 * channels, 1)  # query, key and value
-        self.out = nn.Conv2d(channels, channels, 1)
+        self.inside = nn.Linear(channels, 3 * channels)  # query, key and value
+        self.out = nn.Linear(channels, channels)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = self.inside(self.norm(x.contiguous())).flatten(2).contiguous()
-        heads = qkv.unflatten(1, (3, self.heads, -1)).transpose(3, 4)
-        query, key, value = heads.unbind(1)  # (B, heads, places, channels of a head)
-        y = functional.scaled_dot_product_attention(query, key, value)
-        return x + self.out(y.transpose(2, 3).flatten(1, 2).view_as(x))
+        places = self.norm(x).flatten(2).mT  # (B, h w, channels)
+        query, key, value = self.inside(places).chunk(3, 2)
+        weights = (query @ key.mT / math.sqrt(key.shape[2])).softmax(2)
+        y = self.out(weights @ value)
+        return x + y.mT.view_as(x)
+
+
+def mix(linear: nn.Linear, x: Tensor) -> Tensor:
+    """Apply a linear layer to the channels of each place of x (B, C, h, w)."""
+    return linear(x.movedim(1, 3)).movedim(3, 1)
 
 
 class Velocity(nn.Module):
     """v(z, t, class) for latents on a grid: a U-net of 8 x 8 and 4 x 4.
 
-    Class numbers are 0 to `unconditional`, which stands for "any". At first v is zero
-    everywhere. Checkpoints know the layers by their names here.
+    Class numbers are 0 to `unconditional`, which stands for "any". The network adds to
+    the `direction` to N(0, 1), which is what latents without structure need, and at first
+    adds nothing. Checkpoints know the layers by their names here.
     """
 
     def __init__(self, latent_shape: tuple[int, int, int], unconditional: int):
@@ -100,11 +103,10 @@ class Velocity(nn.Module):
         self.name = nn.Embedding(unconditional + 1, CONDITION)  # of the class
         self.enter = nn.Conv2d(latent_shape[0], fine, 3, padding=1)
         self.down = nn.ModuleList(Block(fine) for _ in range(2))
-        self.shrink = nn.Conv2d(fine, coarse, 2, stride=2)
+        self.shrink = nn.Linear(4 * fine, coarse)  # of squares of 2 x 2
         self.middle = nn.ModuleList(Block(coarse) for _ in range(3))
         self.attention = Attention(coarse)
-        self.grow = nn.ConvTranspose2d(coarse, fine, 2, stride=2)
-        self.join = nn.Conv2d(2 * fine, fine, 1)
+        self.grow = nn.Linear(coarse, 4 * fine)
         self.up = nn.ModuleList(Block(fine) for _ in range(2))
         self.leave = nn.Sequential(
             nn.GroupNorm(8, fine), nn.SiLU(), nn.Conv2d(fine, latent_shape[0], 3, padding=1)
@@ -125,17 +127,21 @@ class Velocity(nn.Module):
         x = self.enter(z.unflatten(1, self.latent_shape))  # (B, fine, 8, 8)
         for block in self.down:
             x = block(x, condition)
-        y = self.middle[0](self.shrink(x), condition)  # (B, coarse, 4, 4)
-        y = self.attention(y)
+        y = mix(self.shrink, functional.pixel_unshuffle(x, 2))  # (B, coarse, 4, 4)
+        y = self.attention(self.middle[0](y, condition))
         for block in self.middle[1:]:
             y = block(y, condition)
-        x = self.join(torch.cat([x, self.grow(y)], 1))
+        x = x + functional.pixel_shuffle(mix(self.grow, y), 2)
         for block in self.up:
             x = block(x, condition)
-        return self.leave(x).float().flatten(1)
+        t = t[:, None]
+        deviation = (t.square() + (1 - t).square()).rsqrt()
+        return direction(z, t, 0.0, 1.0) + deviation * self.leave(x).float().flatten(1)
 
 
-def direction(z: Tensor, t: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+def direction(
+    z: Tensor, t: Tensor, mean: Tensor | float, variance: Tensor | float
+) -> Tensor:
     """Return the velocity that takes N(0, 1) at t = 0 to N(mean, variance) at t = 1.
 
     On the way it is N(t mean, (1 - t)^2 + t^2 variance): a Gaussian path, whose velocity
@@ -163,8 +169,7 @@ class FlowPrior(nn.Module):
 
     def __init__(self, latent_shape: tuple[int, int, int], classes: int):
         super().__init__()
-        # class numbers: the classes, the first one's coats, "any"
-        self.unconditional = classes + len(gaussians.COATS)
+        self.unconditional = classes  # the number of "any", behind those of the classes
         self.velocity = Velocity(latent_shape, self.unconditional)
         self.ema = copy.deepcopy(self.velocity).requires_grad_(False)
         size = math.prod(latent_shape)
@@ -232,27 +237,27 @@ class FlowPrior(nn.Module):
             average.lerp_(weight, rate)
 
 
-def choose_labels(
-    class_and_coat: Tensor, unconditional: int, seed: Tensor, row_offset: int
-) -> Tensor:
-    """Return each row's class, its coat or, for the share DROPPED, none; int64 (B,).
+def choose_labels(choices: Tensor, seed: Tensor, row_offset: int) -> Tensor:
+    """Return one of three class numbers of each row, int64 (B,).
 
-    class_and_coat: class numbers (B, 2). Row i depends on (seed, row_offset + i) alone.
+    choices: (B, 3), as labels.py has them. The third for the share DROPPED of the rows, of
+    the others the second, with a coat, for the share COATED, else the first. Row i depends
+    on (seed, row_offset + i) alone.
     """
-    words = reparam.words(len(class_and_coat), 1, seed, row_offset)
+    words = reparam.words(len(choices), 1, seed, row_offset)
     chance = words[:, 0, 0] / 2**32
-    with_class = chance < 1 - (1 - DROPPED) * COATED
-    labels = torch.where(with_class, class_and_coat[:, 0], class_and_coat[:, 1])
-    return torch.where(chance < DROPPED, unconditional, labels)
+    name, coat, hidden = choices.unbind(1)
+    labels = torch.where(chance < 1 - (1 - DROPPED) * COATED, name, coat)
+    return torch.where(chance < DROPPED, hidden, labels)
 
 
-def label_weights(labels: Tensor, class_and_coat: Tensor) -> Tensor:
+def label_weights(labels: Tensor, choices: Tensor) -> Tensor:
     """Return weights of the loss (B,), above 1 for a row with a coat given its class.
 
     Such rows get that label less often than those without a coat, and samples of the
     class would have few coats.
     """
-    name, coat = class_and_coat.unbind(1)
+    name, coat, _ = choices.unbind(1)
     return 1 + (labels == name) * (name != coat) * COATED / (1 - COATED)
 
 
@@ -284,8 +289,8 @@ def guided_velocity(
     """Return v_any + sum_k w_k (v_k - v_any) as a function of latents and time.
 
     unconditional: the class number of "any". weights: of class numbers; a number, or
-    (B, 1) where images differ, or (B, d) where places of the grid do. What has no weight
-    is not evaluated, as "any" where those of classes sum to 1.
+    (B, 1) where images differ. What has no weight is not evaluated, as "any" where those
+    of classes sum to 1.
     """
     shares = weights | {unconditional: 1 - sum(weights.values())}
     shares = {k: w for k, w in shares.items() if torch.as_tensor(w).abs().max() > 1e-6}
@@ -332,17 +337,8 @@ def sample_ode(
     start: float,
     steps: int,
 ) -> Tensor:
-    """Follow normalized latents (n, d) from time `start` to 1, CHUNK at a time.
-
-    weights: as `guided_velocity`, where tensors have a row for each latent.
-    """
+    """Follow normalized latents (n, d) from time `start` to 1; weights: `guided_velocity`."""
     times = [start + (1 - start) * i / steps for i in range(steps + 1)]
-    chunks = []
-    for rows in torch.arange(len(z), device=z.device).split(CHUNK):
-        chunk_weights = {}
-        for number, weight in weights.items():
-            chunk_weights[number] = weight[rows] if isinstance(weight, Tensor) else weight
-        field = guided_velocity(prior.ema, prior.unconditional, chunk_weights)
-        with device.fast_autocast(z):
-            chunks.append(integrate(field, z[rows], times))
-    return torch.cat(chunks)
+    field = guided_velocity(prior.ema, prior.unconditional, weights)
+    with device.fast_autocast(z):
+        return integrate(field, z, times)

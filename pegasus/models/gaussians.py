@@ -9,28 +9,17 @@ from typing import NamedTuple
 import vae
 from pegasus.cli import UserError
 from pegasus.data import cifar10
+from pegasus.models import labels
 from vae import VAE
 
 import torch
 from torch import Tensor
-
-COATS = ("white", "dark")
 
 
 class Gaussian(NamedTuple):
     """N(mean, covariance): (d,) and (d, d)."""
     mean: Tensor
     covariance: Tensor
-
-
-def coat_key(name: str, coat: str) -> str:
-    """Return a class's key among the Gaussians, of a coat or of "any"."""
-    return name if coat == "any" else f"{coat} {name}"
-
-
-def class_number(classes: tuple[str, ...], coat: str) -> int:
-    """Return the first class's number with a coat: 0 for "any", else after the classes."""
-    return 0 if coat == "any" else len(classes) + COATS.index(coat)
 
 
 def aggregate(mu: Tensor, within: Tensor) -> Gaussian:
@@ -50,28 +39,6 @@ def aggregate(mu: Tensor, within: Tensor) -> Gaussian:
     return Gaussian(mean, shrunk.diagonal_scatter(between.diagonal()) + within)
 
 
-def brightness(images: Tensor) -> Tensor:
-    """Return the mean of the central pixels, where most bodies are, float32 (n,)."""
-    return images[..., 10:22, 8:24].float().flatten(1).mean(1)
-
-
-def class_rows(images: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Tensor]:
-    """Return the rows (m,) of each class and of the first class's coats, on the CPU.
-
-    A coat is the lightest or darkest quarter.
-    """
-    rows = {}
-    for number, name in enumerate(classes):
-        rows[name] = (labels == number).cpu().nonzero()[:, 0]
-    first = rows[classes[0]]
-    light = brightness(images[first.to(images.device)]).cpu()
-    order = first[light.argsort(stable=True)]
-    quarter = max(len(order) // 4, 1)
-    rows[coat_key(classes[0], "white")] = order[-quarter:].sort().values
-    rows[coat_key(classes[0], "dark")] = order[:quarter].sort().values
-    return rows
-
-
 def check(
     gaussians: dict[str, Gaussian], classes: tuple[str, ...], size: int, optional: bool
 ) -> None:
@@ -79,7 +46,7 @@ def check(
 
     optional: nothing is drawn from the Gaussians, and there may be none.
     """
-    coats = {coat_key(classes[0], coat) for coat in COATS}
+    coats = {labels.with_coat(classes[0], coat) for coat in labels.COATS}
     complete = set(gaussians) == {*classes, *coats}
     absent = optional and not gaussians
     if not set(classes) <= set(cifar10.CLASSES) or not (complete or absent):
@@ -90,32 +57,20 @@ def check(
             raise ValueError(f"the Gaussian of {name} has shapes {shapes}")
 
 
-def labels_with_coats(images: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Tensor:
-    """Return two class numbers an image, int64 (n, 2): its class, and its coat if any.
-
-    An image without a coat has its class twice. Coats are numbered after the classes.
-    """
-    both = labels[:, None].repeat(1, 2)
-    rows = class_rows(images, labels, classes)
-    for coat in COATS:
-        both[rows[coat_key(classes[0], coat)], 1] = class_number(classes, coat)
-    return both
-
-
 @torch.no_grad()
 def fit_classes(
     model: VAE,
     images: Tensor,
-    labels: Tensor,
+    positions: Tensor,
     classes: tuple[str, ...],
     batch_size: int = 100,
 ) -> dict[str, list[Tensor]]:
     """Return mean and covariance, float32, of each class and of the first one's coats.
 
-    images: bytes (n, 3, 32, 32). labels: positions in `classes`, (n,).
+    images: bytes (n, 3, 32, 32). positions: of their classes in `classes`, (n,).
     """
     fitted = {}
-    for name, rows in class_rows(images, labels, classes).items():
+    for name, rows in labels.class_rows(images, positions, classes).items():
         members = rows.to(images.device)
         mu = torch.empty(len(members), model.latent_size)  # in one piece, for memory
         within = 0.0

@@ -40,7 +40,7 @@ def latent_shape(text: str) -> tuple[int, ...]:
     if not fits or int(text.removeprefix("8x8x")) > 65_536:
         raise UserError(
             f"--latent: got {text!r}, wanted a number of dimensions, as in 128, "
-            "or a grid, as in 8x8x8"
+            "or a grid, as in 8x8x16"
         )
     *grid, channels = map(int, text.split("x"))
     return (channels, *grid)

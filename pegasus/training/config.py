@@ -20,7 +20,7 @@ RECIPES = {
     },
 }
 FREE = {  # what may change when a run goes on
-    "parts", "epochs", "run", "resume", "overwrite", "threads", "device", "save_seconds"
+    "epochs", "run", "resume", "overwrite", "threads", "device", "save_seconds"
 }
 
 
@@ -58,7 +58,7 @@ class TrainConfig:
     latent: str | None = option(
         None,
         "latent dimensions, or under conv a grid of rows, columns and channels; by "
-        "default 8x8x8 for the learned prior, else 128",
+        "default 8x8x16 for the learned prior, else 128",
     )
     prior: str | None = option(
         None,
@@ -89,11 +89,16 @@ class TrainConfig:
         "onecycle for conv",
         choices=("constant", "onecycle"),
     )
-    epochs: int = option(300, "passes over the training pictures", least=1, most=10**9)
+    epochs: int = option(
+        300,
+        "passes over the training pictures; of a learned prior, over a third of them",
+        least=1,
+        most=10**9,
+    )
     autoencoder_epochs: int | None = option(
         None,
         "how many of --epochs are the autoencoder's; by default all, with a learned prior a "
-        "fifth, at most 20",
+        "fifth, at most 8",
         least=1,
     )
     batch_size: int | None = option(
@@ -113,10 +118,6 @@ class TrainConfig:
     run: str = option("runs/pegasus", "folder of the run")
     resume: bool = option(False, "go on with the run in the folder, or start it")
     overwrite: bool = option(False, "begin anew in a folder that holds a run")
-    parts: bool = option(
-        True,
-        "after training draw the parts that winged Pegasi are composed of: minutes",
-    )
     threads: int = option(
         0, "CPU threads; 0 is torch's default, one a core", least=0, most=1024
     )
@@ -140,7 +141,7 @@ class TrainConfig:
 
 def default_split(epochs: int) -> int:
     """Return how many of so many epochs are by default the autoencoder's."""
-    return min(max(1, round(epochs / 5)), 20)
+    return min(max(1, round(epochs / 5)), 8)
 
 
 def first_stage_epochs(config: TrainConfig) -> int:
@@ -157,7 +158,7 @@ def resolve_prior(config: TrainConfig) -> str:
         prior = "learned" if suits else "normal"
     if prior == "learned" and not suits:
         raise UserError(
-            "--prior: learned needs --arch conv, a grid of latents (--latent 8x8x8) and "
+            "--prior: learned needs --arch conv, a grid of latents (--latent 8x8x16) and "
             "--flow 0; leave it out, or use --prior normal"
         )
     if prior != "learned" and config.autoencoder_epochs is not None:
@@ -185,7 +186,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     prior = resolve_prior(config)
     latent = config.latent
     if latent is None:
-        latent = "8x8x8" if prior == "learned" else "128"
+        latent = "8x8x16" if prior == "learned" else "128"
     variants.latent_shape(latent)  # before anything is downloaded
     decided = {"prior": prior, "latent": latent}
     if prior == "learned" and config.autoencoder_epochs is None:

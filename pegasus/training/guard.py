@@ -44,7 +44,7 @@ class StepGuard:
     def check(self, steps_done: int, steps_per_epoch: int, folder: Path, lr_flag: str) -> None:
         """Raise UserError where PATIENCE steps in a row were skipped.
 
-        steps_done: of the whole run. Looks at the device only now and then.
+        steps_done: as Run has it. Looks at the device only now and then.
         """
         step_in_epoch = steps_done % steps_per_epoch  # 0 after the last one
         if step_in_epoch % PATIENCE:

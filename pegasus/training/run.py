@@ -4,10 +4,12 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from pegasus import checkpoint, device
+from pegasus import checkpoint, cli, device
+from pegasus.cli import UserError
 from pegasus.data.datasets import Dataset
 from pegasus.drawing import sampler
-from pegasus.models import variants
+from pegasus.models import classifier, composites, labels, variants
+from pegasus.models.composites import Composites
 from pegasus.models.flow_prior import FlowPrior
 from pegasus.training import progress, run_dir
 from pegasus.training.accelerate import accelerate
@@ -18,6 +20,8 @@ from pegasus.training.stages import AutoencoderStage, PriorStage, Stage
 
 import torch
 from torch.optim import Optimizer
+
+EPOCHS_PER_PASS = 3  # of the prior over its pictures: then all epochs take as long
 
 
 class SaveTimer:
@@ -54,20 +58,23 @@ class Run:
         self.config = config
         self.data = data
         self.preview = run_dir.preview_data(data)
-        self.image_count = len(data.images)
+        self.photographs = len(data.images)
+        self.composites = 0  # pictures that the prior learns from beside them
+        self.best_composites = data.images[:0].clone()  # some, to show
         self.model = variants.build(asdict(config)).to(config.device)
         self.prior = None
         if config.prior == "learned":
-            prior = FlowPrior(self.model.latent_shape, len(data.classes))
+            names = labels.names(data.classes)
+            prior = FlowPrior(self.model.latent_shape, len(names))
             self.prior = prior.to(config.device)
             accelerate(self.prior)
         accelerate(self.model)
+        self.in_prior = False  # whether its stage has begun
         self.epoch = 0
         self.step = 0  # of the epoch that is under way
         self.history = []  # rows of log.csv
         self.guard = StepGuard(config.device)
         self.timer = SaveTimer(config.save_seconds)
-        self.parts = None  # of Pegasi, drawn when the run ends
 
     @property
     def folder(self) -> Path:
@@ -78,12 +85,19 @@ class Run:
         return self.folder / "last.pt"
 
     @property
+    def image_count(self) -> int:
+        """Images that an epoch of this stage takes."""
+        if self.in_prior:
+            return max(1, (self.photographs + self.composites) // EPOCHS_PER_PASS)
+        return self.photographs
+
+    @property
     def steps_per_epoch(self) -> int:
         return math.ceil(self.image_count / self.config.batch_size)
 
     @property
     def steps_done(self) -> int:
-        """Steps of the whole run that are done."""
+        """Steps that are done, were all epochs as long as those of this stage."""
         return self.epoch * self.steps_per_epoch + self.step
 
     @property
@@ -104,6 +118,8 @@ class Run:
         self.model.load_state_dict(state["model"])
         self.epoch = state["epochs_done"]
         self.step = state["step"]
+        self.in_prior = state["phase"] == PriorStage.name
+        self.composites = int(state["composites"])
         self.history = state["history"]
         for row in self.history:
             progress.check_row(row)
@@ -115,22 +131,39 @@ class Run:
         if self.prior is not None:
             self.prior.load_drawing_state(state["prior"], state["velocity"])
         self.guard.load(state["totals"], state["skipped"])
-        if self.epoch == self.config.epochs:  # else they are drawn again at the end
-            self.parts = state["bank"]
         sampler.from_state(state, self.model, self.prior)  # checks what it draws from
 
     def next_stage(self, workers: Workers, state: dict | None = None) -> Stage:
         """Return the stage of the epoch under way, or of a checkpoint's state."""
         config = self.config
-        begun = state is not None and state["phase"] == "prior"
         due = first_stage_epochs(config) <= self.epoch < config.epochs
-        if self.prior is not None and (begun or due):
-            stage = PriorStage(config, self.data, self.model, self.prior, workers)
-            self.data = self.preview  # frees the other photographs
-        else:
-            stage = AutoencoderStage(config, self.data, self.model, workers)
+        if self.prior is None or not (self.in_prior or due):
+            return AutoencoderStage(config, self.data, self.model, workers)
+        made = self.make_composites()
+        if self.in_prior and len(made.images) != self.composites:
+            raise UserError(
+                f"{self.folder}: it was begun with {self.composites} composites, and here "
+                f"the same photographs give {len(made.images)}; go on where it was begun"
+            )
+        self.in_prior = True
+        self.composites = len(made.images)
+        self.best_composites = made.images[: 8 * run_dir.SHOWN : 8].clone()
+        stage = PriorStage(config, self.data, made, self.model, self.prior, workers)
+        self.data = self.preview  # frees the other photographs
         device.trim_memory()
         return stage
+
+    def make_composites(self) -> Composites:
+        """Make the Pegasi that a prior learns from, where there are two classes."""
+        data = self.data
+        if len(data.classes) < 2:
+            return composites.none()
+        cli.show("making Pegasi of photographs, for the prior to learn from")
+        judge = classifier.load(classifier.CHOOSING)
+        accelerate(judge)
+        made = composites.make(data.images, data.labels, data.classes, judge)
+        cli.show("")
+        return made
 
     def state(self, stage: Stage, optimizers: list[Optimizer]) -> dict:
         """Return all that a resume and sample.py need: tensors and plain types."""
@@ -151,26 +184,22 @@ class Run:
             "skipped": self.guard.skipped,
             "history": self.history,
             "densities": stage.fit_gaussians(),
-            "bank": self.parts,
+            "composites": self.composites,
         }
         if self.prior is not None:
             state["prior"] = self.prior.drawing_state()
             state["velocity"] = self.prior.velocity.state_dict()
         return state
 
-    def save(self, stage: Stage, optimizers: list[Optimizer]) -> dict:
-        """Write checkpoint and pictures; return the checkpoint's state."""
+    def save(self, stage: Stage, optimizers: list[Optimizer]) -> None:
+        """Write a checkpoint and the pictures of its model."""
         begun = time.monotonic()
         state = self.state(stage, optimizers)
-        self.write(state)
-        self.timer.saved(time.monotonic() - begun)
-        return state
-
-    def write(self, state: dict) -> None:
-        """Write a checkpoint and the pictures of its model."""
         checkpoint.save(self.last_path, state)
-        run_dir.draw_pictures(self.folder, state, self.model, self.prior, self.preview)
+        pictures = (self.preview, self.best_composites)
+        run_dir.draw_pictures(self.folder, state, self.model, self.prior, *pictures)
         device.trim_memory()
+        self.timer.saved(time.monotonic() - begun)
 
     def end_epoch(self, stage_name: str, values: dict[str, float], leads: bool) -> None:
         """Add a row to the history and to log.csv; begin the next epoch.

@@ -16,7 +16,7 @@ import vae
 from pegasus import checkpoint, files
 from pegasus.cli import UserError
 from pegasus.data.datasets import Dataset
-from pegasus.drawing import compose, plots, sampler
+from pegasus.drawing import plots, sampler
 from pegasus.drawing.sampler import SampleConfig, Sampler
 from pegasus.models.flow_prior import FlowPrior
 from pegasus.training import progress
@@ -24,10 +24,12 @@ from pegasus.training.config import TrainConfig, first_stage_epochs
 from vae import VAE
 
 import torch
+from torch import Tensor
 
 JOB = "TORCHELASTIC_RUN_ID"  # of a torchrun, the same at all its restarts
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-SHOWN = 32  # test images among a run's pictures
+SHOWN = 64  # images on a sheet
+YOUNG = 0.2  # of the prior's epochs: before, it draws no Pegasi
 
 
 @contextlib.contextmanager
@@ -143,18 +145,13 @@ def describe(config: TrainConfig, data: Dataset, images: int, epochs_done: int) 
 
 
 def preview_data(data: Dataset) -> Dataset:
-    """Return the few of the data that a run's pictures show."""
-    rows = []
-    for number in (0, 1):
-        members = (data.labels == number).nonzero()[:, 0]
-        rows.append(members[: compose.CANDIDATES])
-    few = torch.cat(rows)
+    """Return the few of the data that a run's pictures show: test pictures."""
     # again from the start where there are fewer
-    test = torch.arange(SHOWN) % len(data.test_images)
+    test = torch.arange(SHOWN // 2) % len(data.test_images)
     return replace(
         data,
-        images=data.images[few],
-        labels=data.labels[few],
+        images=data.images[:0].clone(),
+        labels=data.labels[:0].clone(),
         test_images=data.test_images[test],
         test_labels=data.test_labels[test],
     )
@@ -162,9 +159,17 @@ def preview_data(data: Dataset) -> Dataset:
 
 @torch.no_grad()
 def draw_pictures(
-    folder: Path, state: dict, model: VAE, prior: FlowPrior | None, preview: Dataset
+    folder: Path,
+    state: dict,
+    model: VAE,
+    prior: FlowPrior | None,
+    preview: Dataset,
+    best_composites: Tensor,
 ) -> None:
-    """Draw a run's curves, reconstructions, samples and Pegasi. Raises UserError."""
+    """Draw a run's curves, reconstructions, samples and Pegasi. Raises UserError.
+
+    best_composites: bytes, to show until the prior draws its own Pegasi.
+    """
     source = sampler.from_state(state, model, prior)
     about = source.about | {"seed": 0}
     if state["history"]:
@@ -178,29 +183,36 @@ def draw_pictures(
     samples = sampler.sample(source, SampleConfig(mode="prior"))
     save_sheet(folder, "samples", samples, about)
     if len(preview.classes) > 1:
-        draw_pegasi(folder, state, source, preview, about)
+        draw_pegasi(folder, state, source, best_composites, about)
+
+
+def is_young(state: dict) -> bool:
+    """Return whether a run's prior is still to learn what a Pegasus is."""
+    config = TrainConfig(**state["config"])
+    first = first_stage_epochs(config)
+    return state["epoch"] < first + YOUNG * (config.epochs - first)
 
 
 def draw_pegasi(
-    folder: Path, state: dict, source: Sampler, preview: Dataset, about: dict
+    folder: Path, state: dict, source: Sampler, best_composites: Tensor, about: dict
 ) -> None:
-    """Draw Pegasi; of training photographs where the model has no parts for them yet."""
-    parts_will_come = state["epoch"] < state["config"]["epochs"] or state["config"]["parts"]
-    if "prior" in about and parts_will_come and not state["bank"]:
-        images = compose.preview(source.model, source.prior, preview.images, preview.labels)
+    """Draw Pegasi, or rebuild composites while the prior is young."""
+    if len(best_composites) and is_young(state):
+        x = vae.from_bytes(best_composites.to(source.model.variance.device))
+        images = source.model.reconstruct(x)
         about = about | {"prior": sampler.PREVIEW}
     else:
         images = sampler.sample(source, SampleConfig())
     save_sheet(folder, "pegasus", images, about)
 
 
-def reconstruction_pairs(model: VAE, preview: Dataset) -> torch.Tensor:
+def reconstruction_pairs(model: VAE, preview: Dataset) -> Tensor:
     """Return rows of eight test photographs, each row above its reconstructions."""
     x = vae.from_bytes(preview.test_images.to(model.variance.device))
     pairs = torch.stack([x, model.reconstruct(x)])
     return pairs.unflatten(1, (-1, 8)).transpose(0, 1).flatten(0, 2)
 
 
-def save_sheet(folder: Path, name: str, images: torch.Tensor, about: dict) -> None:
+def save_sheet(folder: Path, name: str, images: Tensor, about: dict) -> None:
     sheet = sampler.page(images, about)
     plots.save(sheet, folder / f"{name}.png", about | {"mode": name})

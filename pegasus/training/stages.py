@@ -8,7 +8,8 @@ import reparam
 import vae
 from pegasus import device
 from pegasus.data.datasets import Dataset
-from pegasus.models import flow_prior, gaussians
+from pegasus.models import flow_prior, gaussians, labels
+from pegasus.models.composites import Composites
 from pegasus.models.flow_prior import FlowPrior
 from pegasus.training.config import TrainConfig, first_stage_epochs, learning_rate
 from pegasus.training.distributed import Workers
@@ -84,6 +85,7 @@ class AutoencoderStage:
         self.workers = workers
         self.images = data.images.to(config.device)
         self.test_images = data.test_images.to(config.device)
+        self.image_count = len(data.images)
         self.first_epoch = 0
         self.last_epoch = first_stage_epochs(config)
 
@@ -178,8 +180,9 @@ class AutoencoderStage:
 class PriorStage:
     """The flow prior, trained on the latents of an autoencoder that stays as it is.
 
-    It keeps posteriors instead of photographs: those of the images, with --flip followed
-    by those of their mirror images.
+    It keeps posteriors instead of pictures: those of photographs and composites, with
+    --flip followed by those of their mirror images. The training loss is of both, the test
+    loss of photographs alone.
     """
 
     name = "prior"
@@ -191,6 +194,7 @@ class PriorStage:
         self,
         config: TrainConfig,
         data: Dataset,
+        composites: Composites,
         model: VAE,
         prior: FlowPrior,
         workers: Workers,
@@ -201,10 +205,15 @@ class PriorStage:
         self.workers = workers
         self.first_epoch = first_stage_epochs(config)
         self.last_epoch = config.epochs
-        self.posteriors = encode_all(model, data.images, config, config.flip)
+        images = torch.cat([data.images, composites.images])
+        choices = [
+            labels.of_photographs(data.images, data.labels, data.classes),
+            labels.of_composites(composites.coats, data.classes),
+        ]
+        self.image_count = len(images)
+        self.posteriors = encode_all(model, images, config, config.flip)
         self.test_posteriors = encode_all(model, data.test_images, config)
-        labels = gaussians.labels_with_coats(data.images, data.labels, data.classes)
-        self.labels = labels.to(config.device)
+        self.choices = torch.cat(choices).to(config.device)
         self.test_labels = data.test_labels.to(config.device)  # without coats
         if not prior.is_measured():  # else as it was when the stage began
             prior.measure(*self.posteriors)
@@ -216,15 +225,16 @@ class PriorStage:
         self,
         velocity: nn.Module,
         posteriors: Tensor,
-        labels: Tensor,
+        numbers: Tensor,
         times: Tensor,
         noise_seed: Tensor,
         row_offset: int,
     ) -> Tensor:
         """Return flow matching's squared error of each latent, a mean over its numbers.
 
-        Each photograph's path leads from noise to its posterior, so that what a sample of
+        Each picture's path leads from noise to its posterior, so that what a sample of
         it adds is no noise in the target. posteriors: mu and logvar, (2, B, d).
+        numbers: of classes, (B,).
         """
         mu, logvar = posteriors.float()
         mean = self.prior.normalize(mu)
@@ -233,7 +243,7 @@ class PriorStage:
         spread = ((1 - times).square() + times.square() * variance).sqrt()
         z = times * mean + spread * noise
         with device.autocast(self.config.device, self.config.precision):
-            v = velocity(z, times[:, 0], labels)
+            v = velocity(z, times[:, 0], numbers)
         target = flow_prior.direction(z, times, mean, variance)
         return (v - target).square().mean(1)
 
@@ -244,17 +254,15 @@ class PriorStage:
         posterior_rows = rows
         if batch.mirrored is not None and n:
             posterior_rows = rows + batch.mirrored * (self.posteriors.shape[1] // 2)
-        class_and_coat = self.labels[rows]
+        choices = self.choices[rows]
         noise_seed, time_seed, label_seed = batch.seeds
-        labels = flow_prior.choose_labels(
-            class_and_coat, self.prior.unconditional, label_seed, batch.row_offset
-        )
+        numbers = flow_prior.choose_labels(choices, label_seed, batch.row_offset)
         times = flow_prior.even_times(len(rows), batch.size, time_seed, batch.row_offset)
         posteriors = self.posteriors[:, posterior_rows]
         error = self.matching_loss(
-            self.network, posteriors, labels, times, noise_seed, batch.row_offset
+            self.network, posteriors, numbers, times, noise_seed, batch.row_offset
         )[:n]
-        weights = flow_prior.label_weights(labels, class_and_coat)[:n]
+        weights = flow_prior.label_weights(numbers, choices)[:n]
         total = error.detach().sum()
         sums = torch.stack([total, *total.new_zeros(SUMS - 1)])  # the others are unused
         return (weights * error).sum() / batch.size, sums
@@ -268,7 +276,7 @@ class PriorStage:
 
     @torch.no_grad()
     def test(self, means: list[float]) -> dict[str, float]:
-        """Test the averaged weights; returns columns of the log."""
+        """Test the averaged weights on photographs; returns columns of the log."""
         where = self.config.device
         n = self.test_posteriors.shape[1]
         share = self.workers.share(n)
@@ -278,10 +286,10 @@ class PriorStage:
         for first in range(share.start, share.stop, size):
             rows = slice(first, min(first + size, share.stop))
             posteriors = self.test_posteriors[:, rows]
-            labels = self.test_labels[rows]
-            times = flow_prior.even_times(len(labels), n, time_seed, first)
+            numbers = self.test_labels[rows]
+            times = flow_prior.even_times(len(numbers), n, time_seed, first)
             error = self.matching_loss(
-                self.prior.ema, posteriors, labels, times, noise_seed, first
+                self.prior.ema, posteriors, numbers, times, noise_seed, first
             )
             total += error.sum()
         mean = self.workers.sum_(total) / n
@@ -292,9 +300,9 @@ class PriorStage:
         return {}
 
 
-# What train.py needs of a stage: name, first_epoch, last_epoch, network (what is trained),
-# config, purposes (of its seeds), learning_rate(progress), loss(batch), max_norm, lr_flag,
-# after_step(steps), metrics(means), test(means) and fit_gaussians().
+# What train.py needs of a stage: name, image_count, first_epoch, last_epoch, network (what
+# is trained), config, purposes (of its seeds), learning_rate(progress), loss(batch),
+# max_norm, lr_flag, after_step(steps), metrics(means), test(means) and fit_gaussians().
 Stage = AutoencoderStage | PriorStage
 
 

@@ -1,0 +1,365 @@
+"""Pegasi made of training photographs, for the learned prior: bodies with birds' wings.
+
+Neither horses nor birds show where wings meet a horse. These pictures do, and the prior
+learns them as one more class. A body is a photograph of the first class whose silhouette
+is like most others', before a plain background; wings are photographs of the second
+class, cut out, stretched along their axes and lightened. Every picture has a geometry of
+its own, and the best of many are kept.
+
+Images are (n, 3, 32, 32) in [0, 1], masks (n, 1, 32, 32). Points are x, y between -1 and
+1, as in `grid_sample`.
+"""
+import math
+from typing import NamedTuple
+
+import reparam
+import vae
+from pegasus.models.classifier import Classifier, classify, probability_of
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+SIZE = vae.IMAGE_SHAPE[1]
+BODIES = 0.12  # share of the first class's photographs that are used
+WINGS = 150  # photographs of the second class that are used
+TRIES = 12  # composites of each body; the best half of all are kept
+TYPICAL = 300  # bodies whose mean is the silhouette that others are compared with
+RECOGNIZED = 0.25  # median probability of the first class that composites need
+BACK_ROW = 16  # where the back is moved to, which leaves half of the picture for wings
+
+
+class Composites(NamedTuple):
+    """Bytes (n, 3, 32, 32) with wings and without; coats (n,), 0 for neither."""
+    images: Tensor
+    bodies: Tensor
+    coats: Tensor
+
+
+def none() -> Composites:
+    """Return no composites."""
+    pictures = torch.zeros(0, *vae.IMAGE_SHAPE, dtype=torch.uint8)
+    return Composites(pictures, pictures, torch.zeros(0, dtype=torch.int64))
+
+
+def luminance(images: Tensor) -> Tensor:
+    """Return how bright pixels are to the eye, (n, 1, 32, 32)."""
+    weights = images.new_tensor([0.299, 0.587, 0.114])
+    return (images * weights[:, None, None]).sum(1, keepdim=True)
+
+
+def mean_inside(values: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean of values (n, c, 32, 32) where a mask is, (n, c, 1, 1)."""
+    total = (values * mask).sum((2, 3), keepdim=True)
+    return total / mask.sum((2, 3), keepdim=True).clamp(min=1e-3)
+
+
+def mirror(images: Tensor, where: Tensor) -> Tensor:
+    """Return images, mirrored where a bool (n,) is true."""
+    return torch.where(where[:, None, None, None], images.flip(3), images)
+
+
+def pixel_centers() -> tuple[Tensor, Tensor]:
+    """Return the pixels' x and y, (1, 32) and (32, 1)."""
+    centers = (torch.arange(SIZE) + 0.5) / (SIZE / 2) - 1
+    return centers[None], centers[:, None]
+
+
+def body_masks(bodies: Tensor) -> Tensor:
+    """Return masks of what is unlike the left and the right end of its row."""
+    ends = torch.cat([bodies[..., :3], bodies[..., -3:]], 3).median(3).values
+    distance = (bodies - ends[..., None]).abs().mean(1, keepdim=True)
+    distance = functional.avg_pool2d(distance, 3, 1, 1)
+    threshold = 0.5 * distance.flatten(1).quantile(0.9, 1)[:, None, None, None]
+    return ((distance - threshold) / 0.03).sigmoid()
+
+
+def standardize(masks: Tensor) -> Tensor:
+    """Return masks as vectors (n, 1024) of mean 0 and length 1."""
+    offset = masks.flatten(1) - masks.flatten(1).mean(1, keepdim=True)
+    return functional.normalize(offset, dim=1)
+
+
+def choose_bodies(images: Tensor, certainty: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Return the n bodies of some that are whole, from the side, with room above the back.
+
+    Also returns their masks. certainty: log probabilities (m,) that a picture shows the
+    class. Silhouettes are compared with the mean of the best ones', in turns; heads are
+    left where most are, and riders stand where wings will.
+    """
+    masks = body_masks(images)
+    upper = masks[:, 0, :12]
+    mirrored = upper[..., 16:].sum((1, 2)) > upper[..., :16].sum((1, 2))
+    score = certainty
+    for _ in range(4):
+        turned = mirror(masks, mirrored)
+        best = score.argsort(descending=True, stable=True)
+        typical = standardize(turned[best[:TYPICAL]].mean(0, keepdim=True))[0]
+        likeness = torch.stack([standardize(m) @ typical for m in (masks, masks.flip(3))])
+        mirrored = likeness[1] > likeness[0]
+        above = mirror(masks, mirrored)[:, 0, 1:10, 12:31]
+        clutter = above.mean((1, 2)) + above[..., :9].mean((1, 2))  # riders sit in front
+        score = 2 * certainty + 12 * likeness.amax(0) - 12 * clutter
+    best = score.argsort(descending=True, stable=True)[:n]
+    return mirror(images[best], mirrored[best]), mirror(masks[best], mirrored[best])
+
+
+def resize(bodies: Tensor, masks: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return bodies made smaller by a scale (n,), their backs in BACK_ROW; and masks.
+
+    Beyond the photograph its edge goes on, smoothed.
+    """
+    is_body = masks[:, 0, :, 12:21] > 0.5
+    first = torch.where(is_body.any(1), is_body.float().argmax(1), SIZE // 2)
+    back = first.median(1).values
+    pixels = torch.arange(SIZE)
+    rows = back[:, None] + (pixels - BACK_ROW) / scale[:, None]
+    center = (SIZE - 1) / 2
+    columns = center + (pixels - center) / scale[:, None]
+    grid = torch.stack(torch.broadcast_tensors(columns[:, None], rows[..., None]), 3)
+    grid = (grid + 0.5) / (SIZE / 2) - 1
+    both = functional.pad(torch.cat([bodies, masks], 1), (1, 1, 1, 1), mode="replicate")
+    row = torch.tensor([0.125, 0.75, 0.125])  # or legs break where pixels are left out
+    kernel = torch.outer(row, row).expand(4, 1, 3, 3)
+    both = functional.conv2d(both, kernel, groups=4)
+    smaller = functional.grid_sample(both, grid, align_corners=False, padding_mode="border")
+    images, masks = smaller.split([3, 1], 1)
+    edge = grid.abs().amax(3)[:, None]
+    smooth = images
+    for _ in range(3):
+        smooth = functional.avg_pool2d(smooth, 7, 1, 3, count_include_pad=False)
+    fade = (5 * (edge - 0.85)).clamp(0, 1)  # over three pixels
+    return torch.lerp(images, smooth, fade), masks * (edge < 1)
+
+
+def darken_sky(images: Tensor, masks: Tensor, blue: Tensor) -> Tensor:
+    """Give light skies a color (n, 3): white wings would not stand out from them."""
+    rows = torch.arange(SIZE)
+    sky = ((BACK_ROW + 2 - rows) / 2).sigmoid()[:, None] * (1 - masks)
+    color = mean_inside(images, sky)
+    lightness = ((luminance(color) - 0.5) / 0.08).sigmoid()
+    ratio = 1 + lightness * (blue[..., None, None] / color.clamp(min=0.05) - 1)
+    return (images * (1 + sky * (ratio - 1))).clamp(0, 1)
+
+
+def bird_masks(birds: Tensor) -> Tensor:
+    """Return masks of what is unlike the border and near the middle."""
+    edges = [birds[:, :, :2], birds[:, :, -2:], birds[..., :2], birds[..., -2:]]
+    border = torch.cat([edge.flatten(2) for edge in edges], 2).median(2).values
+    distance = (birds - border[..., None, None]).abs().mean(1, keepdim=True)
+    threshold = 0.5 * distance.flatten(1).quantile(0.93, 1)[:, None, None, None]
+    x, y = pixel_centers()
+    near_middle = torch.exp(-((x.square() + y.square()) / 0.55).square())
+    mask = ((distance - threshold) / 0.03).sigmoid() * near_middle
+    return (mask + functional.avg_pool2d(mask, 3, 1, 1)) / 2
+
+
+def warp(images: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
+    """Return images that show at p what was at matrix @ p + shift, (n, c, 32, 32).
+
+    matrix: (n, 2, 2). shift: (n, 2). What comes from outside is zero.
+    """
+    transform = torch.cat([matrix, shift[..., None]], 2)
+    grid = functional.affine_grid(transform, list(images.shape), align_corners=False)
+    return functional.grid_sample(images, grid, align_corners=False)
+
+
+def principal_axes(masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Return centers (n, 2) and axes (n, 2, 2) of masks, the long axis second."""
+    x, y = pixel_centers()
+    points = torch.stack(torch.broadcast_tensors(x, y), 2).flatten(0, 1)  # (1024, 2)
+    share = masks.flatten(1) / masks.flatten(1).sum(1, keepdim=True)
+    center = share @ points
+    offset = points - center[:, None]
+    covariance = (offset * share[..., None]).mT @ offset
+    values, vectors = torch.linalg.eigh(covariance)
+    return center, vectors * values.clamp(min=1e-4).sqrt()[:, None]
+
+
+def typical_wing() -> Tensor:
+    """Return the mask (32, 32) that birds are chosen by.
+
+    It has a straight edge at the left, feathers at the right, and a tip.
+    """
+    x, y = pixel_centers()
+    up = (1 - y) / 2
+    left = 0.1 - 0.6 * (1 - up.square())
+    right = left + 0.35 * (1 - up) + 1.15 * (math.pi * up.pow(0.75)).sin()
+    return ((x - left) / 0.06).sigmoid() * ((right - x) / 0.06).sigmoid()
+
+
+def cut_wings(birds: Tensor) -> tuple[Tensor, Tensor]:
+    """Stretch birds along their axes into wings (n, 4, 32, 32): masks, then colors.
+
+    Also returns the soft intersection over union of each mask with the typical wing's.
+    Of the four ways to mirror a wing the nearest to that is taken. Wings are upright,
+    their roots at the middle of the lower edge.
+    """
+    masks = bird_masks(birds)
+    center, axes = principal_axes(masks)
+    upright = warp(torch.cat([masks, birds], 1), 1.75 * axes, center)
+    flipped = torch.stack([upright.flip(dims) for dims in ((), (2,), (3,), (2, 3))])
+    sharp = (4 * flipped[:, :, 0] - 1.4).clamp(0, 1)
+    typical = typical_wing()
+    intersection = torch.minimum(sharp, typical).sum((2, 3))
+    union = torch.maximum(sharp, typical).sum((2, 3))
+    overlap, nearest = (intersection / union).max(0)
+    wings = flipped[nearest, torch.arange(len(birds))]
+    mask = (3 * wings[:, :1] - 0.9).clamp(0, 1)
+    mask = (3 * functional.avg_pool2d(mask, 5, 1, 2) - 1).clamp(0, 1)  # no specks or holes
+    wings = torch.cat([mask, wings[:, 1:]], 1)
+    # a wing is four times as narrow in a picture, and edges would be jagged
+    return functional.avg_pool2d(wings, (3, 5), 1, (1, 2)), overlap
+
+
+def choose_wings(birds: Tensor, n: int) -> Tensor:
+    """Return the wings (n, 4, 32, 32) of the birds that make the most wing-like ones."""
+    batches = birds.split(250)  # for memory: a bird takes 150 KB
+    overlap = torch.cat([cut_wings(batch)[1] for batch in batches])
+    best = overlap.argsort(descending=True, stable=True)[:n]
+    return cut_wings(birds[best])[0]
+
+
+class Geometry(NamedTuple):
+    """How n pairs of wings are held, (n,) each; a picture is 2 wide."""
+    root_x: Tensor
+    root_y: Tensor
+    lean: Tensor  # of the pair, towards the tail, in radians
+    spread: Tensor  # of the two wings from there: closer ones look like one cloud
+    length: Tensor
+    width: Tensor
+    tone: Tensor  # brightness
+
+
+def random_geometry(n: int, generator: torch.Generator) -> Geometry:
+    """Draw what varies from Pegasus to Pegasus within what reads as one."""
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(n, generator=generator)
+
+    return Geometry(
+        root_x=uniform(-0.1, 0.16),
+        root_y=uniform(0.03, 0.12),
+        lean=uniform(-0.12, 0.42),
+        spread=uniform(0.52, 0.74),
+        length=uniform(1.0, 1.25),
+        width=uniform(0.42, 0.52),
+        tone=uniform(0.86, 0.96),
+    )
+
+
+def place(wings: Tensor, x: Tensor, y: Tensor, lean: Tensor, size: Tensor) -> Tensor:
+    """Return wings moved to a root (x, y) and leant; size: width and length (n, 2)."""
+    cos = lean.cos()
+    sin = lean.sin()
+    turn = torch.stack([torch.stack([cos, sin], 1), torch.stack([-sin, cos], 1)], 1)
+    matrix = turn * (2 / size)[..., None]
+    root = torch.stack([x, y], 1)[..., None]
+    shift = torch.tensor([0.0, 1.0]) - (matrix @ root)[..., 0]
+    return warp(wings, matrix, shift)
+
+
+def paste(images: Tensor, wings: Tensor, tone: Tensor) -> tuple[Tensor, Tensor]:
+    """Lay wings over images, as light as `tone` (n,), with a shade around them.
+
+    Also returns how much they stand out: brightness gained, summed over pixels, (n,).
+    """
+    mask, colors = wings.split([1, 3], 1)
+    shading = luminance(colors) - mean_inside(luminance(colors), mask)
+    white = (tone[:, None, None, None] + shading).clamp(0, 1)
+    contrast = ((white - luminance(images)) * mask).sum((1, 2, 3))
+    rim = functional.max_pool2d(mask, 3, 1, 1) - mask
+    return torch.lerp(images * (1 - 0.13 * rim), white.expand_as(images), mask), contrast
+
+
+def add_wings(
+    images: Tensor, masks: Tensor, near: Tensor, far: Tensor, geometry: Geometry
+) -> tuple[Tensor, Tensor]:
+    """Give bodies with heads at the left two wings each, the far one behind the body.
+
+    Also returns how much the less visible of the two stands out, (n,).
+    """
+    x, y, lean, spread, length, width, tone = geometry
+    size = torch.stack([width, length], 1)
+    behind = place(far, x - 0.15, y, lean - spread, 0.92 * size)
+    behind = torch.cat([behind[:, :1] * (1 - masks), behind[:, 1:]], 1)
+    images, contrast_far = paste(images, behind, 0.86 * tone)
+    before = place(near, x, y, lean + spread, size)
+    images, contrast_near = paste(images, before, tone)
+    return images, torch.minimum(contrast_near, 1.6 * contrast_far)
+
+
+def log_probability(judge: Classifier, images: Tensor, name: str) -> Tensor:
+    """Return the log of a judge's probability of a class, at least log 1e-3, (n,)."""
+    probabilities, _ = classify(judge, images)
+    return probability_of(probabilities, (name,)).clamp(min=1e-3).log()
+
+
+def compose(
+    bodies: Tensor, masks: Tensor, wings: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Give each body wings; return pictures, bodies without, and how wings stand out."""
+    n = len(bodies)
+    scale = 0.7 + 0.15 * torch.rand(n, generator=generator)
+    darkest = torch.tensor([0.25, 0.45, 0.7])
+    blue = darkest + 0.2 * torch.rand(n, 3, generator=generator)
+    pairs = torch.randint(len(wings), (2, n), generator=generator)
+    geometry = random_geometry(n, generator)
+    bare, body = resize(bodies, masks, scale)
+    bare = darken_sky(bare, body, blue)
+    images, contrast = add_wings(bare, body, wings[pairs[0]], wings[pairs[1]], geometry)
+    return images, bare, contrast
+
+
+def coat_scores(images: Tensor) -> Tensor:
+    """Return how white and how dark bodies are, (2, n); white is light in all colors.
+
+    A body is what is below BACK_ROW in the middle.
+    """
+    center = images[:, :, BACK_ROW + 1 : BACK_ROW + 7, 11:21].float()
+    return torch.stack([center.amin(1).mean((1, 2)), -center.amax(1).mean((1, 2))])
+
+
+def coats(bodies: Tensor) -> Tensor:
+    """Return 1 for the whitest sixth of bodies, 2 for the darkest quarter, 0 for others."""
+    white, dark = coat_scores(bodies).argsort(descending=True, stable=True)
+    numbers = torch.zeros(len(bodies), dtype=torch.int64)
+    numbers[dark[: len(bodies) // 4]] = 2
+    numbers[white[: len(bodies) // 6]] = 1
+    return numbers
+
+
+def pick_parts(
+    images: Tensor, labels: Tensor, name: str, judge: Classifier
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return bodies of photographs, their masks, and wings. name: of the bodies' class."""
+    photographs = vae.from_bytes(images[labels == 0])
+    certainty = log_probability(judge, photographs, name)
+    count = max(1, int(BODIES * len(photographs)))
+    bodies, masks = choose_bodies(photographs, certainty, count)
+    return bodies, masks, choose_wings(vae.from_bytes(images[labels == 1]), WINGS)
+
+
+@torch.no_grad()
+def make(
+    images: Tensor, labels: Tensor, classes: tuple[str, ...], judge: Classifier
+) -> Composites:
+    """Make Pegasi of training photographs, TRIES of each body; return the best half.
+
+    images: bytes (n, 3, 32, 32). labels: positions in `classes`; the first is the body's,
+    the second the wings'. The best come first. There are none where the judge no longer
+    recognizes the first class in them. The result is a function of the arguments alone, to
+    rounding.
+    """
+    generator = torch.Generator().manual_seed(reparam.derive_seed(0, 0, 0))
+    bodies, masks, wings = pick_parts(images, labels, classes[0], judge)
+    rounds = []
+    for _ in range(TRIES):
+        pictures, bare, contrast = compose(bodies, masks, wings, generator)
+        certainty = log_probability(judge, pictures, classes[0])
+        rounds.append((vae.to_bytes(pictures), vae.to_bytes(bare), certainty, contrast))
+    pictures, bare, certainty, contrast = map(torch.cat, zip(*rounds, strict=True))
+    score = certainty + 0.05 * contrast.clamp(max=20)
+    best = score.argsort(descending=True, stable=True)[: len(score) // 2]
+    if certainty[best].median() < math.log(RECOGNIZED):
+        return none()
+    return Composites(pictures[best], bare[best], coats(bare[best]))
