@@ -29,6 +29,7 @@ from pegasus.drawing import sampler as sampling
 from pegasus.drawing.sampler import SampleConfig, Sampler
 from pegasus.models import classifier, composites
 from pegasus.models.classifier import Classifier
+from pegasus.models.labels import PEGASUS
 from pegasus.training.accelerate import accelerate
 
 import torch
@@ -155,9 +156,9 @@ def drawn_sets(sampler: Sampler, config: EvaluateConfig) -> dict[str, ImageSet]:
     guidance = config.guidance
     count = math.ceil(n / len(sampler.classes))
     sets = {}
-    if "pegasus" in sampling.modes(sampler):
-        images = draw(sampler, "pegasus", count, config.seed, guidance)
-        sets["pegasus"] = ImageSet(images, 0)
+    if PEGASUS in sampling.modes(sampler):
+        images = draw(sampler, PEGASUS, count, config.seed, guidance)
+        sets[PEGASUS] = ImageSet(images, 0)
     for label, name in enumerate(sampler.classes):
         images = draw(sampler, name, count, config.seed, guidance)
         sets[name] = ImageSet(images, label)
@@ -276,12 +277,12 @@ def all_features(judgements: list[Judgement]) -> Tensor:
 
 
 def features_of_composites(
-    model: vae.VAE, images: Tensor, labels: Tensor, classes: tuple[str, ...]
+    model: vae.VAE, images: Tensor, positions: Tensor, classes: tuple[str, ...]
 ) -> list[Tensor]:
     """Return what judges see in composites, rebuilt by a model: with wings, and without."""
     chooser = classifier.load(classifier.CHOOSING)
     accelerate(chooser)
-    made = composites.make(images, labels, classes, chooser)
+    made = composites.make(images, positions, classes, chooser)
     step = len(made.images) // 800 + 1
     views = []
     for pictures in (made.images[::step], made.bodies[::step]):
@@ -515,7 +516,7 @@ def describe_table(figures: dict) -> str:
     if "all, guided" in figures["sets"]:
         guidance = f", classes at guidance {settings['guidance']:g} (1 is none)"
         unguided = ", without guidance; below: with it"
-    modes = [name for name in figures["sets"] if name in ("pegasus", *classes, "prior")]
+    modes = [name for name in figures["sets"] if name in (PEGASUS, *classes, "prior")]
     right = [
         f"{share:.0%} of {name}" for name, share in settings["judges_accuracy"].items()
     ]

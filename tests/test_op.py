@@ -47,7 +47,7 @@ def results(function, mu, logvar, dz, dkl, seed, row_offset=0) -> tuple[torch.Te
     return z.detach(), kl.detach(), *gradients
 
 
-def agree(got, wanted, dtype, columns):
+def assert_agree(got, wanted, dtype, columns):
     for name, g, w in zip(("z", "kl", "dmu", "dlogvar"), got, wanted, strict=True):
         assert g.dtype == w.dtype and g.shape == w.shape
         tolerance = TOLERANCE[dtype]
@@ -61,15 +61,15 @@ def agree(got, wanted, dtype, columns):
         )
 
 
-def both_agree(arguments, dtype, columns):
+def assert_both_agree(arguments, dtype, columns):
     got = results(reparam.reparameterize_kl, *arguments)
-    agree(got, results(reparam.reference, *arguments), dtype, columns)
+    assert_agree(got, results(reparam.reference, *arguments), dtype, columns)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns", [1, 4, 31, 32, 128, 130, 1000])
 def test_values_and_gradients(columns, dtype):
-    both_agree(draw(6, columns, dtype, extra=3), dtype, columns)
+    assert_both_agree(draw(6, columns, dtype, extra=3), dtype, columns)
 
 
 @settings(deadline=None, derandomize=True, max_examples=60)
@@ -89,7 +89,7 @@ def test_any_shape_stride_and_dtype(rows, columns, extra, dtype, offset, transpo
     if transposed:
         logvar = logvar.t().contiguous().t()
         dz = dz.t().contiguous().t()
-    both_agree((mu, logvar, dz, dkl, seed, offset), dtype, columns)
+    assert_both_agree((mu, logvar, dz, dkl, seed, offset), dtype, columns)
 
 
 SPECIAL = [0.0, -0.0, float("inf"), float("-inf"), float("nan"), 1e-30]
@@ -111,7 +111,7 @@ def test_special_values_pass_as_in_eager(mu, logvar, dz, dkl, columns, dtype):
     logvar = torch.tensor(logvar).repeat(columns // 5).to(dtype)[None, :]
     dz = torch.full_like(mu, dz)
     dkl = torch.tensor([dkl], dtype=reparam.kl_dtype(mu))
-    both_agree((mu, logvar, dz, dkl, torch.tensor(3)), dtype, columns)
+    assert_both_agree((mu, logvar, dz, dkl, torch.tensor(3)), dtype, columns)
 
 
 def test_exp_where_float32_ends():
@@ -320,4 +320,4 @@ def test_cuda_agrees_with_the_cpu(columns, dtype):
     wanted = results(reparam.reparameterize_kl, *arguments)
     for function in (reparam.reparameterize_kl, reparam.reference):
         got = results(function, *(a.cuda() for a in arguments))
-        agree([g.cpu() for g in got], wanted, dtype, columns)
+        assert_agree([g.cpu() for g in got], wanted, dtype, columns)

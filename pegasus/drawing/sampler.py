@@ -378,10 +378,10 @@ def rank(values: Tensor) -> Tensor:
 def ranking(sampler: Sampler, images: Tensor, config: SampleConfig) -> Tensor:
     """Return what `--best` goes by, (n,): the classifier's score, and the coat.
 
-    The score is the probability of a mode's class, of Pegasi that are a class that of the
-    body's, as all have wings; else `pegasus_score`.
-    With a coat it is the sum of an image's ranks by score and by how white, or dark, the
-    body is: neither has a unit that the other knows.
+    The score is the probability of a mode's class. Where Pegasi are a class all have wings,
+    and theirs is that of the body's class; else it is `pegasus_score`. With a coat it is the
+    sum of an image's ranks by score and by how white, or dark, the body is: neither has a
+    unit that the other knows.
     """
     classes = sampler.classes
     probabilities, _ = classifier.classify(classifier.load(classifier.CHOOSING), images)

@@ -65,13 +65,22 @@ def pixel_centers() -> tuple[Tensor, Tensor]:
     return centers[None], centers[:, None]
 
 
+def top_rows(score: Tensor, n: int) -> Tensor:
+    """Return the rows of the n highest scores, the highest first."""
+    return score.argsort(descending=True, stable=True)[:n]
+
+
+def distant(distance: Tensor, quantile: float) -> Tensor:
+    """Return masks of pixels with more than half of the distance that a quantile has."""
+    threshold = 0.5 * distance.flatten(1).quantile(quantile, 1)[:, None, None, None]
+    return ((distance - threshold) / 0.03).sigmoid()
+
+
 def body_masks(bodies: Tensor) -> Tensor:
     """Return masks of what is unlike the left and the right end of its row."""
     ends = torch.cat([bodies[..., :3], bodies[..., -3:]], 3).median(3).values
     distance = (bodies - ends[..., None]).abs().mean(1, keepdim=True)
-    distance = functional.avg_pool2d(distance, 3, 1, 1)
-    threshold = 0.5 * distance.flatten(1).quantile(0.9, 1)[:, None, None, None]
-    return ((distance - threshold) / 0.03).sigmoid()
+    return distant(functional.avg_pool2d(distance, 3, 1, 1), 0.9)
 
 
 def standardize(masks: Tensor) -> Tensor:
@@ -92,15 +101,15 @@ def choose_bodies(images: Tensor, certainty: Tensor, n: int) -> tuple[Tensor, Te
     mirrored = upper[..., 16:].sum((1, 2)) > upper[..., :16].sum((1, 2))
     score = certainty
     for _ in range(4):
-        turned = mirror(masks, mirrored)
-        best = score.argsort(descending=True, stable=True)
-        typical = standardize(turned[best[:TYPICAL]].mean(0, keepdim=True))[0]
+        best = top_rows(score, TYPICAL)
+        mean = mirror(masks[best], mirrored[best]).mean(0, keepdim=True)
+        typical = standardize(mean)[0]
         likeness = torch.stack([standardize(m) @ typical for m in (masks, masks.flip(3))])
         mirrored = likeness[1] > likeness[0]
         above = mirror(masks, mirrored)[:, 0, 1:10, 12:31]
         clutter = above.mean((1, 2)) + above[..., :9].mean((1, 2))  # riders sit in front
         score = 2 * certainty + 12 * likeness.amax(0) - 12 * clutter
-    best = score.argsort(descending=True, stable=True)[:n]
+    best = top_rows(score, n)
     return mirror(images[best], mirrored[best]), mirror(masks[best], mirrored[best])
 
 
@@ -147,10 +156,9 @@ def bird_masks(birds: Tensor) -> Tensor:
     edges = [birds[:, :, :2], birds[:, :, -2:], birds[..., :2], birds[..., -2:]]
     border = torch.cat([edge.flatten(2) for edge in edges], 2).median(2).values
     distance = (birds - border[..., None, None]).abs().mean(1, keepdim=True)
-    threshold = 0.5 * distance.flatten(1).quantile(0.93, 1)[:, None, None, None]
     x, y = pixel_centers()
     near_middle = torch.exp(-((x.square() + y.square()) / 0.55).square())
-    mask = ((distance - threshold) / 0.03).sigmoid() * near_middle
+    mask = distant(distance, 0.93) * near_middle
     return (mask + functional.avg_pool2d(mask, 3, 1, 1)) / 2
 
 
@@ -216,8 +224,7 @@ def choose_wings(birds: Tensor, n: int) -> Tensor:
     """Return the wings (n, 4, 32, 32) of the birds that make the most wing-like ones."""
     batches = birds.split(250)  # for memory: a bird takes 150 KB
     overlap = torch.cat([cut_wings(batch)[1] for batch in batches])
-    best = overlap.argsort(descending=True, stable=True)[:n]
-    return cut_wings(birds[best])[0]
+    return cut_wings(birds[top_rows(overlap, n)])[0]
 
 
 class Geometry(NamedTuple):
@@ -264,7 +271,8 @@ def paste(images: Tensor, wings: Tensor, tone: Tensor) -> tuple[Tensor, Tensor]:
     Also returns how much they stand out: brightness gained, summed over pixels, (n,).
     """
     mask, colors = wings.split([1, 3], 1)
-    shading = luminance(colors) - mean_inside(luminance(colors), mask)
+    light = luminance(colors)
+    shading = light - mean_inside(light, mask)
     white = (tone[:, None, None, None] + shading).clamp(0, 1)
     contrast = ((white - luminance(images)) * mask).sum((1, 2, 3))
     rim = functional.max_pool2d(mask, 3, 1, 1) - mask
@@ -321,10 +329,10 @@ def coat_scores(images: Tensor) -> Tensor:
 
 def coats(bodies: Tensor) -> Tensor:
     """Return 1 for the whitest sixth of bodies, 2 for the darkest quarter, 0 for others."""
-    white, dark = coat_scores(bodies).argsort(descending=True, stable=True)
+    white, dark = coat_scores(bodies)
     numbers = torch.zeros(len(bodies), dtype=torch.int64)
-    numbers[dark[: len(bodies) // 4]] = 2
-    numbers[white[: len(bodies) // 6]] = 1
+    numbers[top_rows(dark, len(bodies) // 4)] = 2
+    numbers[top_rows(white, len(bodies) // 6)] = 1
     return numbers
 
 
@@ -359,7 +367,7 @@ def make(
         rounds.append((vae.to_bytes(pictures), vae.to_bytes(bare), certainty, contrast))
     pictures, bare, certainty, contrast = map(torch.cat, zip(*rounds, strict=True))
     score = certainty + 0.05 * contrast.clamp(max=20)
-    best = score.argsort(descending=True, stable=True)[: len(score) // 2]
+    best = top_rows(score, len(score) // 2)
     if certainty[best].median() < math.log(RECOGNIZED):
         return none()
     return Composites(pictures[best], bare[best], coats(bare[best]))
