@@ -23,10 +23,10 @@ from torch.nn import functional
 SIZE = vae.IMAGE_SHAPE[1]
 BODIES = 0.12  # share of the first class's photographs that are used
 WINGS = 150  # photographs of the second class that are used
-TRIES = 12  # composites of each body; the best half of all are kept
+TRIES = 18  # composites of each body; the best third of all are kept
 TYPICAL = 300  # bodies whose mean is the silhouette that others are compared with
 RECOGNIZED = 0.25  # median probability of the first class that composites need
-BACK_ROW = 16  # where the back is moved to, which leaves half of the picture for wings
+BACK_ROW = 17  # where backs are moved to, about: half of the picture is for wings
 
 
 class Composites(NamedTuple):
@@ -59,10 +59,15 @@ def mirror(images: Tensor, where: Tensor) -> Tensor:
     return torch.where(where[:, None, None, None], images.flip(3), images)
 
 
+def centers(pixels: Tensor) -> Tensor:
+    """Return the coordinates of rows or columns."""
+    return (pixels + 0.5) / (SIZE / 2) - 1
+
+
 def pixel_centers() -> tuple[Tensor, Tensor]:
     """Return the pixels' x and y, (1, 32) and (32, 1)."""
-    centers = (torch.arange(SIZE) + 0.5) / (SIZE / 2) - 1
-    return centers[None], centers[:, None]
+    places = centers(torch.arange(SIZE))
+    return places[None], places[:, None]
 
 
 def top_rows(score: Tensor, n: int) -> Tensor:
@@ -113,41 +118,87 @@ def choose_bodies(images: Tensor, certainty: Tensor, n: int) -> tuple[Tensor, Te
     return mirror(images[best], mirrored[best]), mirror(masks[best], mirrored[best])
 
 
-def resize(bodies: Tensor, masks: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Return bodies made smaller by a scale (n,), their backs in BACK_ROW; and masks.
+class Geometry(NamedTuple):
+    """How n bodies stand and how their wings are held, (n,) each; a picture is 2 wide."""
+    scale: Tensor  # of the body
+    right: Tensor  # of the middle
+    down: Tensor
+    root_x: Tensor  # of the wings, from the middle of the back
+    root_y: Tensor
+    lean: Tensor  # of the pair, towards the tail, in radians
+    spread: Tensor  # of the two wings from there: closer ones look like one cloud
+    length: Tensor
+    width: Tensor
+    tone: Tensor  # brightness
+
+
+def random_geometry(n: int, generator: torch.Generator) -> Geometry:
+    """Draw what varies from Pegasus to Pegasus within what reads as one."""
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(n, generator=generator)
+
+    return Geometry(
+        scale=uniform(0.72, 0.92),
+        right=uniform(-0.26, 0.26),
+        down=uniform(-0.14, 0.14),
+        root_x=uniform(-0.2, 0.22),
+        root_y=uniform(0.0, 0.09),
+        lean=uniform(-0.25, 0.65),
+        spread=uniform(0.48, 0.8),
+        length=uniform(0.9, 1.3),
+        width=uniform(0.4, 0.56),
+        tone=uniform(0.86, 0.96),
+    )
+
+
+def back_rows(masks: Tensor) -> Tensor:
+    """Return the rows (n,) where backs are: the median of the first ones in the middle."""
+    is_body = masks[:, 0, :, 12:21] > 0.5
+    first = torch.where(is_body.any(1), is_body.float().argmax(1), SIZE // 2)
+    return first.median(1).values
+
+
+def smooth(images: Tensor) -> Tensor:
+    """Return images without detail."""
+    for _ in range(3):
+        images = functional.avg_pool2d(images, 7, 1, 3, count_include_pad=False)
+    return images
+
+
+def soften(images: Tensor) -> Tensor:
+    """Return images a little softer, or legs break where pixels are left out."""
+    row = torch.tensor([0.125, 0.75, 0.125])
+    kernel = torch.outer(row, row).expand(images.shape[1], 1, 3, 3)
+    padded = functional.pad(images, (1, 1, 1, 1), mode="replicate")
+    return functional.conv2d(padded, kernel, groups=images.shape[1])
+
+
+def stand(bodies: Tensor, masks: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """Return bodies made smaller and moved, their backs near BACK_ROW; and their masks.
 
     Beyond the photograph its edge goes on, smoothed.
     """
-    is_body = masks[:, 0, :, 12:21] > 0.5
-    first = torch.where(is_body.any(1), is_body.float().argmax(1), SIZE // 2)
-    back = first.median(1).values
-    pixels = torch.arange(SIZE)
-    rows = back[:, None] + (pixels - BACK_ROW) / scale[:, None]
-    center = (SIZE - 1) / 2
-    columns = center + (pixels - center) / scale[:, None]
+    scale, right, down = (value[:, None] for value in geometry[:3])
+    moved_back = centers(torch.tensor(BACK_ROW)) + down
+    x, y = pixel_centers()
+    columns = (x - right) / scale
+    rows = centers(back_rows(masks))[:, None] + (y.T - moved_back) / scale
     grid = torch.stack(torch.broadcast_tensors(columns[:, None], rows[..., None]), 3)
-    grid = (grid + 0.5) / (SIZE / 2) - 1
-    both = functional.pad(torch.cat([bodies, masks], 1), (1, 1, 1, 1), mode="replicate")
-    row = torch.tensor([0.125, 0.75, 0.125])  # or legs break where pixels are left out
-    kernel = torch.outer(row, row).expand(4, 1, 3, 3)
-    both = functional.conv2d(both, kernel, groups=4)
-    smaller = functional.grid_sample(both, grid, align_corners=False, padding_mode="border")
-    images, masks = smaller.split([3, 1], 1)
+    both = soften(torch.cat([bodies, masks], 1))
+    moved = functional.grid_sample(both, grid, align_corners=False, padding_mode="border")
+    images, masks = moved.split([3, 1], 1)
     edge = grid.abs().amax(3)[:, None]
-    smooth = images
-    for _ in range(3):
-        smooth = functional.avg_pool2d(smooth, 7, 1, 3, count_include_pad=False)
     fade = (5 * (edge - 0.85)).clamp(0, 1)  # over three pixels
-    return torch.lerp(images, smooth, fade), masks * (edge < 1)
+    return torch.lerp(images, smooth(images), fade), masks * (edge < 1)
 
 
-def darken_sky(images: Tensor, masks: Tensor, blue: Tensor) -> Tensor:
+def darken_sky(images: Tensor, masks: Tensor, color: Tensor) -> Tensor:
     """Give light skies a color (n, 3): white wings would not stand out from them."""
     rows = torch.arange(SIZE)
     sky = ((BACK_ROW + 2 - rows) / 2).sigmoid()[:, None] * (1 - masks)
-    color = mean_inside(images, sky)
-    lightness = ((luminance(color) - 0.5) / 0.08).sigmoid()
-    ratio = 1 + lightness * (blue[..., None, None] / color.clamp(min=0.05) - 1)
+    mean = mean_inside(images, sky)
+    lightness = ((luminance(mean) - 0.5) / 0.08).sigmoid()
+    ratio = 1 + lightness * (color[..., None, None] / mean.clamp(min=0.05) - 1)
     return (images * (1 + sky * (ratio - 1))).clamp(0, 1)
 
 
@@ -227,33 +278,6 @@ def choose_wings(birds: Tensor, n: int) -> Tensor:
     return cut_wings(birds[top_rows(overlap, n)])[0]
 
 
-class Geometry(NamedTuple):
-    """How n pairs of wings are held, (n,) each; a picture is 2 wide."""
-    root_x: Tensor
-    root_y: Tensor
-    lean: Tensor  # of the pair, towards the tail, in radians
-    spread: Tensor  # of the two wings from there: closer ones look like one cloud
-    length: Tensor
-    width: Tensor
-    tone: Tensor  # brightness
-
-
-def random_geometry(n: int, generator: torch.Generator) -> Geometry:
-    """Draw what varies from Pegasus to Pegasus within what reads as one."""
-    def uniform(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(n, generator=generator)
-
-    return Geometry(
-        root_x=uniform(-0.1, 0.16),
-        root_y=uniform(0.03, 0.12),
-        lean=uniform(-0.12, 0.42),
-        spread=uniform(0.52, 0.74),
-        length=uniform(1.0, 1.25),
-        width=uniform(0.42, 0.52),
-        tone=uniform(0.86, 0.96),
-    )
-
-
 def place(wings: Tensor, x: Tensor, y: Tensor, lean: Tensor, size: Tensor) -> Tensor:
     """Return wings moved to a root (x, y) and leant; size: width and length (n, 2)."""
     cos = lean.cos()
@@ -266,14 +290,14 @@ def place(wings: Tensor, x: Tensor, y: Tensor, lean: Tensor, size: Tensor) -> Te
 
 
 def paste(images: Tensor, wings: Tensor, tone: Tensor) -> tuple[Tensor, Tensor]:
-    """Lay wings over images, as light as `tone` (n,), with a shade around them.
+    """Lay wings over images, as light as `tone` (n, 1, 1 or 32, 1 or 32) with a rim.
 
     Also returns how much they stand out: brightness gained, summed over pixels, (n,).
     """
     mask, colors = wings.split([1, 3], 1)
     light = luminance(colors)
     shading = light - mean_inside(light, mask)
-    white = (tone[:, None, None, None] + shading).clamp(0, 1)
+    white = (tone + shading).clamp(0, 1)
     contrast = ((white - luminance(images)) * mask).sum((1, 2, 3))
     rim = functional.max_pool2d(mask, 3, 1, 1) - mask
     return torch.lerp(images * (1 - 0.13 * rim), white.expand_as(images), mask), contrast
@@ -286,11 +310,15 @@ def add_wings(
 
     Also returns how much the less visible of the two stands out, (n,).
     """
-    x, y, lean, spread, length, width, tone = geometry
+    _, right, down, root_x, root_y, lean, spread, length, width, tone = geometry
+    x = root_x + right
+    y = root_y + down + centers(torch.tensor(BACK_ROW))
     size = torch.stack([width, length], 1)
+    tone = tone[:, None, None, None]
     behind = place(far, x - 0.15, y, lean - spread, 0.92 * size)
     behind = torch.cat([behind[:, :1] * (1 - masks), behind[:, 1:]], 1)
-    images, contrast_far = paste(images, behind, 0.86 * tone)
+    shade = functional.avg_pool2d(masks, 5, 1, 2)  # or white heads are lost before it
+    images, contrast_far = paste(images, behind, 0.86 * tone * (1 - 0.4 * shade))
     before = place(near, x, y, lean + spread, size)
     images, contrast_near = paste(images, before, tone)
     return images, torch.minimum(contrast_near, 1.6 * contrast_far)
@@ -307,13 +335,13 @@ def compose(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Give each body wings; return pictures, bodies without, and how wings stand out."""
     n = len(bodies)
-    scale = 0.7 + 0.15 * torch.rand(n, generator=generator)
-    darkest = torch.tensor([0.25, 0.45, 0.7])
-    blue = darkest + 0.2 * torch.rand(n, 3, generator=generator)
+    darkest = torch.tensor([0.2, 0.38, 0.5])
+    width = torch.tensor([0.2, 0.22, 0.4])
+    sky = darkest + width * torch.rand(n, 3, generator=generator)
     pairs = torch.randint(len(wings), (2, n), generator=generator)
     geometry = random_geometry(n, generator)
-    bare, body = resize(bodies, masks, scale)
-    bare = darken_sky(bare, body, blue)
+    bare, body = stand(bodies, masks, geometry)
+    bare = darken_sky(bare, body, sky)
     images, contrast = add_wings(bare, body, wings[pairs[0]], wings[pairs[1]], geometry)
     return images, bare, contrast
 
@@ -328,11 +356,11 @@ def coat_scores(images: Tensor) -> Tensor:
 
 
 def coats(bodies: Tensor) -> Tensor:
-    """Return 1 for the whitest sixth of bodies, 2 for the darkest quarter, 0 for others."""
+    """Return 1 for the whitest eighth of bodies, 2 for the darkest quarter, 0 for others."""
     white, dark = coat_scores(bodies)
     numbers = torch.zeros(len(bodies), dtype=torch.int64)
     numbers[top_rows(dark, len(bodies) // 4)] = 2
-    numbers[top_rows(white, len(bodies) // 6)] = 1
+    numbers[top_rows(white, len(bodies) // 8)] = 1
     return numbers
 
 
@@ -351,7 +379,7 @@ def pick_parts(
 def make(
     images: Tensor, labels: Tensor, classes: tuple[str, ...], judge: Classifier
 ) -> Composites:
-    """Make Pegasi of training photographs, TRIES of each body; return the best half.
+    """Make Pegasi of training photographs, TRIES of each body; return the best third.
 
     images: bytes (n, 3, 32, 32). labels: positions in `classes`; the first is the body's,
     the second the wings'. The best come first. There are none where the judge no longer
@@ -367,7 +395,7 @@ def make(
         rounds.append((vae.to_bytes(pictures), vae.to_bytes(bare), certainty, contrast))
     pictures, bare, certainty, contrast = map(torch.cat, zip(*rounds, strict=True))
     score = certainty + 0.05 * contrast.clamp(max=20)
-    best = top_rows(score, len(score) // 2)
+    best = top_rows(score, len(score) // 3)
     if certainty[best].median() < math.log(RECOGNIZED):
         return none()
     return Composites(pictures[best], bare[best], coats(bare[best]))
