@@ -1,7 +1,9 @@
 """Reparameterize and KL in one call, with noise that is a function of its arguments.
 
     import torch, reparam
-    z, kl = reparam.reparameterize_kl(mu, logvar, torch.tensor(7))  # (B, D), (B,)
+    z, kl = reparam.reparameterize_kl(mu, logvar, seed=7)  # (B, D), (B,)
+    q = reparam.DiagonalGaussian(mu, logvar)  # (B, ...), say (B, C, H, W)
+    z, kl = q.rsample_kl(seed=7)  # (B, ...), (B,)
 
 Row r, columns 4g to 4g+3 take their normals from one block of Philox4x32-10 (Salmon et
 al. 2011): counter (g low, g high, r low, r high), key (seed low, seed high), 32-bit
@@ -25,18 +27,15 @@ MASK = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, odd: its multiples are all different
 Pair = tuple[Tensor, Tensor]
 
 
 # ---- noise, in plain PyTorch ----
 
 
-def philox(counter: list, key: list) -> list:
-    """Compute a Philox4x32-10 block: 4 counter words and 2 key words to 4 words.
-
-    Words are Python ints or int64 tensors, below 2^32. Products wrap modulo 2^64, which
-    leaves both halves right.
-    """
+def philox(counter: list[int], key: list[int]) -> list[int]:
+    """Compute a Philox4x32-10 block: 4 counter words and 2 key words to 4 words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -63,29 +62,42 @@ def derive_seed(seed: int, step: int, purpose: int) -> int:
 
 
 def words(rows: int, groups: int, seed: Tensor, row_offset: int = 0) -> Tensor:
-    """Compute the noise's words, int64 (rows, groups, 4), on the seed's device."""
+    """Compute the noise's words, int64 (rows, groups, 4), on the seed's device.
+
+    `philox` for all blocks at once. Words 0 and 2 of a block are one tensor, 1 and 3
+    another; their high halves may hold anything until they are multiplied. Products
+    wrap modulo 2^64, which leaves both halves right.
+    """
     seed = seed.reshape(())
-    device = seed.device
-    row = torch.arange(row_offset, row_offset + rows, device=device)[:, None]
-    group = torch.arange(groups, device=device)[None, :]
-    counter = [group & MASK, group >> 32, row & MASK, row >> 32 & MASK]
-    block = philox(counter, [seed & MASK, seed >> 32 & MASK])
-    return torch.stack(torch.broadcast_tensors(*block), -1)
+    row = torch.arange(row_offset, row_offset + rows, device=seed.device)[:, None]
+    group = torch.arange(groups, device=seed.device)
+    even = torch.stack(torch.broadcast_tensors(group, row))
+    odd = even >> 32
+    rounds = torch.arange(10, device=seed.device)[:, None]
+    key = torch.stack([seed, seed >> 32]) + rounds * torch.tensor(WEYL, device=seed.device)
+    multipliers = torch.tensor(MULTIPLIERS, device=seed.device)[:, None, None]
+    for round_key in key[..., None, None].unbind():
+        product = ((even & MASK) * multipliers).flip(0)
+        even = (product >> 32) ^ odd ^ round_key
+        odd = product
+    return torch.stack([even[0], odd[0], even[1], odd[1]], -1) & MASK
 
 
-def direction(word: Tensor, dtype: torch.dtype) -> Tensor:
-    """Map words (...) to points of the unit circle (..., 2).
+def direction(word: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Map words to points of the unit circle, x and y.
 
     The low 30 bits are an angle, at most an eighth of a turn to either side of zero.
     Bit 31 is the sign of its cosine, and bit 30 exchanges cosine and sine: together
-    they reach all four quarters, at less work than an angle of a whole turn.
+    they reach all four quarters, at less work than an angle of a whole turn has in the
+    extension. Here the angle is turned instead.
     """
-    signed = (word & 0x3FFFFFFF) - (word >> 29 & 1) * 2**30
+    signed = ((word & 0x3FFFFFFF) ^ 2**29) - 2**29
     angle = signed.to(dtype) * (math.pi / 2 * 2.0**-30)
-    sign = 1 - (word >> 31) * 2
-    point = torch.stack([angle.cos() * sign, angle.sin()], -1)
-    exchange = (word >> 30 & 1 == 1)[..., None]
-    return torch.where(exchange, point.flip(-1), point)
+    turn = word >> 30
+    start = torch.tensor([0, 0.5, 1, -0.5], dtype=dtype, device=word.device) * math.pi
+    sign = torch.tensor([1, -1, -1, 1], dtype=dtype, device=word.device)
+    angle = start.take(turn) + sign.take(turn) * angle
+    return angle.cos(), angle.sin()
 
 
 def normals_from_words(word: Tensor, dtype: torch.dtype) -> Tensor:
@@ -94,8 +106,9 @@ def normals_from_words(word: Tensor, dtype: torch.dtype) -> Tensor:
     The radius uses all 32 bits of a word, so the normals reach 6.66.
     """
     uniform = (word[..., 0::2].to(dtype) + 1) * 2.0**-32
-    radius = uniform.log().mul(-2).clamp(min=0).sqrt()
-    return (radius[..., None] * direction(word[..., 1::2], dtype)).flatten(-2)
+    radius = uniform.log().mul(-2).sqrt()
+    x, y = direction(word[..., 1::2], dtype)
+    return torch.stack([radius * x, radius * y], -1).flatten(-2)
 
 
 # ---- the op in plain PyTorch, and its checks ----
@@ -104,6 +117,16 @@ def normals_from_words(word: Tensor, dtype: torch.dtype) -> Tensor:
 def kl_dtype(mu: Tensor) -> torch.dtype:
     """Return the dtype of kl and of all arithmetic: float32, or float64 for float64."""
     return torch.promote_types(mu.dtype, torch.float32)
+
+
+def kl_of_elements(mu: Tensor, logvar: Tensor) -> Tensor:
+    """Return each element's KL(N(mu, exp(logvar)) || N(0, 1)), in nats.
+
+    exp(logvar) - 1 - logvar, written so that it keeps its digits where logvar is near
+    zero, and is not negative there.
+    """
+    minus_one = torch.expm1(logvar / 2)
+    return (minus_one * minus_one + mu * mu) / 2 + (minus_one - logvar / 2)
 
 
 def reference(mu: Tensor, logvar: Tensor, seed: Tensor, row_offset: int = 0) -> Pair:
@@ -115,23 +138,25 @@ def reference(mu: Tensor, logvar: Tensor, seed: Tensor, row_offset: int = 0) -> 
     m = mu.to(dtype)
     v = logvar.to(dtype)
     z = m + (v / 2).exp() * eps
-    kl = (v.exp() + m * m - 1 - v).sum(1) / 2
-    return z.to(mu.dtype), kl
+    return z.to(mu.dtype), kl_of_elements(m, v).sum(1)
 
 
 def check(mu: Tensor, logvar: Tensor, seed: Tensor) -> None:
     """Raise ValueError or TypeError naming the argument, what it is and should be."""
+    for name, value in (("mu", mu), ("logvar", logvar), ("seed", seed)):
+        if not isinstance(value, Tensor):
+            wanted = "a tensor or an int" if name == "seed" else "a tensor"
+            raise TypeError(f"{name}: got {type(value).__name__}, wanted {wanted}")
     shape = tuple(mu.shape)
     if len(shape) != 2:
         raise ValueError(f"mu: got shape {shape}, wanted two dimensions (B, D)")
-    if mu.dtype not in DTYPES:
-        wanted = ", ".join(map(str, DTYPES))
-        raise TypeError(f"mu: got {mu.dtype}, wanted one of {wanted}")
+    for name, value in (("mu", mu), ("logvar", logvar)):
+        if value.dtype not in DTYPES:
+            wanted = ", ".join(map(str, DTYPES))
+            raise TypeError(f"{name}: got {value.dtype}, wanted one of {wanted}")
     if logvar.shape != mu.shape:
         got = tuple(logvar.shape)
         raise ValueError(f"logvar: got shape {got}, wanted mu's {shape}")
-    if logvar.dtype != mu.dtype:
-        raise ValueError(f"logvar: got dtype {logvar.dtype}, wanted mu's {mu.dtype}")
     if logvar.device != mu.device:
         raise ValueError(f"logvar: got device {logvar.device}, wanted mu's {mu.device}")
     if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != mu.device:
@@ -140,21 +165,42 @@ def check(mu: Tensor, logvar: Tensor, seed: Tensor) -> None:
         raise ValueError(f"seed: got {got}, wanted {wanted}")
 
 
+def check_offset(row_offset: int, rows: int) -> None:
+    """Raise where the rows' numbers are no int64."""
+    if not isinstance(row_offset, int):
+        got = type(row_offset).__name__
+        raise TypeError(f"row_offset: got {got}, wanted an int")
+    if not 0 <= row_offset <= 2**63 - 1 - rows:
+        raise ValueError(f"row_offset: got {row_offset}, wanted 0 to 2^63 - 1 - B")
+
+
+def seed_tensor(seed: Tensor | int, device: torch.device) -> Tensor:
+    """Return an int seed as a tensor on a device, any other as it is."""
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        return seed
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed: got {seed}, wanted an int of 64 bits")
+    return torch.full((), seed, dtype=torch.int64, device=device)
+
+
 # ---- the extension: shapes and derivatives of its ops ----
 
 
-def fake_forward(mu: Tensor, logvar: Tensor, seed: Tensor, row_offset: int = 0) -> Pair:
+def fake_forward(
+    mu: Tensor, logvar: Tensor, seed: Tensor, row_offset: int = 0, with_kl: bool = True
+) -> Pair:
     """Shapes and dtypes of `reparameterize_kl`, for the compiler."""
     check(mu, logvar, seed)
-    return mu.new_empty(mu.shape), mu.new_empty(mu.shape[:1], dtype=kl_dtype(mu))
+    rows = mu.shape[0] if with_kl else 0
+    return mu.new_empty(mu.shape), mu.new_empty(rows, dtype=kl_dtype(mu))
 
 
-def fake_backward(dz: Tensor, dkl: Tensor, mu: Tensor, *others: object) -> Pair:
+def fake_backward(dz: Tensor, dkl: Tensor | None, mu: Tensor, *others: object) -> Pair:
     """Shapes and dtypes of the gradients, for the compiler."""
     return mu.new_empty(mu.shape), mu.new_empty(mu.shape)
 
 
-def save_inputs(ctx, inputs: tuple, output: tuple | None) -> None:
+def save_inputs(ctx, inputs: tuple, output: tuple) -> None:
     """Keep inputs and seed for the backward, which draws the noise again."""
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:3])
@@ -162,21 +208,18 @@ def save_inputs(ctx, inputs: tuple, output: tuple | None) -> None:
 
 
 def gradients(ctx, dz: Tensor | None, dkl: Tensor | None) -> tuple:
-    """Gradients with respect to mu and logvar; None for seed and row_offset.
+    """Gradients with respect to mu and logvar; None for the op's other arguments.
 
     dz or dkl is None where z or kl is not used.
     """
     mu, logvar, seed = ctx.saved_tensors
     if dz is None:
         dz = torch.zeros_like(mu)
-    if dkl is not None:
+    if ctx.needs_input_grad[1]:
         dmu, dlogvar = backward_op(dz, dkl, mu, logvar, seed, ctx.row_offset)
-        return dmu, dlogvar, None, None
-    # a dkl of zero would give NaN where exp(logvar) is infinite
-    dtype = kl_dtype(mu)
-    zeros = torch.zeros_like(mu, dtype=dtype)
-    std_eps, _ = forward_op(zeros, logvar.to(dtype), seed, ctx.row_offset)
-    return dz, (std_eps * dz / 2).to(mu.dtype), None, None
+        return dmu, dlogvar, None, None, None
+    dmu = dz if dkl is None else (dz + dkl[:, None] * mu).to(mu.dtype)
+    return dmu, None, None, None, None
 
 
 def no_second_derivative(ctx, *gradients_of_gradients: Tensor) -> None:
@@ -186,27 +229,6 @@ def no_second_derivative(ctx, *gradients_of_gradients: Tensor) -> None:
         "not have; PEGASUS_EXTENSION=0 takes the reference, which does"
     )
 
-
-class Fused(torch.autograd.Function):
-    """register_autograd's work for eager mode, at two thirds of its cost a call."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        save_inputs(ctx, inputs, None)
-        with torch._C._AutoDispatchBelowAutograd():
-            return forward_op(*inputs)
-
-    @staticmethod
-    def backward(ctx, dz, dkl):
-        if torch.is_grad_enabled():
-            # create_graph=True: by the registered op, which refuses a second derivative
-            return gradients(ctx, dz, dkl)
-        with torch._C._AutoDispatchBelowAutograd():
-            return gradients(ctx, dz, dkl)
-
-
-# Function.apply without the 5 us that it takes for torch.func
-apply_fused = super(torch.autograd.Function, Fused).apply
 
 extension = None  # the module pegasus_op, where it is built and wanted
 missing = ""  # why there is none
@@ -233,39 +255,72 @@ if extension:
 # ---- what others call ----
 
 
-def fallback(mu: Tensor, logvar: Tensor, seed: Tensor, row_offset: int) -> Pair:
-    """Check the arguments and use the reference; say so once, on stderr."""
+def announce_fallback(device: torch.device) -> None:
+    """Say once, on stderr, why the reference is used."""
     global silent
-    if not silent and not torch.compiler.is_compiling():
-        silent = True
-        reason = missing or f"the extension has no kernels for {mu.device.type}"
-        print(
-            f"reparam: {reason}, so its slower PyTorch reference is used; "
-            "`python setup.py build_ext --inplace --force` builds it, for CUDA where "
-            "there is an nvcc of torch's CUDA.",
-            file=sys.stderr,
-        )
-    check(mu, logvar, seed)
-    return reference(mu, logvar, seed, row_offset)
+    if silent or torch.compiler.is_compiling():
+        return
+    silent = True
+    reason = missing or f"the extension has no kernels for {device.type}"
+    print(
+        f"reparam: {reason}, so its slower PyTorch reference is used; "
+        "`python setup.py build_ext --inplace --force` builds it, for CUDA where "
+        "there is an nvcc of torch's CUDA.",
+        file=sys.stderr,
+    )
 
 
 def has_kernels(mu: Tensor) -> bool:
     """Whether the extension computes on the tensor's device."""
+    if extension is None:
+        return False
     if mu.is_cuda:
         return bool(extension.cuda_architectures)
     return mu.is_cpu or mu.is_meta
 
 
+def is_transformed(*tensors: Tensor) -> bool:
+    """Whether torch.func or forward-mode derivatives are at work.
+
+    The extension has no rules for them; the reference needs none.
+    """
+    if torch._C._are_functorch_transforms_active():  # there is no public way to ask
+        return True
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def sample(
+    mu: Tensor, logvar: Tensor, seed: Tensor | int, row_offset: int, with_kl: bool
+) -> Pair:
+    """Check the arguments; return z and kl, by the extension if it can."""
+    if isinstance(mu, Tensor):
+        seed = seed_tensor(seed, mu.device)
+    check(mu, logvar, seed)
+    if not torch.compiler.is_compiling():  # else the extension does, without a guard
+        check_offset(row_offset, len(mu))
+    if mu.dtype != logvar.dtype:
+        dtype = torch.promote_types(mu.dtype, logvar.dtype)
+        mu = mu.to(dtype)
+        logvar = logvar.to(dtype)
+    if not has_kernels(mu):
+        announce_fallback(mu.device)
+        return reference(mu, logvar, seed, row_offset)
+    if is_transformed(mu, logvar):
+        return reference(mu, logvar, seed, row_offset)
+    return forward_op(mu, logvar, seed, row_offset, with_kl)
+
+
 def reparameterize_kl(
-    mu: Tensor, logvar: Tensor, seed: Tensor, row_offset: int = 0
+    mu: Tensor, logvar: Tensor, seed: Tensor | int, row_offset: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Sample z ~ N(mu, exp(logvar)); sum KL(N(mu, exp(logvar)) || N(0, I)) per row.
 
     Kingma and Welling, Auto-Encoding Variational Bayes (2014), section 2.4, appendix B:
     z = mu + exp(logvar / 2) * eps, kl_i = 1/2 sum_j [exp(logvar) + mu^2 - 1 - logvar].
 
-    mu, logvar: (B, D), float32, float64, bfloat16 or float16, any row stride.
-    seed: int64, one element, on the same device.
+    mu, logvar: (B, D), float32, float64, bfloat16 or float16, any row stride. Where their
+    dtypes differ, the wider one is taken, as in PyTorch.
+    seed: an int of 64 bits, or int64 of one element on the same device.
     row_offset: index of row 0 in the global batch; rows computed apart equal those
     computed together.
 
@@ -274,24 +329,86 @@ def reparameterize_kl(
     derivative is an error, except under torch.func, which gets the reference, as
     forward-mode derivatives do.
     """
-    if extension is None or not has_kernels(mu):
-        return fallback(mu, logvar, seed, row_offset)
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        check(mu, logvar, seed)
-        return reference(mu, logvar, seed, row_offset)  # has derivatives of all kinds
-    if torch.compiler.is_compiling():
-        return forward_op(mu, logvar, seed, row_offset)
-    try:
-        if torch.is_grad_enabled() and (mu.requires_grad or logvar.requires_grad):
-            return apply_fused(mu, logvar, seed, row_offset)
-        with torch._C._AutoDispatchBelowAutograd():
-            return forward_op(mu, logvar, seed, row_offset)
-    except RuntimeError:
-        check(mu, logvar, seed)  # the same error, with a type of its own
-        raise
+    return sample(mu, logvar, seed, row_offset, True)
 
 
-def normals(rows: int, columns: int, seed: Tensor, row_offset: int = 0) -> Tensor:
+def reparameterize(
+    mu: Tensor, logvar: Tensor, seed: Tensor | int, row_offset: int = 0
+) -> Tensor:
+    """Sample z ~ N(mu, exp(logvar)), (B, D): `reparameterize_kl` without the KL."""
+    return sample(mu, logvar, seed, row_offset, False)[0]
+
+
+def normals(rows: int, columns: int, seed: Tensor | int, row_offset: int = 0) -> Tensor:
     """Sample float32 (rows, columns) on the seed's device: the noise of the op."""
-    zeros = torch.zeros(rows, columns, device=seed.device)
-    return reparameterize_kl(zeros, zeros, seed, row_offset)[0]
+    device = seed.device if isinstance(seed, Tensor) else "cpu"
+    zeros = torch.zeros(rows, columns, dtype=torch.float32, device=device)
+    return reparameterize(zeros, zeros, seed, row_offset)
+
+
+class DiagonalGaussian:
+    """The posterior N(mu, exp(logvar)) of independent elements.
+
+    mu, logvar: (B, ...) with at least two dimensions, say an encoder's
+    `output.chunk(2, 1)` of (B, 2 C, H, W), which is not copied. What stands behind the
+    batch is one row of the op.
+    """
+
+    def __init__(self, mu: Tensor, logvar: Tensor):
+        self.mu = mu
+        self.logvar = logvar
+
+    @property
+    def stddev(self) -> Tensor:
+        """The standard deviation, in mu's shape."""
+        return (self.logvar / 2).exp()
+
+    def mode(self) -> Tensor:
+        """Return the most probable z, which is mu."""
+        return self.mu
+
+    def rsample(self, seed: Tensor | int, row_offset: int = 0) -> Tensor:
+        """Sample z in mu's shape; gradients reach mu and logvar."""
+        z = reparameterize(self.mu.flatten(1), self.logvar.flatten(1), seed, row_offset)
+        return z.view(self.mu.shape)
+
+    def rsample_kl(self, seed: Tensor | int, row_offset: int = 0) -> Pair:
+        """Sample z in mu's shape and return it with `kl()`, (B,), in one pass."""
+        mu = self.mu.flatten(1)
+        z, kl = reparameterize_kl(mu, self.logvar.flatten(1), seed, row_offset)
+        return z.view(self.mu.shape), kl
+
+    def kl(self, reduction: str = "sum") -> Tensor:
+        """Return KL to N(0, I) in nats: (B,), or with "none" of each element, (B, ...)."""
+        if reduction not in ("sum", "none"):
+            raise ValueError(f"reduction: got {reduction!r}, wanted 'sum' or 'none'")
+        dtype = torch.promote_types(kl_dtype(self.mu), self.logvar.dtype)
+        elements = kl_of_elements(self.mu.to(dtype), self.logvar.to(dtype))
+        return elements if reduction == "none" else elements.flatten(1).sum(1)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Return log q(z | x) in nats, (B,), of z in mu's shape."""
+        dtype = torch.promote_types(kl_dtype(self.mu), self.logvar.dtype)
+        logvar = self.logvar.to(dtype)
+        distance = (z.to(dtype) - self.mu.to(dtype)).square() * (-logvar).exp()
+        return (distance + logvar + math.log(2 * math.pi)).flatten(1).sum(1) / -2
+
+
+class Reparameterize(torch.nn.Module):
+    """`reparameterize_kl` with new noise at each call: a function of (seed, calls).
+
+    The count of calls is a buffer, so a checkpoint has it. Under activation
+    checkpointing a second forward would draw other noise: pass a seed to
+    `reparameterize_kl` there.
+    """
+
+    def __init__(self, seed: int = 0):
+        super().__init__()
+        self.seed = seed
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, mu: Tensor, logvar: Tensor, row_offset: int = 0) -> Pair:
+        """Return z (B, D) and kl (B,)."""
+        seed = self.calls * GOLDEN + self.seed
+        self.calls += 1
+        return reparameterize_kl(mu, logvar, seed, row_offset)

@@ -198,4 +198,4 @@ def to_bytes(images: Tensor) -> Tensor:
 
 def sampling_noise(n: int, size: int, seed: int) -> Tensor:
     """Return standard normals (n, size); row i is a function of (seed, i) alone."""
-    return reparam.normals(n, size, torch.tensor(seed))
+    return reparam.normals(n, size, seed)

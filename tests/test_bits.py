@@ -24,16 +24,19 @@ Results = list[torch.Tensor]
 
 
 def op_results(generator: torch.Generator, dtype: torch.dtype) -> Results:
-    """z, kl, dmu, dlogvar."""
+    """z, kl, dmu, dlogvar, of many rows and of a long one."""
     if dtype != torch.float32 and ROWS >= 10000:
         return []
-    shape = (ROWS, COLUMNS)
-    mu, logvar, dz = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
-    dkl = torch.randn(ROWS, generator=generator, dtype=reparam.kl_dtype(mu))
-    seed = torch.tensor(5)
-    ops = torch.ops.pegasus
-    forward = ops.reparameterize_kl(mu, logvar, seed)
-    return [*forward, *ops.reparameterize_kl_backward(dz, dkl, mu, logvar, seed)]
+    results = []
+    for shape in ((ROWS, COLUMNS), (2, 20001)):
+        mu, logvar, dz = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
+        kl_dtype = reparam.kl_dtype(mu)
+        dkl = torch.randn(shape[:1], generator=generator, dtype=kl_dtype)
+        seed = torch.tensor(5)
+        ops = torch.ops.pegasus
+        results += ops.reparameterize_kl(mu, logvar, seed)
+        results += ops.reparameterize_kl_backward(dz, dkl, mu, logvar, seed)
+    return results
 
 
 def images(generator: torch.Generator, *shape: int) -> torch.Tensor:
@@ -126,6 +129,45 @@ def test_bits_do_not_depend_on_instruction_set_or_threads(extension: str, level:
     values = {line.split()[-1] for line in wanted}
     assert len(values) == len(wanted) >= 10  # all results differ
     assert digests(extension, level) == [wanted] * 3
+
+
+GOLDEN = {  # noise, z, kl, dmu, dlogvar
+    torch.float32: "a389df2efbcc3d0b 1dfe69e3ced126e8 8e68b34ae83c300d "
+    "47b2c496b8676458 4c79c404572072e2",
+    torch.float64: "dc8d71e50963c6c0 48d4b0bf6574d4b2 1e132004f9203316 "
+    "47b2c496b8676458 bf6f912ec25f320d",
+    torch.bfloat16: "1f1809dea2b322ec f059dbb94313dacb 8e68b34ae83c300d "
+    "d624f782fa82fa84 f7f66c916df5108b",
+    torch.float16: "4e9a541ebf5bc9f2 df724eda2cd40e72 8e68b34ae83c300d "
+    "bb7e2174dba88008 4c86515c7e11f1e0",
+}
+
+
+def eighths(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    """Numbers from -4 to 4 that are the same on every machine and in every format."""
+    return torch.randint(-32, 33, shape, generator=generator) / 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_no_version_changes_a_bit(dtype: torch.dtype) -> None:
+    """Digests of noise, z, kl and gradients. float64's functions are the system's: rounded."""
+    if reparam.extension is None:
+        pytest.skip("the extension is not built, or PEGASUS_EXTENSION=0")
+    generator = torch.Generator().manual_seed(0)
+    mu, logvar, dz = eighths(generator, 3, 67, 1003).to(dtype)
+    dkl = eighths(generator, 67).to(reparam.kl_dtype(mu))
+    seed = torch.tensor(-77)
+    zeros = torch.zeros_like(mu)
+    ops = torch.ops.pegasus
+    results = [ops.reparameterize_kl(zeros, zeros, seed, 2**33)[0]]
+    results += ops.reparameterize_kl(mu, logvar, seed, 3)
+    results += ops.reparameterize_kl_backward(dz, dkl, mu, logvar, seed, 3)
+    digests = []
+    for tensor in results:
+        rounded = tensor.float() if dtype == torch.float64 else tensor
+        data = rounded.flatten().view(torch.uint8).numpy().tobytes()
+        digests.append(hashlib.sha256(data).hexdigest()[:16])
+    assert " ".join(digests) == GOLDEN[dtype]
 
 
 if __name__ == "__main__":

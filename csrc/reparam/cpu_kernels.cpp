@@ -1,9 +1,10 @@
 // The op on a CPU, for one instruction set. setup.py compiles this file once for each, with
 // -DPEGASUS_LEVEL=its name.
 //
-// Bits do not depend on the instruction set: a row's kl is summed in 16 virtual lanes (column j in
-// lane j % 16), which one fixed tree adds up; a row's last columns are padded with what adds zero;
-// and every thread computes in the processor's default floating-point state.
+// Bits do not depend on the instruction set: a kl is summed in 16 virtual lanes (column j in lane
+// j % 16), by chunks in float and from there in double; one fixed tree adds up a segment's lanes;
+// a row's last columns are padded with what adds zero; and every thread computes in the processor's
+// default floating-point state.
 #include "kernels.h"
 #include "vectors.h"
 
@@ -55,13 +56,21 @@ struct Columns {
   typename Format::Element* out[2];
 };
 
+// The gradient of a row's kl, halved, where kl is used.
+template <class Real>
+struct Dkl {
+  bool used;
+  Real half;
+};
+
 // A column or a vector of columns; returns their shares of 2 kl, or zero.
 template <class F, bool backward, class Format>
-static PEGASUS_INLINE F compute(Columns<Format> columns, int64_t at, F eps, F half_dkl) {
+static PEGASUS_INLINE F compute(Columns<Format> columns, int64_t at, F eps,
+                                Dkl<typename Format::Real> dkl) {
   F x[3], y[2], share = {};
   for (int i = 0; i < inputs[backward]; ++i) x[i] = load<F, Format>(columns.in[i] + at);
   if constexpr (backward)
-    backward_element<F>(x[0], x[1], eps, x[2], half_dkl, y[0], y[1]);
+    backward_element<F>(x[0], x[1], eps, x[2], dkl.used, F{} + dkl.half, y[0], y[1]);
   else
     share = forward_element<F>(x[0], x[1], eps, y[0]);
   for (int i = 0; i < outputs[backward]; ++i) store<F, Format>(columns.out[i] + at, y[i]);
@@ -71,28 +80,29 @@ static PEGASUS_INLINE F compute(Columns<Format> columns, int64_t at, F eps, F ha
 // `count` columns from `at` on, and those behind them up to a multiple of `lanes`.
 template <bool backward, class Format>
 static PEGASUS_INLINE void compute_chunk(Noise noise, uint64_t group, int count,
-                                         Columns<Format> columns, int64_t at, float half_dkl,
-                                         Vector sums[lanes / width]) {
-  Vector eps[chunk / width];
+                                         Columns<Format> columns, int64_t at, Dkl<float> dkl,
+                                         Doubles sums[lanes / width]) {
+  Vector eps[chunk / width], shares[lanes / width] = {};
   normals(noise, group, count, eps);
   for (int j = 0; j < count; j += lanes) {
     PEGASUS_UNROLL
     for (int i = 0; i < lanes / width; ++i)
-      sums[i] += compute<Vector, backward>(columns, at + j + i * width, eps[j / width + i],
-                                           Vector{} + half_dkl);
+      shares[i] += compute<Vector, backward>(columns, at + j + i * width, eps[j / width + i], dkl);
   }
+  if constexpr (!backward)
+    for (int i = 0; i < lanes / width; ++i) sums[i] += __builtin_convertvector(shares[i], Doubles);
 }
 
-// A row; returns its kl, or zero. The last columns are padded to a whole chunk with zeros, which
-// add nothing to the kl.
+// `size` columns from `group` on; returns their 2 kl, or zero. The last ones are padded to a whole
+// chunk with zeros, which add nothing to the kl.
 template <bool backward, class Format>
-static PEGASUS_INLINE float compute_row(Noise noise, int64_t size, Columns<Format> columns,
-                                        float half_dkl) {
+static PEGASUS_INLINE double compute_segment(Noise noise, uint64_t group, int64_t size,
+                                             Columns<Format> columns, Dkl<float> dkl) {
   constexpr int in = inputs[backward], out = outputs[backward];
-  Vector sums[lanes / width] = {};
+  Doubles sums[lanes / width] = {};
   int64_t at = 0;
   for (; at + chunk <= size; at += chunk)
-    compute_chunk<backward>(noise, at / 4, chunk, columns, at, half_dkl, sums);
+    compute_chunk<backward>(noise, group + at / 4, chunk, columns, at, dkl, sums);
   if (const int64_t rest = size - at) {
     typename Format::Element padded[in + out][chunk] = {};
     const size_t bytes = rest * sizeof padded[0][0];
@@ -100,48 +110,51 @@ static PEGASUS_INLINE float compute_row(Noise noise, int64_t size, Columns<Forma
     for (int i = 0; i < in; ++i) last.in[i] = padded[i];
     for (int i = 0; i < out; ++i) last.out[i] = padded[in + i];
     for (int i = 0; i < in; ++i) __builtin_memcpy(padded[i], columns.in[i] + at, bytes);
-    compute_chunk<backward>(noise, at / 4, rest, last, 0, half_dkl, sums);
+    compute_chunk<backward>(noise, group + at / 4, rest, last, 0, dkl, sums);
     for (int i = 0; i < out; ++i) __builtin_memcpy(columns.out[i] + at, last.out[i], bytes);
   }
-  float lane[lanes];
+  double lane[lanes];
   __builtin_memcpy(lane, sums, sizeof lane);
-  return fold(lane) * 0.5f;
+  return fold(lane);
 }
 
 // float64: column by column, with the mathematics library's functions.
 template <bool backward>
-static double compute_row(Noise noise, int64_t size, Columns<Float64> columns, double half_dkl) {
+static double compute_segment(Noise noise, uint64_t group, int64_t size, Columns<Float64> columns,
+                              Dkl<double> dkl) {
   double lane[lanes] = {}, eps[4];
   for (int64_t j = 0; j < size; ++j) {
-    if (j % 4 == 0) normals_of_group<double>(j / 4, noise.row, noise.seed, eps);
-    lane[j % lanes] += compute<double, backward>(columns, j, eps[j % 4], half_dkl);
+    if (j % 4 == 0) normals_of_group<double>(group + j / 4, noise.row, noise.seed, eps);
+    lane[j % lanes] += compute<double, backward>(columns, j, eps[j % 4], dkl);
   }
-  return fold(lane) * 0.5;
+  return fold(lane);
 }
 
 template <class Format, bool backward>
-static __attribute__((noinline)) void compute_rows(const Arguments& a, int64_t first_row,
-                                                   int64_t last_row) {
+static __attribute__((noinline)) void compute_segments(const Arguments& a, int64_t first,
+                                                       int64_t last) {
   using Element = typename Format::Element;
   using Real = typename Format::Real;
   const uint64_t seed = static_cast<uint64_t>(*a.seed);
   const Key<Wide> key(seed);
-  for (int64_t row = first_row; row < last_row; ++row) {
+  for (int64_t index = first; index < last; ++index) {
+    const int64_t row = index / a.segments, at = index % a.segments * segment;
+    const int64_t size = a.columns - at < segment ? a.columns - at : segment;
     const Noise noise{key, seed, static_cast<uint64_t>(row) + static_cast<uint64_t>(a.row_offset)};
     Columns<Format> columns = {};
     for (int i = 0; i < inputs[backward]; ++i)
-      columns.in[i] = static_cast<const Element*>(a.in[i]) + row * a.stride[i];
+      columns.in[i] = static_cast<const Element*>(a.in[i]) + row * a.stride[i] + at;
     for (int i = 0; i < outputs[backward]; ++i)
-      columns.out[i] = static_cast<Element*>(a.out[i]) + row * a.columns;
-    Real half_dkl = 0;
-    if constexpr (backward) half_dkl = static_cast<const Real*>(a.dkl)[row * a.dkl_stride] / 2;
-    const Real kl = compute_row<backward>(noise, a.columns, columns, half_dkl);
-    if constexpr (!backward) static_cast<Real*>(a.kl)[row] = kl;
+      columns.out[i] = static_cast<Element*>(a.out[i]) + row * a.columns + at;
+    Dkl<Real> dkl{a.dkl != nullptr, 0};
+    if (a.dkl) dkl.half = static_cast<const Real*>(a.dkl)[row * a.dkl_stride] / 2;
+    const double sum = compute_segment<backward>(noise, at / 4, size, columns, dkl);
+    if (a.kl) a.sums[index] = sum;
   }
 }
 
 template <class Format, bool backward>
-constexpr RowsKernel kernel = in_state<FloatState::ieee, compute_rows<Format, backward>>;
+constexpr SegmentsKernel kernel = in_state<FloatState::ieee, compute_segments<Format, backward>>;
 
 extern const CpuKernels kernels = {
     PEGASUS_LEVEL_NAME,

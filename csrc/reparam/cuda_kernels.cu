@@ -1,6 +1,6 @@
-// The op on CUDA: a warp or, for a long row, a block of 256 threads takes a row, and a thread takes
-// groups of four columns. The kl is summed by a fixed tree and without atomics, so that a device
-// repeats its own bits.
+// The op on CUDA: a warp or, where it is long, a block of 256 threads takes a segment of a row, and
+// a thread takes groups of four columns. The kl is summed by a fixed tree and without atomics, so
+// that a device repeats its own bits.
 #include <cuda_runtime.h>
 
 #include "formulas.h"
@@ -16,6 +16,7 @@ namespace {
 using namespace scalar;
 
 constexpr int warp = 32, rows_per_block = 4, long_row = 1024, long_row_threads = 256;
+constexpr int adding_threads = 128;
 
 // Four elements that move in one access, or in two for double.
 template <class T>
@@ -55,9 +56,9 @@ __device__ void store(void* base, int64_t stride, Columns columns, const Real in
   copy(static_cast<T*>(base) + columns.row * stride + columns.first, four.value, columns);
 }
 
-// The sum over a row's threads, in every one of them.
+// The sum over a segment's threads, in every one of them.
 template <class Real>
-__device__ Real sum_of_row(Real x) {
+__device__ Real sum_of_segment(Real x) {
   for (int offset = warp / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, offset);
   if (blockDim.x == warp) return x;
   __shared__ Real sums[long_row_threads / warp];  // of the block's warps
@@ -65,21 +66,24 @@ __device__ Real sum_of_row(Real x) {
   __syncthreads();
   Real sum = 0;
   for (int i = 0; i < long_row_threads / warp; ++i) sum += sums[i];
-  __syncthreads();  // the next row writes `sums` again
+  __syncthreads();  // the next segment writes `sums` again
   return sum;
 }
 
-// Returns the columns' share of 2 kl, or zero. half_dkl: half the gradient of the row's kl.
+// Returns the columns' share of 2 kl, or zero.
 template <class Format, bool backward, class Real>
-__device__ Real compute(const Arguments& a, Columns columns, uint64_t seed, Real half_dkl) {
+__device__ Real compute(const Arguments& a, Columns columns, uint64_t seed) {
   const uint64_t row = static_cast<uint64_t>(columns.row) + static_cast<uint64_t>(a.row_offset);
   constexpr int ins = inputs[backward], outs = outputs[backward];
-  Real in[ins][4], eps[4], out[outs][4], sum = 0;
+  Real in[ins][4], eps[4], out[outs][4], sum = 0, half_dkl = 0;
+  const Real* dkl = static_cast<const Real*>(a.dkl);
+  if (backward && dkl) half_dkl = dkl[columns.row * a.dkl_stride] / 2;
   for (int i = 0; i < ins; ++i) load<Format>(a.in[i], a.stride[i], columns, in[i]);
   normals_of_group<Real>(columns.first / 4, row, seed, eps);
   for (int i = 0; i < 4; ++i) {
     if constexpr (backward)
-      backward_element(in[0][i], in[1][i], eps[i], in[2][i], half_dkl, out[0][i], out[1][i]);
+      backward_element(in[0][i], in[1][i], eps[i], in[2][i], dkl != nullptr, half_dkl, out[0][i],
+                       out[1][i]);
     else
       sum += forward_element(in[0][i], in[1][i], eps[i], out[0][i]);
   }
@@ -88,42 +92,74 @@ __device__ Real compute(const Arguments& a, Columns columns, uint64_t seed, Real
 }
 
 template <class Format, bool backward>
-__global__ void compute_rows(Arguments a, bool aligned) {
+__global__ void compute_segments(Arguments a, bool aligned) {
   using Real = typename Format::Real;
   const uint64_t seed = static_cast<uint64_t>(*a.seed);
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
-  int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  for (; row < a.rows; row += step) {
-    Real half_dkl = 0, sum = 0;
-    if constexpr (backward) half_dkl = static_cast<const Real*>(a.dkl)[row * a.dkl_stride] / 2;
-    for (int64_t first = 4 * threadIdx.x; first < a.columns; first += 4 * blockDim.x) {
-      const int64_t left = a.columns - first;
+  int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  for (; index < a.rows * a.segments; index += step) {
+    const int64_t row = index / a.segments, start = index % a.segments * segment;
+    const int64_t end = a.columns - start < segment ? a.columns : start + segment;
+    Real sum = 0;
+    for (int64_t first = start + 4 * threadIdx.x; first < end; first += 4 * blockDim.x) {
+      const int64_t left = end - first;
       const Columns columns{row, first, left < 4 ? static_cast<int>(left) : 4, aligned};
-      sum += compute<Format, backward, Real>(a, columns, seed, half_dkl);
+      sum += compute<Format, backward, Real>(a, columns, seed);
     }
-    if constexpr (!backward) {
-      sum = sum_of_row(sum);
-      if (threadIdx.x == 0) static_cast<Real*>(a.kl)[row] = sum / 2;
-    }
+    if (backward || !a.kl) continue;
+    sum = sum_of_segment(sum);
+    if (threadIdx.x > 0) continue;
+    if (a.segments == 1)
+      static_cast<Real*>(a.kl)[row] = sum / 2;
+    else
+      a.sums[index] = sum;
   }
 }
 
-template <class Format, class T = typename Format::Element>
-cudaError_t launch(const Arguments& a, bool backward, void* stream) {
-  const bool is_long = a.columns > long_row;
-  cudaLaunchConfig_t config = {};
-  config.blockDim = is_long ? dim3(long_row_threads, 1, 1) : dim3(warp, rows_per_block, 1);
-  const int64_t blocks = (a.rows + config.blockDim.y - 1) / config.blockDim.y;
+// A row's kl from its segments.
+template <class Real>
+__global__ void add_segments(Arguments a) {
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t row = blockIdx.x * blockDim.x + threadIdx.x; row < a.rows; row += step) {
+    double sum = 0;
+    for (int64_t i = 0; i < a.segments; ++i) sum += a.sums[row * a.segments + i];
+    static_cast<Real*>(a.kl)[row] = static_cast<Real>(sum / 2);
+  }
+}
+
+cudaLaunchConfig_t configure(int64_t blocks, dim3 threads, void* stream) {
   const int64_t most = PEGASUS_MAX_BLOCKS;
+  cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks < most ? blocks : most), 1, 1);
+  config.blockDim = threads;
   config.stream = static_cast<cudaStream_t>(stream);
+  return config;
+}
+
+// Whether all rows of all matrices begin where four elements can be moved at once.
+template <class T>
+bool is_aligned(const Arguments& a, bool backward) {
   uintptr_t addresses = a.columns * sizeof(T);
   for (int i = 0; i < inputs[backward]; ++i)
     addresses |= reinterpret_cast<uintptr_t>(a.in[i]) | a.stride[i] * sizeof(T);
   for (int i = 0; i < outputs[backward]; ++i) addresses |= reinterpret_cast<uintptr_t>(a.out[i]);
-  const bool aligned = addresses % alignof(Four<T>) == 0;
-  const auto kernel = backward ? compute_rows<Format, true> : compute_rows<Format, false>;
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, a, aligned);
+  return addresses % alignof(Four<T>) == 0;
+}
+
+template <class Format>
+cudaError_t launch(const Arguments& a, bool backward, void* stream) {
+  const bool is_long = a.columns > long_row;
+  const dim3 threads = is_long ? dim3(long_row_threads, 1, 1) : dim3(warp, rows_per_block, 1);
+  const int64_t blocks = (a.rows * a.segments + threads.y - 1) / threads.y;
+  const bool aligned = is_aligned<typename Format::Element>(a, backward);
+  const auto kernel = backward ? compute_segments<Format, true> : compute_segments<Format, false>;
+  const cudaLaunchConfig_t config = configure(blocks, threads, stream);
+  cudaError_t error = cudaLaunchKernelEx(&config, kernel, a, aligned);
+  if (error == cudaSuccess && !backward && a.kl && a.segments > 1) {
+    const int64_t row_blocks = (a.rows + adding_threads - 1) / adding_threads;
+    const cudaLaunchConfig_t adding = configure(row_blocks, dim3(adding_threads, 1, 1), stream);
+    error = cudaLaunchKernelEx(&adding, add_segments<typename Format::Real>, a);
+  }
   if (error != cudaSuccess) cudaGetLastError();  // or the next call that asks reports it again
   return error;
 }

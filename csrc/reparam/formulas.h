@@ -94,19 +94,29 @@ static PEGASUS_INLINE void noise_blocks(const L group[count], uint64_t row, cons
 }
 
 // ---- float: exp, Box and Muller's radius and direction ----
+// exp(x), exp(x) - 1 and exp(x) - 1 - x, each with all of its own digits.
+template <class F>
+struct Exponential {
+  F value, minus_one, minus_line;
+};
+
 // exp(x) = 2^n * p(r). Infinite and NaN where IEEE's is; zero where that would be a denormal.
 template <class F>
-static PEGASUS_INLINE F exponential(F x) {
+static PEGASUS_INLINE Exponential<F> exponential(F x) {
   F shifted = x * 1.44269504f + 12582912.0f;  // + 1.5 * 2^23: low bits hold the nearest integer n
   F n = shifted - 12582912.0f;
   F r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts, one product exact
   F r2 = r * r;
   F q = (0.00138144672f * r2 + (0.00836878084f * r + 0.0416683927f)) * r2 +
         (0.166665196f * r + 0.49999994f);
-  F p = (q * r2 + r) + 1.0f;
+  F near_line = q * r2;
+  F near_one = near_line + r;
+  F p = near_one + 1.0f;
   F y = bits<F>(bits<WordOf<F>>(p) + (bits<WordOf<F>>(shifted) << 23));
   y = x < 88.72284f ? y : x + static_cast<float>(INFINITY);
-  return x < -87.33654f ? F{} : y;
+  y = x < -87.33654f ? F{} : y;
+  F minus_one = y - 1.0f;  // where n is 0, r is x, and both differences would lose digits
+  return {y, n == 0.0f ? near_one : minus_one, n == 0.0f ? near_line : minus_one - x};
 }
 
 // sqrt(-2 log u) with u = (word + 1) / 2^32 in (0, 1]: all 32 bits count, so it reaches 6.66.
@@ -197,7 +207,9 @@ static PEGASUS_INLINE void box_muller(WordOf<F> w0, WordOf<F> w1, F& first, F& s
 }
 
 // double: by the mathematics library
-static PEGASUS_INLINE double exponential(double x) { return exp(x); }
+static PEGASUS_INLINE Exponential<double> exponential(double x) {
+  return {exp(x), expm1(x), expm1(x) - x};
+}
 
 static PEGASUS_INLINE void box_muller(uint32_t w0, uint32_t w1, double& first, double& second) {
   double r = sqrt(fmax(-2.0 * log((w0 + 1.0) * 0x1p-32), 0.0));
@@ -209,21 +221,26 @@ static PEGASUS_INLINE void box_muller(uint32_t w0, uint32_t w1, double& first, d
 }
 
 // ---- one element, and one group of four ----
-// Returns the element's share of 2 kl.
+// Returns the element's share of 2 kl: with e = std - 1, exp(logvar) - 1 - logvar is
+// e^2 + 2 (e - logvar / 2), which loses no digits near zero.
 template <class F>
 static PEGASUS_INLINE F forward_element(F mu, F logvar, F eps, F& z) {
-  F std = exponential(logvar * 0.5f);
-  z = mu + std * eps;
-  return std * std + mu * mu - 1.0f - logvar;
+  Exponential<F> std = exponential(logvar * 0.5f);
+  z = mu + std.value * eps;
+  return std.minus_one * std.minus_one + (std.minus_line + std.minus_line) + mu * mu;
 }
 
-// half_dkl: half the gradient of the row's kl.
+// half_dkl: half the gradient of the row's kl. Without with_kl it is left out: times an infinite
+// exp(logvar), zero would be NaN.
 template <class F>
-static PEGASUS_INLINE void backward_element(F mu, F logvar, F eps, F dz, F half_dkl, F& dmu,
-                                            F& dlogvar) {
-  F std = exponential(logvar * 0.5f);
-  dmu = dz + (half_dkl + half_dkl) * mu;
-  dlogvar = dz * std * eps * 0.5f + half_dkl * (std * std - 1.0f);
+static PEGASUS_INLINE void backward_element(F mu, F logvar, F eps, F dz, bool with_kl, F half_dkl,
+                                            F& dmu, F& dlogvar) {
+  Exponential<F> std = exponential(logvar * 0.5f);
+  dmu = dz;
+  dlogvar = dz * std.value * eps * 0.5f;
+  if (!with_kl) return;
+  dmu += (half_dkl + half_dkl) * mu;
+  dlogvar += half_dkl * (std.minus_one * (std.minus_one + 2.0f));
 }
 
 template <class F>

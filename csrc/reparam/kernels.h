@@ -10,25 +10,30 @@ enum Dtype { float32, float64, bfloat16, float16, dtypes };
 constexpr int inputs[2] = {2, 3};   // forward: mu, logvar; backward: mu, logvar, dz
 constexpr int outputs[2] = {1, 2};  // forward: z; backward: dmu, dlogvar
 
+// Columns of a row that a thread (CPU) or a block (CUDA) takes: a long row has several segments.
+constexpr int64_t segment = 8192;
+
 // Matrices (rows, columns) have adjacent columns; outputs are contiguous. Strides are in elements.
 // kl and dkl: (rows,), float, or double where mu is.
 struct Arguments {
   const void* in[3];
   int64_t stride[3];  // of inputs, from row to row
   void* out[2];
-  void* kl;         // forward
-  const void* dkl;  // backward
+  void* kl;         // forward; null where it is not asked for
+  double* sums;     // forward: room for 2 kl of each segment, (rows, segments)
+  const void* dkl;  // backward; null where kl is not used
   int64_t dkl_stride;
   const int64_t* seed;
-  int64_t rows, columns, row_offset;
+  int64_t rows, columns, segments, row_offset;
 };
 
-using RowsKernel = void (*)(const Arguments&, int64_t first_row, int64_t last_row);
+// Segments are numbered row by row.
+using SegmentsKernel = void (*)(const Arguments&, int64_t first, int64_t last);
 
 // The kernels of one instruction set, forward and backward.
 struct CpuKernels {
   const char* level;  // the instruction set's name
-  RowsKernel rows[2][dtypes];
+  SegmentsKernel segments[2][dtypes];
 };
 
 namespace baseline { extern const CpuKernels kernels; }

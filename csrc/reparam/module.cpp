@@ -3,22 +3,34 @@
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
 #include <tuple>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
-#include "checks.h"
 #include "kernels.h"
 #include "levels.h"
+#include "parallel.h"
 
 namespace pegasus {
 namespace {
 
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
 const CpuKernels& cpu_kernels() {
   static const CpuKernels& best = choose<CpuKernels>(PEGASUS_ALL_LEVELS(kernels));
   return best;
+}
+
+// reparam.py explains more; this is what memory safety needs, however the op is called.
+void require(bool fits, const char* wanted) {
+  if (!fits) throw std::runtime_error(std::string("reparameterize_kl: wanted ") + wanted);
 }
 
 Dtype dtype_of(const Tensor& mu) {
@@ -27,7 +39,7 @@ Dtype dtype_of(const Tensor& mu) {
     case ScalarType::Double: return float64;
     case ScalarType::BFloat16: return bfloat16;
     case ScalarType::Half: return float16;
-    default: refuse("mu", mu, "torch.float32, torch.float64, torch.bfloat16 or torch.float16");
+    default: throw std::runtime_error("reparameterize_kl: wanted mu of a floating-point type");
   }
 }
 
@@ -35,20 +47,19 @@ ScalarType kl_type(Dtype dtype) {
   return dtype == float64 ? ScalarType::Double : ScalarType::Float;
 }
 
-void check_like_mu(const char* argument, const Tensor& t, const Tensor& mu) {
-  const bool alike = t.defined() && t.sizes().equals(mu.sizes()) &&
-                     t.scalar_type() == mu.scalar_type() && t.device() == mu.device();
-  if (!alike) refuse(argument, t, "mu's " + describe(mu));
+bool is_like(const Tensor& t, const Tensor& mu) {
+  return t.defined() && t.sizes().equals(mu.sizes()) && t.scalar_type() == mu.scalar_type() &&
+         t.device() == mu.device();
 }
 
-Dtype check(const Tensor& mu, const Tensor& logvar, const Tensor& seed) {
-  if (!mu.defined() || mu.dim() != 2) refuse("mu", mu, "two dimensions (B, D)");
-  const Dtype dtype = dtype_of(mu);
-  check_like_mu("logvar", logvar, mu);
-  if (!seed.defined() || seed.scalar_type() != ScalarType::Long || seed.numel() != 1 ||
-      seed.device() != mu.device())
-    refuse("seed", seed, "torch.int64 of one element on mu's device");
-  return dtype;
+Dtype check(const Tensor& mu, const Tensor& logvar, const Tensor& seed, int64_t row_offset) {
+  require(mu.defined() && mu.dim() == 2, "mu of two dimensions (B, D)");
+  require(is_like(logvar, mu), "logvar of mu's shape, dtype and device");
+  require(seed.defined() && seed.scalar_type() == ScalarType::Long && seed.numel() == 1 &&
+              seed.device() == mu.device(),
+          "seed of dtype int64, with one element, on mu's device");
+  require(row_offset >= 0 && row_offset <= INT64_MAX - mu.size(0), "row_offset + B of 63 bits");
+  return dtype_of(mu);
 }
 
 // Columns must be adjacent; rows may have any stride.
@@ -56,95 +67,117 @@ Tensor with_adjacent_columns(const Tensor& t) {
   return t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
 }
 
-// Advises huge pages for a large tensor: the first touch of fresh small ones would cost more than
-// the op's arithmetic.
-void advise_huge_pages(const Tensor& t) {
-#if defined(__linux__)
-  constexpr uintptr_t page = uintptr_t{1} << 21;
-  const size_t bytes = t.numel() * t.element_size();
-  if (!t.is_cpu() || bytes < 4 * page) return;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr());
-  const uintptr_t first = (begin + page - 1) / page * page;
-  const uintptr_t last = (begin + bytes) / page * page;
-  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
-// A contiguous tensor of mu's shape, or of its first dimension alone. type: mu's or float32.
-Tensor empty(const Tensor& mu, int dimensions, ScalarType type) {
-  int32_t device_type = 0, dtype = 0;
+// A contiguous tensor (rows, columns), or (rows,) without columns, on mu's device.
+Tensor empty(const Tensor& mu, int64_t rows, std::optional<int64_t> columns, ScalarType type) {
+  int32_t device_type = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(mu.get(), &device_type));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(mu.get(), &dtype));
-  if (type != mu.scalar_type()) dtype = aoti_torch_dtype_float32();
-  const int64_t sizes[2] = {mu.size(0), mu.size(1)};
-  const int64_t strides[2] = {dimensions == 2 ? std::max<int64_t>(1, mu.size(1)) : 1, 1};
+  const int32_t dtype = static_cast<int32_t>(type);
+  const int64_t sizes[2] = {rows, columns.value_or(1)};
+  const int64_t strides[2] = {std::max<int64_t>(1, sizes[1]), 1};
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dimensions, sizes, strides, dtype, device_type,
-                                                  mu.get_device_index(), &handle));
-  Tensor result(handle);
-  advise_huge_pages(result);
-  return result;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(columns ? 2 : 1, sizes, strides, dtype,
+                                                  device_type, mu.get_device_index(), &handle));
+  return Tensor(handle);
 }
 
-// in: mu, logvar and, backward, dz. a: outputs, dkl and row offset; the rest is filled in here.
-void run(bool backward, Arguments a, const Tensor* in, const Tensor& seed, Dtype dtype) {
-  for (int i = 0; i < inputs[backward]; ++i) {
+Tensor empty_like_mu(const Tensor& mu) {
+  return empty(mu, mu.size(0), mu.size(1), mu.scalar_type());
+}
+
+// in: mu, logvar and, backward, dz.
+Arguments describe(const Tensor* in, int count, const Tensor& seed, int64_t row_offset) {
+  Arguments a{.seed = static_cast<const int64_t*>(seed.data_ptr()),
+              .rows = in[0].size(0),
+              .columns = in[0].size(1),
+              .row_offset = row_offset};
+  a.segments = std::max<int64_t>(1, (a.columns + segment - 1) / segment);
+  for (int i = 0; i < count; ++i) {
     a.in[i] = in[i].data_ptr();
     a.stride[i] = in[i].stride(0);
   }
-  a.seed = static_cast<const int64_t*>(seed.data_ptr());
-  a.rows = in[0].size(0);
-  a.columns = in[0].size(1);
+  return a;
+}
+
 #if defined(PEGASUS_CUDA)
-  if (seed.is_cuda()) {
-    if (a.rows == 0) return;  // a grid may not be empty
-    torch::stable::accelerator::DeviceGuard guard(seed.get_device_index());
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(seed.get_device_index(), &stream));
-    const char* error = run_on_cuda(a, dtype, backward, stream);
-    if (error) throw std::runtime_error(std::string("reparameterize_kl: CUDA: ") + error);
-    return;
-  }
+void run_on_current_stream(bool backward, Arguments a, const Tensor& mu, Dtype dtype) {
+  if (a.rows == 0) return;  // a grid may not be empty
+  torch::stable::accelerator::DeviceGuard guard(mu.get_device_index());
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(mu.get_device_index(), &stream));
+  Tensor sums = empty(mu, a.segments > 1 ? a.rows * a.segments : 0, {}, ScalarType::Double);
+  a.sums = static_cast<double*>(sums.data_ptr());
+  const char* error = run_on_cuda(a, dtype, backward, stream);
+  if (error) throw std::runtime_error(std::string("reparameterize_kl: CUDA: ") + error);
+}
 #endif
-  const RowsKernel kernel = cpu_kernels().rows[backward][dtype];
-  in_parallel(a.rows, a.columns, [&](int64_t first, int64_t last) { kernel(a, first, last); });
+
+void run_in_threads(bool backward, Arguments a, Dtype dtype) {
+  const int64_t count = a.rows * a.segments;
+  const std::unique_ptr<double[]> sums(a.kl ? new double[count] : nullptr);
+  a.sums = sums.get();
+  const SegmentsKernel kernel = cpu_kernels().segments[backward][dtype];
+  in_parallel(count, std::min(a.columns, segment),
+              [&](int64_t first, int64_t last) { kernel(a, first, last); });
+  for (int64_t row = 0; a.kl && row < a.rows; ++row) {
+    double sum = 0;
+    for (int64_t i = 0; i < a.segments; ++i) sum += sums[row * a.segments + i];
+    if (dtype == float64)
+      static_cast<double*>(a.kl)[row] = sum / 2;
+    else
+      static_cast<float*>(a.kl)[row] = static_cast<float>(sum / 2);
+  }
+}
+
+void run(bool backward, const Arguments& a, const Tensor& mu, Dtype dtype) {
+#if defined(PEGASUS_CUDA)
+  if (mu.is_cuda()) return run_on_current_stream(backward, a, mu, dtype);
+#endif
+  run_in_threads(backward, a, dtype);
 }
 
 std::tuple<Tensor, Tensor> reparameterize_kl(const Tensor& mu, const Tensor& logvar,
-                                             const Tensor& seed, int64_t row_offset) {
-  const Dtype dtype = check(mu, logvar, seed);
+                                             const Tensor& seed, int64_t row_offset, bool with_kl) {
+  const Dtype dtype = check(mu, logvar, seed, row_offset);
   const Tensor in[] = {with_adjacent_columns(mu), with_adjacent_columns(logvar)};
-  Tensor z = empty(mu, 2, mu.scalar_type());
-  Tensor kl = empty(mu, 1, kl_type(dtype));
-  Arguments a{.out = {z.data_ptr()}, .kl = kl.data_ptr(), .row_offset = row_offset};
-  run(false, a, in, seed, dtype);
+  Tensor z = empty_like_mu(mu);
+  Tensor kl = empty(mu, with_kl ? mu.size(0) : 0, {}, kl_type(dtype));
+  Arguments a = describe(in, 2, seed, row_offset);
+  a.out[0] = z.data_ptr();
+  if (with_kl) a.kl = kl.data_ptr();
+  run(false, a, mu, dtype);
   return {z, kl};
 }
 
-std::tuple<Tensor, Tensor> reparameterize_kl_backward(const Tensor& dz, const Tensor& dkl,
+std::tuple<Tensor, Tensor> reparameterize_kl_backward(const Tensor& dz, std::optional<Tensor> dkl,
                                                       const Tensor& mu, const Tensor& logvar,
                                                       const Tensor& seed, int64_t row_offset) {
-  const Dtype dtype = check(mu, logvar, seed);
-  check_like_mu("dz", dz, mu);
-  if (!dkl.defined() || dkl.dim() != 1 || dkl.size(0) != mu.size(0) ||
-      dkl.scalar_type() != kl_type(dtype) || dkl.device() != mu.device())
-    refuse("dkl", dkl, name(kl_type(dtype)) + " of shape (B,) on mu's device");
+  const Dtype dtype = check(mu, logvar, seed, row_offset);
+  require(is_like(dz, mu), "dz of mu's shape, dtype and device");
+  if (dkl)
+    require(dkl->dim() == 1 && dkl->size(0) == mu.size(0) && dkl->device() == mu.device() &&
+                dkl->scalar_type() == kl_type(dtype),
+            "dkl of kl's shape and dtype, on mu's device");
   const Tensor in[] = {with_adjacent_columns(mu), with_adjacent_columns(logvar),
                        with_adjacent_columns(dz)};
-  Tensor dmu = empty(mu, 2, mu.scalar_type());
-  Tensor dlogvar = empty(mu, 2, mu.scalar_type());
-  Arguments a{.out = {dmu.data_ptr(), dlogvar.data_ptr()}, .dkl = dkl.data_ptr(),
-              .dkl_stride = dkl.stride(0), .row_offset = row_offset};
-  run(true, a, in, seed, dtype);
+  Tensor dmu = empty_like_mu(mu);
+  Tensor dlogvar = empty_like_mu(mu);
+  Arguments a = describe(in, 3, seed, row_offset);
+  a.out[0] = dmu.data_ptr();
+  a.out[1] = dlogvar.data_ptr();
+  if (dkl) {
+    a.dkl = dkl->data_ptr();
+    a.dkl_stride = dkl->stride(0);
+  }
+  run(true, a, mu, dtype);
   return {dmu, dlogvar};
 }
 
 STABLE_TORCH_LIBRARY(pegasus, m) {
   m.def(
-      "reparameterize_kl(Tensor mu, Tensor logvar, Tensor seed, SymInt row_offset=0)"
-      " -> (Tensor z, Tensor kl)");
+      "reparameterize_kl(Tensor mu, Tensor logvar, Tensor seed, SymInt row_offset=0,"
+      " bool with_kl=True) -> (Tensor z, Tensor kl)");
   m.def(
-      "reparameterize_kl_backward(Tensor dz, Tensor dkl, Tensor mu, Tensor logvar, Tensor seed,"
+      "reparameterize_kl_backward(Tensor dz, Tensor? dkl, Tensor mu, Tensor logvar, Tensor seed,"
       " SymInt row_offset=0) -> (Tensor dmu, Tensor dlogvar)");
 }
 

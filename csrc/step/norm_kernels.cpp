@@ -8,7 +8,7 @@ namespace pegasus::PEGASUS_LEVEL {
 
 static PEGASUS_INLINE Vector load(const float* from) { return load<Vector, Float32>(from); }
 
-static PEGASUS_INLINE Vector sigmoid(Vector x) { return 1.0f / (1.0f + exponential(-x)); }
+static PEGASUS_INLINE Vector sigmoid(Vector x) { return 1.0f / (1.0f + exponential(-x).value); }
 
 // Numbers of each channel: its group's mean, and scale and offset with which the normalized value
 // weight * (x - mean) / std + bias is scale * x + offset.

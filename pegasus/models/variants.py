@@ -306,14 +306,14 @@ class ConditionalVAE(VAE):
         temperature = 1 - progress / 2  # from 1 to 1/2
         code = self.conditional.relax(log_share, seed, row_offset, temperature)
         mu, logvar = self.conditional.posterior(mu_logvar, code)
-        z, _ = reparam.reparameterize_kl(mu, logvar, seed, row_offset)
+        z = reparam.reparameterize(mu, logvar, seed, row_offset)
         return Terms(rate, vae.squared_error(x, self.decode(z, code)))
 
     def expected_error(self, x: Tensor, seed: Tensor, row_offset: int) -> Tensor:
         """Return the squared error's expectation over q(c|x), one sample of z a code."""
         sse = x.new_zeros(len(x))
         for part in self.components(x):
-            z, _ = reparam.reparameterize_kl(part.mu, part.logvar, seed, row_offset)
+            z = reparam.reparameterize(part.mu, part.logvar, seed, row_offset)
             error = vae.squared_error(x, part.decode(z))
             sse = sse + part.log_share.exp() * error
         return sse

@@ -57,24 +57,26 @@ void op(const char* name, Dtype dtype, int64_t columns) {
   const auto mu = numbers<T>(n), logvar = numbers<T>(n), dz = numbers<T>(n);
   const auto dkl = numbers<Sum>(rows);
   std::vector<T> z(n), dmu(n), dlogvar(n);
-  std::vector<Sum> kl(rows);
+  std::vector<double> sums(rows);
   Arguments a{.in = {mu.data(), logvar.data(), dz.data()},
               .stride = {columns, columns, columns},
               .out = {z.data()},
-              .kl = kl.data(),
+              .kl = sums.data(),  // asked for; the caller adds up
+              .sums = sums.data(),
               .dkl = dkl.data(),
               .dkl_stride = 1,
               .seed = &seed,
               .rows = rows,
               .columns = columns,
+              .segments = 1,
               .row_offset = 3};
-  baseline::kernels.rows[0][dtype](a, 0, rows);
+  baseline::kernels.segments[0][dtype](a, 0, rows);
   a.out[0] = dmu.data();
   a.out[1] = dlogvar.data();
-  baseline::kernels.rows[1][dtype](a, 0, rows);
+  baseline::kernels.segments[1][dtype](a, 0, rows);
   std::printf("op %s %d", name, static_cast<int>(columns));
   show("z", z);
-  show("kl", kl);
+  show("kl", sums);
   show("dmu", dmu);
   show("dlogvar", dlogvar);
   std::printf("\n");
