@@ -11,7 +11,7 @@
 import math
 from pathlib import Path
 
-from pegasus import cli
+from pegasus import cli, files
 from pegasus.cli import UserError
 from pegasus.drawing import plots
 from pegasus.drawing.sampler import (
@@ -31,10 +31,16 @@ MOST_PIXELS = 2**28  # of a sheet, for memory
 def check_sheet(config: SampleConfig, scale: int) -> None:
     """Check, before anything is read, what can be said without the checkpoint.
 
-    Raises UserError for a sheet that can't be written, is too large, or shows more
-    pictures than there are.
+    Raises UserError for a sheet that can't be written, is too large, shows more pictures
+    than there are, or takes the place of what it is drawn from.
     """
     plots.check(Path(config.out))
+    for name in (config.checkpoint, config.from_):
+        if name is not None and files.is_same(Path(config.out), Path(name)):
+            raise UserError(
+                f"{config.out}: is what the sheet is drawn from, which would be lost; "
+                "choose another name"
+            )
     if config.best > config.n:
         raise UserError(
             f"--best: got {config.best} of the {config.n} of --n; ask for a larger --n"

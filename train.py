@@ -238,6 +238,8 @@ def open_run(
 
 def main(argv: list[str] | None = None) -> int:
     config, given = cli.parse(TrainConfig, argv, __doc__)
+    if not config.run:
+        raise UserError("--run: got nothing, wanted the name of a folder")
     workers = Workers(device.resolve_device(config.device))
     folder = Path(config.run)
     if workers.restarts and run_dir.same_job(folder):  # a lost process was replaced

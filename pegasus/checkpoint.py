@@ -194,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
     source = Path(config.checkpoint)
     out = Path(config.out)
     state = load(source)
-    if out.exists() and os.path.samefile(source, out):
+    if files.is_same(source, out):
         raise UserError(
             f"{out}: is the checkpoint itself, which could not be resumed any more; "
             "choose another name"

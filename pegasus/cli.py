@@ -5,19 +5,25 @@ Scripts import this before torch, so that a missing package is one sentence too.
 import argparse
 import dataclasses
 import math
-import os
+import re
+import signal
 import sys
 import types
 from collections.abc import Callable
 from typing import TypeVar
 
+from pegasus import streams
+
+streams.prepare()
+OLDEST = {"numpy": (1, 26), "PIL": (10, 4), "torch": (2, 10)}  # packages' versions
+ADVICE = "use .venv/bin/python, which `make build` makes"
+
 try:
-    import numpy  # noqa: F401
-    import PIL  # noqa: F401
+    import numpy
+    import PIL
     import torch
 except ModuleNotFoundError as error:
-    advice = "use .venv/bin/python, which `make build` makes"
-    print(f"{sys.argv[0]}: {sys.executable} has no {error.name}; {advice}", file=sys.stderr)
+    print(f"{sys.argv[0]}: {sys.executable} has no {error.name}; {ADVICE}", file=sys.stderr)
     sys.exit(2)
 except KeyboardInterrupt:  # importing torch takes a second or more
     sys.exit(130)
@@ -29,6 +35,25 @@ except ImportError as error:  # PEGASUS_SIMD names an instruction set that is no
     sys.exit(2)
 
 T = TypeVar("T")
+
+
+def check_versions() -> None:
+    """Exit with a sentence where a package is older than what this was tried with."""
+    for package in (numpy, PIL, torch):
+        oldest = OLDEST[package.__name__]
+        numbers = [int(text) for text in re.findall(r"\d+", package.__version__)[:2]]
+        if tuple(numbers) < oldest:
+            name = f"{package.__name__} {package.__version__}"
+            wanted = ".".join(map(str, oldest))
+            print(
+                f"{sys.argv[0]}: {sys.executable} has {name}, wanted {wanted} or later; "
+                f"{ADVICE}",
+                file=sys.stderr,
+            )
+            sys.exit(2)
+
+
+check_versions()
 
 
 class UserError(Exception):
@@ -212,24 +237,12 @@ def brief(error: object) -> str:
     return text if len(text) <= 200 else text[:200] + "..."
 
 
-def show(line: str, last: bool = False) -> None:
-    """Rewrite the last line of the terminal, where stderr is one."""
-    if sys.stderr.isatty():
-        end = "\033[K\n" if last else "\033[K"
-        print(f"\r{line}", end=end, file=sys.stderr, flush=True)
-
-
-def silence() -> None:
-    """Let what is printed from now on go nowhere: whoever read it has left."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def sentence(error: Exception) -> str:
     """Return what to tell the user of an error; raise it again if it is a bug."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError):
-        return f"{error.filename or 'file'}: {error.strerror or error}"
+        return f"{error.filename or 'stdout'}: {error.strerror or error}"
     if isinstance(error, torch.OutOfMemoryError):
         return (
             f"the GPU's memory is full ({brief(error)}); "
@@ -240,20 +253,31 @@ def sentence(error: Exception) -> str:
     raise error
 
 
+def leave(signum: int, _frame: object) -> None:
+    """End as Ctrl-C does, so that files that are half written go."""
+    sys.exit(128 + signum)
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Run a script's main and exit with its status.
 
     An error that the user can mend becomes one sentence and exit status 2.
     """
+    for name in ("SIGTERM", "SIGHUP"):  # not every system has both
+        signum = getattr(signal, name, None)
+        if signum and signal.getsignal(signum) == signal.SIG_DFL:
+            signal.signal(signum, leave)
     try:
         status = main()
         print(end="", flush=True)  # or a reader that has left is noticed too late
         sys.exit(status)
     except BrokenPipeError:
-        silence()
+        streams.silence()
         sys.exit(141)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
+        if isinstance(error, OSError) and not error.filename:
+            streams.silence()  # or what stdout did not take is tried again
         print(f"{sys.argv[0]}: {sentence(error)}", file=sys.stderr)
         sys.exit(2)

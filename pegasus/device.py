@@ -64,5 +64,5 @@ def inference_batch(device: str, cpu_size: int) -> int:
 
 def trim_memory() -> None:
     """Give free memory back to the system: glibc keeps 200 MB of pieces otherwise."""
-    with contextlib.suppress(AttributeError, OSError):
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc, no name
         ctypes.CDLL(None).malloc_trim(0)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import reparam
 import vae
-from pegasus import cli, likelihoods, measures
+from pegasus import cli, likelihoods, measures, streams
 from pegasus.cli import UserError, option
 from pegasus.data import cifar10, datasets
 from pegasus.data.datasets import Dataset
@@ -233,7 +233,7 @@ def make_reference(data: Dataset) -> Reference:
             f"{data.folder}: {len(images)} test pictures, as many of each of "
             f"{', '.join(data.classes)}; the Frechet distance needs eight; use other data"
         )
-    cli.show("judges look at photographs")
+    streams.show("judges look at photographs")
     judgements = judge(images)
     training = [said.features for said in judge(data.images)]
     near = []
@@ -295,7 +295,7 @@ def make_detector(sampler: Sampler, data: Dataset) -> Detector | None:
     """Return a detector of wings, from training photographs, where Pegasi are a class."""
     if not sampler.has_pegasi:
         return None
-    cli.show("judges look at composites")
+    streams.show("judges look at composites")
     training = (data.images, data.labels, data.classes)
     weights = measures.detector(*features_of_composites(sampler.model, *training))
     test = (data.test_images, data.test_labels, data.classes)
@@ -392,9 +392,9 @@ def compare(
     sets |= drawn_sets(sampler, config)
     judged = dict(reference.spoiled)
     for name, image_set in sets.items():
-        cli.show(f"judges look at {name}")
+        streams.show(f"judges look at {name}")
         judged[name] = (image_set, judge(image_set.images))
-    cli.show("")
+    streams.show("")
     classes = sampler.classes
     photographs = ImageSet(reference.images)
     figures = set_figures(photographs, reference.judgements, reference, classes, detector)

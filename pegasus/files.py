@@ -1,10 +1,15 @@
 """Files that are written whole or not at all."""
 import contextlib
 import os
+import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from pegasus.cli import UserError
+
+PREFIX = ".pegasus-"  # of files that are being written
+STALE = 600  # seconds after which nobody writes them any more
 
 
 @contextlib.contextmanager
@@ -28,17 +33,39 @@ def real_file(path: Path) -> Path:
     return path
 
 
+def is_same(path: Path, other: Path) -> bool:
+    """Return whether two names are one file's, which need not exist."""
+    if path.exists() and other.exists():
+        return os.path.samefile(path, other)
+    return os.path.realpath(path) == os.path.realpath(other)
+
+
+def temporary_name(path: Path) -> Path:
+    """Return a name beside a file's that no other process uses."""
+    return path.parent / f"{PREFIX}{path.name[:100]}-{secrets.token_hex(8)}.part"
+
+
+def sweep(folder: Path) -> None:
+    """Remove what processes that were killed had not finished writing."""
+    with contextlib.suppress(OSError):
+        for path in folder.glob(f"{PREFIX}*.part"):
+            if time.time() - path.stat().st_mtime > STALE:
+                path.unlink()
+
+
 @contextlib.contextmanager
 def replace_file(path: Path, advice: str = "choose another place") -> Iterator[Path]:
     """Give a temporary name to write to, which becomes `path` at the end.
 
-    Until then `path` stays as it was. Raises UserError.
+    Until then `path` stays as it was; its permissions stay anyway. Raises UserError.
     """
     with writing(path, advice):
         path = real_file(path)
-        temporary = Path(f"{path}.part")
+        temporary = temporary_name(path)
         try:
             yield temporary
+            if path.exists():
+                temporary.chmod(path.stat().st_mode)
             os.replace(temporary, path)
         finally:
             with contextlib.suppress(OSError):

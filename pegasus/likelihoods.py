@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import reparam
 import vae
-from pegasus import cli
+from pegasus import streams
 from pegasus.drawing import sampler as sampling
 from pegasus.drawing.sampler import Sampler
 from pegasus.models import flow_prior
@@ -155,7 +155,7 @@ def mean_terms(
     terms = []
     flow = []
     for number, batch in enumerate(images.split(BATCH)):
-        cli.show(f"bits/dim: {BATCH * number} of {len(images)} test photographs")
+        streams.show(f"bits/dim: {BATCH * number} of {len(images)} test photographs")
         x = vae.from_bytes(batch)
         batch_seed = reparam.derive_seed(seed, number, NOISE)
         terms.append(autoencoder_terms(sampler.model, x, k, batch_seed))
@@ -175,11 +175,11 @@ def measure(
     and `effective_samples` of equation (1). With the settings behind them.
     """
     (elbo, weighted, rate, sse), flow = mean_terms(sampler, images, k, seed)
-    cli.show("bits/dim by equation (1)")
+    streams.show("bits/dim by equation (1)")
     xhat = prior_images(sampler, monte_carlo_samples, seed)
     variance = sampler.model.variance
     estimate = monte_carlo(vae.from_bytes(images), xhat, variance)
-    cli.show("")
+    streams.show("")
     figures = {
         "images": len(images),
         "k": k,

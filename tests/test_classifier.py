@@ -164,7 +164,7 @@ def interrupt_training(monkeypatch):
         if len(shown) % 3 == 0:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(classifier.cli, "show", show)
+    monkeypatch.setattr(classifier.streams, "show", show)
 
 
 def interrupt_saving(monkeypatch):

@@ -293,6 +293,40 @@ def test_a_python_without_torch_is_told_which_one_to_use(script):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("package", ["torch", "numpy", "PIL"])
+def test_an_old_package_is_told_in_one_sentence(monkeypatch, capsys, package):
+    cli.check_versions()
+    monkeypatch.setattr(f"{package}.__version__", "1.9.0a0+git")
+    with pytest.raises(SystemExit) as left:
+        cli.check_versions()
+    assert left.value.code == 2
+    said = capsys.readouterr().err
+    wanted = ".".join(map(str, cli.OLDEST[package]))
+    assert f"has {package} 1.9.0a0+git, wanted {wanted} or later; use .venv/bin" in said
+
+
+@pytest.mark.parametrize("left", ["python", "python that lacks torch", ""])
+def test_make_sets_up_anew_where_the_environment_is_dead(tmp_path, left):
+    """Its Python is gone, is another one, or all is well."""
+    for name in ("Makefile", "requirements.txt", "requirements-dev.txt"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    (tmp_path / ".venv" / ".ready").touch()
+    script = {"python": "", "python that lacks torch": "exit 1", "": "exit 0"}[left]
+    if script:
+        python.write_text(f"#!/bin/sh\n{script}\n")
+        python.chmod(0o755)
+    done = subprocess.run(["make", "-n", "build"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert ("-m venv --clear .venv" in done.stdout) == bool(left)
+
+
+def test_make_takes_a_python_with_a_blank_in_its_path():
+    done = run_script(["make", "-n", "train", "PYTHON=/a b/python"])
+    assert done.stdout.count('"/a b/python"') == 2
+
+
 @pytest.mark.skipif(not reparam.extension, reason="the reference has no instruction sets")
 def test_an_unknown_instruction_set_is_told_in_one_sentence():
     done = run_script([sys.executable, "sample.py", "--help"], PEGASUS_SIMD="abacus")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import train
 from pegasus import device
-from pegasus.training import progress, run_dir
+from pegasus.training import distributed, progress, run_dir
 from pegasus.training.distributed import Workers
 
 import pytest
@@ -94,7 +94,8 @@ def test_three_processes_follow_the_curve_of_one(batches, tmp_path, train_alone)
 
 
 def test_more_processes_than_gpus_are_refused(complaint, monkeypatch, tmp_path):
-    for name, value in (("RANK", "2"), ("LOCAL_RANK", "2"), ("WORLD_SIZE", "3")):
+    place = {"RANK": "2", "LOCAL_RANK": "2", "WORLD_SIZE": "3"}
+    for name, value in (place | {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(device, "resolve_device", lambda name: "cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -106,7 +107,8 @@ def test_more_processes_than_gpus_are_refused(complaint, monkeypatch, tmp_path):
 def run_python(code: str, rank: int, port: int) -> subprocess.Popen:
     """Start one of two processes of a group that run some code."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    env = os.environ | {"RANK": str(rank), "WORLD_SIZE": "2"} | address
+    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    env = os.environ | place | address
     settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     command = [sys.executable, "-c", code]
     return subprocess.Popen(command, cwd=ROOT, env=env, **settings)
@@ -165,6 +167,31 @@ def test_alone_a_process_is_a_group_of_one(monkeypatch):
     assert workers.leader_first(lambda: 7) == 7
     assert workers.share(5) == slice(0, 5)
     workers.leave()
+
+
+@pytest.mark.parametrize("place", [
+    {"RANK": "1"},
+    {"WORLD_SIZE": "2"},
+    {"RANK": "0", "WORLD_SIZE": "2"},
+    {"RANK": "x", "WORLD_SIZE": "2", "LOCAL_RANK": "0"},
+    {"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "2"},
+])
+def test_half_a_launcher_is_refused(complaint, monkeypatch, tmp_path, place):
+    for name in distributed.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    if "LOCAL_RANK" in place:
+        place = place | {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    said = complaint(train.main, "--run", tmp_path / "r")
+    assert "as torchrun sets them" in said and f"RANK={place.get('RANK', '')}," in said
+    assert not (tmp_path / "r").exists()
+
+
+def test_empty_variables_are_none(monkeypatch):
+    monkeypatch.setenv("RANK", "")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert distributed.rank_and_size() == (0, 1)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])

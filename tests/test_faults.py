@@ -14,7 +14,7 @@ from pathlib import Path
 
 import sample
 import train
-from pegasus import checkpoint, cli
+from pegasus import checkpoint, cli, files
 from pegasus.cli import UserError
 from pegasus.training import run_dir
 
@@ -109,6 +109,11 @@ def inode(path: Path) -> int:
     return path.stat().st_ino if path.exists() else 0
 
 
+def half_written(folder: Path) -> list[Path]:
+    """Return the files that a checkpoint is being written to."""
+    return list(folder.glob(".pegasus-last.pt-*.part"))
+
+
 def ready_to_kill(folder: Path, process_id: int, when: str, last_inode: int) -> bool:
     """Return whether a trainer has the lock and is where it is to be killed.
 
@@ -119,7 +124,7 @@ def ready_to_kill(folder: Path, process_id: int, when: str, last_inode: int) -> 
         return False
     now = inode(folder / "last.pt")
     if when == INSIDE_A_SAVE:
-        return now != 0 and (folder / "last.pt.part").exists()
+        return now != 0 and bool(half_written(folder))
     if when == AFTER_A_SAVE:
         return now not in (0, last_inode)
     return True
@@ -133,8 +138,8 @@ def kill(folder: Path, batches: Path, epochs: int, rng: random.Random, when: str
     inside a save.
     """
     argv = command(folder, batches, epochs, "--save-seconds", 0.1)
-    part = folder / "last.pt.part"
-    part.unlink(missing_ok=True)
+    for path in half_written(folder):
+        path.unlink()
     last_inode = inode(folder / "last.pt")
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW, *argv], cwd=ROOT, stdout=subprocess.DEVNULL
@@ -145,7 +150,7 @@ def kill(folder: Path, batches: Path, epochs: int, rng: random.Random, when: str
     time.sleep(rng.uniform(0, DELAYS[when]))
     process.kill()
     assert process.wait() == -signal.SIGKILL, "the run was over before the kill"
-    return part.exists()
+    return bool(half_written(folder))
 
 
 def test_killed_runs_end_with_the_same_bits(batches, tmp_path):
@@ -184,21 +189,30 @@ def after_prepare(monkeypatch: pytest.MonkeyPatch, change: Callable[[], object])
     monkeypatch.setattr(run_dir, "prepare", prepare_and_change)
 
 
-@pytest.mark.parametrize("name", ["last.pt.part", "log.csv", "samples.png.part"])
+@pytest.mark.parametrize("name", ["last.pt", "log.csv", "samples.png"])
 def test_a_full_disk(whole, batches, tmp_path, monkeypatch, fails, name):
     """There is no room for one of a run's files: it is /dev/full."""
     folder = tmp_path / "run"
     train.main(command(folder, batches, 2))
     before = checkpoint.load(folder / "last.pt")
 
+    full = folder / "full"
+    full.symlink_to("/dev/full")
+    temporary_name = files.temporary_name
+
     def fill() -> None:
-        (folder / name).unlink(missing_ok=True)
-        (folder / name).symlink_to("/dev/full")
+        if name == "log.csv":  # rows are appended to it
+            (folder / name).unlink()
+            (folder / name).symlink_to("/dev/full")
+
+    def name_to_write(path: Path) -> Path:
+        return full if path.name == name else temporary_name(path)
 
     with monkeypatch.context() as patched:
         after_prepare(patched, fill)
-        words = (name.removesuffix(".part"), "No space left on device")
-        fails(train.main, command(folder, batches, 4), *words)
+        if name != "log.csv":
+            patched.setattr(files, "temporary_name", name_to_write)
+        fails(train.main, command(folder, batches, 4), name, "No space left on device")
     assert checkpoint.load(folder / "last.pt")["epochs_done"] >= before["epochs_done"]
     for path in folder.iterdir():
         if path.is_symlink():
@@ -230,7 +244,7 @@ def test_a_disk_that_fills_up(whole, batches, small_disk, fails):
     argv = command(run, batches, 4, "--save-seconds", 0)
     reason = "last.pt: can't be written (No space left on device)"
     fails(train.main, argv, f"{reason}; what was saved before is still there")
-    assert not (run / "last.pt.part").exists()
+    assert not half_written(run)
     assert checkpoint.load(run / "last.pt")["step"] > 0
     assert resize("200m") == 0
     assert train.main(command(run, batches, 4)) == 0

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, png
+from PIL import Image
 
 MODES = ("pegasus", "morph", "horse", "bird", "prior")
 HORSE = cifar10.CLASSES.index("horse")
@@ -419,6 +420,14 @@ def test_what_is_refused_before_anything_is_read(tmp_path, complaint, monkeypatc
     for name in ("a", "a.PNG"):
         plots.check(tmp_path / name)
     assert list(tmp_path.iterdir()) == []
+    Image.new("RGB", (4, 4)).save(tmp_path / "photo.png")
+    (tmp_path / "link.png").symlink_to("photo.png")
+    for name in ("photo.png", "link.png"):
+        arguments = ("x.pt", tmp_path / name, "--from", tmp_path / "photo.png")
+        assert "which would be lost" in complaint(sample.main, *arguments)
+    assert "which would be lost" in complaint(sample.main, "photo", "photo")
+    sentence = complaint(sample.main, "x.pt", tmp_path / "a.png", "--guidance", "1e38")
+    assert "--guidance: got 1e38" in sentence and "at most 100" in sentence
 
 
 def test_files_that_are_no_picture(flow, tmp_path, complaint, monkeypatch):

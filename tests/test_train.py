@@ -147,9 +147,9 @@ def test_interrupted_and_killed_runs_end_with_the_same_bits(batches, tmp_path):
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_is_noted_and_the_second_ends_the_process(monkeypatch, signum):
     """Terminals hang up twice: the second SIGHUP is ignored."""
-    wanted = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-    monkeypatch.setattr(signals, "WANTED", wanted)  # also under nohup
+    monkeypatch.setattr(signal, "getsignal", lambda signum: signal.SIG_DFL)  # also under nohup
     stop = signals.StopSignal()
+    monkeypatch.undo()
     stop.listen()
     assert stop.asked == 0
     signal.raise_signal(signum)
@@ -159,6 +159,24 @@ def test_the_first_signal_is_noted_and_the_second_ends_the_process(monkeypatch, 
     stop.release()
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_signals_that_were_ignored_stay_ignored():
+    """As SIGINT is for what a script starts in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        stop = signals.StopSignal()
+        stop.listen()
+        signal.raise_signal(signal.SIGINT)
+        stop.release()
+        assert stop.asked == 0
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_run_needs_a_name(complaint):
+    assert "--run: got nothing" in complaint(train.main, "--run", "")
 
 
 def test_a_run_that_nobody_reads_saves_and_stops(batches, tmp_path):

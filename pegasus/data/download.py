@@ -16,7 +16,7 @@ import zlib
 from pathlib import Path
 from typing import BinaryIO
 
-from pegasus import cli
+from pegasus import cli, streams
 from pegasus.cli import UserError
 from pegasus.data import cifar10
 from pegasus.files import writing
@@ -85,7 +85,7 @@ def fetch(url: str, file: BinaryIO, timeout: float) -> int:
                 break
             received += file.write(chunk)
             progress = f"{received / 1e6:6.1f} of {SIZE / 1e6:.1f} MB"
-            cli.show(progress, last=received == SIZE)
+            streams.show(progress, last=received == SIZE)
     return received
 
 
@@ -168,7 +168,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(description=description)
     parser.add_argument("folder", help="the folder to download to, as in `data`")
     args = parser.parse_args(argv)
-    print(download(Path(args.folder)))
+    folder = Path(args.folder) / cifar10.FOLDER
+    if cifar10.missing_files(folder):
+        folder = download(Path(args.folder))
+    print(folder)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pegasus import cli
+from pegasus import streams
 from pegasus.cli import UserError
 from pegasus.data import cifar10
 from pegasus.files import writing
@@ -514,9 +514,9 @@ def write_files(folder: Path, train: int, test: int, seed: int) -> None:
         first = part * size
         last = train if name == cifar10.TRAIN[-1] else first + size
         write_file(folder / name, seed, 0, range(first, last))
-        cli.show(f"drawn: {part + 1} of 6 files")
+        streams.show(f"drawn: {part + 1} of 6 files")
     write_file(folder / cifar10.TEST[0], seed, 1, range(test))
-    cli.show("drawn: 6 of 6 files", last=True)
+    streams.show("drawn: 6 of 6 files", last=True)
 
 
 def write(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import reparam
 import vae
-from pegasus import checkpoint, cli, device
+from pegasus import checkpoint, device, streams
 from pegasus.cli import UserError, option
 from pegasus.drawing import plots
 from pegasus.models import classifier, composites, gaussians, labels, variants
@@ -58,6 +58,7 @@ class SampleConfig:
         2.0,
         "with a learned prior, weight of a class against any; 1: no guidance",
         least=0.0,
+        most=100.0,
     )
     from_: str | None = option(
         None,
@@ -72,7 +73,9 @@ class SampleConfig:
     steps: int = option(
         16, "of the integration of the learned prior", least=1, most=1000
     )
-    temperature: float = option(1.0, "standard deviation of the noise", least=0.0)
+    temperature: float = option(
+        1.0, "standard deviation of the noise", least=0.0, most=100.0
+    )
     columns: int = option(8, "pictures in a row", least=1, most=65_536)
     scale: int = option(4, "pixels for each pixel of a picture", least=1, most=64)
     seed: int = option(
@@ -332,12 +335,12 @@ def flow_latents(sampler: Sampler, config: SampleConfig) -> Tensor:
         eps = begin_from(sampler, config, eps)
     z = []
     for rows in torch.arange(config.n).split(CHUNK):
-        cli.show(f"{config.mode}: {int(rows[0]):,} of {config.n:,} sampled")
+        streams.show(f"{config.mode}: {int(rows[0]):,} of {config.n:,} sampled")
         weights = class_weights(sampler, config, rows)
         noise = eps[rows].to(sampler.device)
         end = sample_ode(sampler.prior, weights, noise, start, config.steps)
         z.append(sampler.prior.denormalize(end).cpu())
-    cli.show("")
+    streams.show("")
     return torch.cat(z)
 
 

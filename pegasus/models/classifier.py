@@ -16,7 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import vae
-from pegasus import cli
+from pegasus import cli, streams
 from pegasus.cli import UserError, option
 from pegasus.data import cifar10, datasets
 from pegasus.files import replace_file
@@ -162,7 +162,7 @@ def show_progress(epoch: int, progress: float, start: float) -> None:
     """Show on a terminal how far training is; start: by time.monotonic()."""
     elapsed = time.monotonic() - start
     left = timedelta(seconds=round(elapsed / progress * (1 - progress)))
-    cli.show(f"judge: epoch {epoch + 1}/{EPOCHS}  {left} left", progress == 1)
+    streams.show(f"judge: epoch {epoch + 1}/{EPOCHS}  {left} left", progress == 1)
 
 
 def train_step(

@@ -18,14 +18,34 @@ import torch.distributed.nn  # unused; imported later its defaults would hold a 
 from torch import Tensor
 
 T = TypeVar("T")
+# what torchrun tells each process
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Return this process's number and how many torchrun started; alone, 0 and 1.
+
+    Raises UserError where another launcher has set some of torchrun's variables: a
+    process must not take itself for one of several that do not exist.
+    """
+    given = {name: os.environ.get(name, "") for name in VARIABLES}
+    if not given["RANK"] and not given["WORLD_SIZE"]:
+        return 0, 1
+    whole = all(given.values()) and given["RANK"].isdigit() and given["WORLD_SIZE"].isdigit()
+    if whole and int(given["RANK"]) < int(given["WORLD_SIZE"]):
+        return int(given["RANK"]), int(given["WORLD_SIZE"])
+    got = ", ".join(f"{name}={value}" for name, value in given.items())
+    raise UserError(
+        f"got {got}; wanted all of them, as torchrun sets them, or neither of the first "
+        "two (env -u RANK -u WORLD_SIZE)"
+    )
 
 
 class Workers:
     """This process's place among those that torchrun started; alone, a group of one."""
 
     def __init__(self, device: str):
-        self.rank = int(os.environ.get("RANK", 0))
-        self.size = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.size = rank_and_size()
         self.leads = self.rank == 0
         self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
         if self.size > 1:

@@ -1,14 +1,13 @@
 """A run's log files and its line on the terminal."""
 import csv
-import errno
-import signal
 import sys
 import time
 from datetime import timedelta
 from pathlib import Path
 from typing import TextIO
 
-from pegasus import cli, files
+from pegasus import files
+from pegasus.streams import is_terminal, print_or_stop
 
 LOG_COLUMNS = (
     "epoch", "phase", "train_loss", "train_rate", "train_distortion", "test_loss",
@@ -57,17 +56,6 @@ def append_csv(path: Path, columns: tuple[str, ...], row: dict) -> None:
         write_rows(file, columns, [row])
 
 
-def print_line(line: str, end: str) -> None:
-    """Print at once; where nobody reads any more, raise SIGTERM: the run saves and stops."""
-    try:
-        print(line, end=end, flush=True)
-    except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.EIO):  # a pipe or terminal is gone
-            raise
-        cli.silence()
-        signal.raise_signal(signal.SIGTERM)
-
-
 class Progress:
     """A line that is rewritten on a terminal, or a line an epoch elsewhere; speed.csv."""
 
@@ -80,7 +68,7 @@ class Progress:
         self.epochs = epochs
         self.images = images
         self.leads = leads
-        self.terminal = bool(leads and sys.stdout and sys.stdout.isatty())
+        self.terminal = leads and is_terminal(sys.stdout)
         self.start = time.monotonic()
         self.epoch_start = self.start
         self.training_seconds = 0.0  # of the epoch, up to its last step
@@ -113,7 +101,7 @@ class Progress:
         """Rewrite the terminal's line. epoch_images: done of this epoch."""
         self.shown_at = time.monotonic()
         done = (epoch - 1) * self.images + epoch_images
-        print_line(BEGIN_LINE + self.line(epoch, done, numbers) + END_LINE, "")
+        print_or_stop(BEGIN_LINE + self.line(epoch, done, numbers) + END_LINE, "")
 
     def end_epoch(self, epoch: int, numbers: dict[str, float], speed_path: Path) -> None:
         """Print the epoch's line and add to speed.csv.
@@ -133,4 +121,4 @@ class Progress:
         if self.terminal:
             line = BEGIN_LINE + line + END_LINE
         stays = epoch == self.last_epoch or not self.terminal
-        print_line(line, "\n" if stays else "")
+        print_or_stop(line, "\n" if stays else "")

@@ -4,7 +4,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from pegasus import checkpoint, cli, device
+from pegasus import checkpoint, device, streams
 from pegasus.cli import UserError
 from pegasus.data.datasets import Dataset
 from pegasus.drawing import sampler
@@ -158,11 +158,11 @@ class Run:
         data = self.data
         if len(data.classes) < 2:
             return composites.none()
-        cli.show("making Pegasi of photographs, for the prior to learn from")
+        streams.show("making Pegasi of photographs, for the prior to learn from")
         judge = classifier.load(classifier.CHOOSING)
         accelerate(judge)
         made = composites.make(data.images, data.labels, data.classes, judge)
-        cli.show("")
+        streams.show("")
         return made
 
     def state(self, stage: Stage, optimizers: list[Optimizer]) -> dict:

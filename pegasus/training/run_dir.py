@@ -1,7 +1,6 @@
 """A run's folder: who works there, what is there to go on with, what is written there."""
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import socket
@@ -26,6 +25,11 @@ from vae import VAE
 import torch
 from torch import Tensor
 
+try:
+    import fcntl
+except ImportError:  # not on every system
+    fcntl = None
+
 JOB = "TORCHELASTIC_RUN_ID"  # of a torchrun, the same at all its restarts
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 SHOWN = 64  # images on a sheet
@@ -48,6 +52,7 @@ def lock(folder: Path) -> Iterator[None]:
         raise UserError(message) from None
     with os.fdopen(descriptor, "r+b", buffering=0) as file:  # closing it frees the lock
         take_lock(folder, file)
+        files.sweep(folder)
         with contextlib.suppress(OSError):  # a full disk: the lock holds without a word
             file.truncate(0)
             holder = f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}"
@@ -61,6 +66,8 @@ def lock(folder: Path) -> Iterator[None]:
 
 def take_lock(folder: Path, file: BinaryIO) -> None:
     """Lock an open file of a folder. Raises UserError where another process has it."""
+    if fcntl is None:
+        return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not os.path.samestat(os.fstat(file.fileno()), os.stat(folder / "lock")):

@@ -1,9 +1,13 @@
 """Signals that ask a run to save and stop."""
 import signal
 
-WANTED = [signal.SIGINT, signal.SIGTERM]
-if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
-    WANTED.append(signal.SIGHUP)
+HANGUP = getattr(signal, "SIGHUP", None)  # which not every system has
+
+
+def wanted() -> list[int]:
+    """Return those signals that whoever started this process does not want ignored."""
+    some = [signal.SIGINT, signal.SIGTERM, HANGUP]
+    return [s for s in some if s and signal.getsignal(s) != signal.SIG_IGN]
 
 
 class StopSignal:
@@ -16,20 +20,21 @@ class StopSignal:
     def __init__(self):
         self.asked = 0
         self.agreed = 0
+        self.wanted = wanted()
 
     def listen(self) -> None:
-        for signum in WANTED:
+        for signum in self.wanted:
             signal.signal(signum, self.receive)
 
     def receive(self, signum: int, _frame: object) -> None:
         """Note a signal. A second SIGINT or SIGTERM ends the process at once."""
         self.asked = signum
-        hangup = signum == signal.SIGHUP  # terminals hang up twice
+        hangup = signum == HANGUP  # terminals hang up twice
         signal.signal(signum, signal.SIG_IGN if hangup else signal.SIG_DFL)
 
     def release(self) -> None:
         """Let signals end the process again."""
-        for signum in WANTED:
+        for signum in self.wanted:
             interrupt = signum == signal.SIGINT
             handler = signal.default_int_handler if interrupt else signal.SIG_DFL
             signal.signal(signum, handler)
