@@ -28,7 +28,7 @@ FUZZ ?= 100000
 KILLS ?= 30
 FLIPS ?= 200
 
-.PHONY: help build train paper sample evaluate study test faults fuzz soak lint sanitize cuda-check arm-check clean distclean
+.PHONY: help build train paper sample evaluate study test faults fuzz soak lint sanitize cuda-check package-check arm-check clean distclean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -104,6 +104,9 @@ sanitize: build  ## the kernels, and the op's CUDA source on the CPU, under ASan
 
 cuda-check: build  ## the CUDA source compiles for every architecture, and no kernel spills
 	"$(PYTHON)" tests/cuda_check.py
+
+package-check:  ## the op, packed and installed elsewhere, passes its tests
+	tests/package.sh
 
 arm-check:  ## the op and the step's kernels give the same bits on a 64-bit ARM, under qemu
 	tests/aarch64/run.sh build/aarch64

@@ -10,8 +10,8 @@ takes its place, which is slower and the same otherwise. CUDA kernels are built 
 torch has CUDA and there is an nvcc of the same major version.
 
 Environment: CXX is the compiler. PEGASUS_CUDA=0 or 1 leaves CUDA out or insists on it.
-TORCH_CUDA_ARCH_LIST chooses its architectures ("8.0;9.0"). PEGASUS_FLAGS adds flags,
-for sanitizers.
+TORCH_CUDA_ARCH_LIST chooses its architectures ("8.0;9.0a", "Hopper"). PEGASUS_FLAGS adds
+flags, for sanitizers.
 """
 import hashlib
 import os
@@ -54,6 +54,10 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 
 # torch's own; CUDA 13 no longer knows the first three
 ARCHITECTURES = ("5.0", "6.0", "7.0", "7.5", "8.0", "9.0", "10.0", "12.0")
+GENERATIONS = {  # which TORCH_CUDA_ARCH_LIST can name
+    "Pascal": "6.0 6.1", "Volta": "7.0", "Turing": "7.5", "Ampere": "8.0 8.6",
+    "Ada": "8.9", "Hopper": "9.0", "Blackwell": "10.0 12.0",
+}
 VARIABLES = ("CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "PEGASUS_FLAGS")
 CUDA_VARIABLES = ("PEGASUS_CUDA", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST")
 
@@ -126,8 +130,17 @@ def architectures(compiler: str) -> list[str]:
 
     They are those of TORCH_CUDA_ARCH_LIST, else those of ARCHITECTURES that nvcc knows.
     """
-    wanted = re.split(r"[ ;]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(" ;"))
-    if wanted != [""]:
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    for name, numbers in GENERATIONS.items():
+        asked = asked.replace(name, numbers)
+    wanted = re.findall(r"[^ ;]+", asked)
+    for text in wanted:
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", text):
+            raise SystemExit(
+                f"TORCH_CUDA_ARCH_LIST: got {text}, wanted numbers as in 9.0a, or some "
+                f"of {', '.join(GENERATIONS)}"
+            )
+    if wanted:
         return [text.removesuffix("+PTX").replace(".", "") for text in wanted]
     known = output_of(compiler, "--list-gpu-code").split()
     numbers = [text.replace(".", "") for text in ARCHITECTURES]

@@ -8,7 +8,8 @@
 
 op: medians, once the op agrees with the reference. "eager" is the op as people write it
 (randn_like, exp, mul, sum), "compiled" the same under torch.compile, "clone" a copy of
-one input: memory's own speed.
+one input: memory's own speed. THP_MEM_ALLOC_ENABLE=1 lets torch take huge pages for large
+tensors, for all alike: fresh memory otherwise costs more than the arithmetic.
 
 train: images a second, medians of rounds that take turns. "ours" is the last of three
 epochs of train.py. "usual" is the loop that people copy: the same network in float32,
@@ -63,6 +64,8 @@ def machine(device: str) -> str:
         name += f", {torch.cuda.get_device_name()}"
     simd = reparam.extension.simd_level if reparam.extension else "none, the reference"
     hardware = f"{name}, {os.cpu_count()} cores"
+    if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1":
+        hardware += ", huge pages"
     return f"{hardware}; torch {torch.__version__}; SIMD level {simd}"
 
 

@@ -108,6 +108,8 @@ def test_what_can_not_be_had_is_refused(
     ("", ["60", "75", "90"]),
     ("8.6;9.0a+PTX", ["86", "90a"]),
     (" 8.0 9.0 ", ["80", "90"]),
+    ("Hopper", ["90"]),
+    ("Ampere;9.0a", ["80", "86", "90a"]),
 ])
 def test_architectures_are_those_asked_for_or_that_nvcc_knows(
     script: ModuleType,
@@ -120,6 +122,15 @@ def test_architectures_are_those_asked_for_or_that_nvcc_knows(
     compiler = install(tmp_path / "nvcc", f'[ "$1" = --list-gpu-code ] && echo {codes}')
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
     assert script.architectures(str(compiler)) == wanted
+
+
+@pytest.mark.parametrize("asked", ["Lovelace", "90", "9.0b", "8.0,9.0"])
+def test_architectures_that_are_none(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", f"8.0 {asked}")
+    with pytest.raises(SystemExit, match=f"TORCH_CUDA_ARCH_LIST: got {asked}, wanted"):
+        script.architectures("nvcc")
 
 
 def test_libraries_are_where_nvcc_looks_for_them(script: ModuleType, tmp_path: Path) -> None:
