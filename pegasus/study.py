@@ -143,13 +143,13 @@ def table(lines: list[dict]) -> str:
 
 def write_page(lines: list[dict], path: Path) -> None:
     """Put the table into a page, between its two marks. Raises UserError."""
-    page = path.read_text() if path.exists() else f"{BEGIN}{END}"
+    page = path.read_text("utf-8") if path.exists() else f"{BEGIN}{END}"
     if BEGIN not in page or END not in page:
         raise UserError(f"{path}: lacks the lines {BEGIN.strip()} and {END.strip()}")
     before, _ = page.split(BEGIN, 1)
     _, after = page.split(END, 1)
     with replace_file(path) as temporary:
-        temporary.write_text(f"{before}{BEGIN}{table(lines)}{END}{after}")
+        temporary.write_text(f"{before}{BEGIN}{table(lines)}{END}{after}", "utf-8")
 
 
 def row_names(text: str) -> list[str]:

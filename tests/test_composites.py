@@ -129,7 +129,7 @@ def test_pasted_wings_are_white_shaded_and_stand_out():
     images = torch.full((1, 3, 32, 32), 0.3)
     wing = torch.rand(1, 4, 32, 32)
     wing[:, 0] = box(slice(4, 16), slice(10, 20))
-    pasted, contrast = composites.paste(images, wing, torch.tensor(0.9))
+    pasted, contrast = composites.paste(images, wing, torch.tensor([0.9]))
     inside = pasted[0, :, 4:16, 10:20]
     assert inside.std(0).max() == 0  # no color
     assert inside.std() > 0.05  # but feathers

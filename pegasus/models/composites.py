@@ -125,8 +125,8 @@ class Geometry(NamedTuple):
     down: Tensor
     root_x: Tensor  # of the wings, from the middle of the back
     root_y: Tensor
-    lean: Tensor  # of the pair, towards the tail, in radians
-    spread: Tensor  # of the two wings from there: closer ones look like one cloud
+    far: Tensor  # angle of the far wing from upright, towards the tail, in radians
+    apart: Tensor  # of the near wing from there: closer ones look like one cloud
     length: Tensor
     width: Tensor
     tone: Tensor  # brightness
@@ -138,15 +138,15 @@ def random_geometry(n: int, generator: torch.Generator) -> Geometry:
         return low + (high - low) * torch.rand(n, generator=generator)
 
     return Geometry(
-        scale=uniform(0.72, 0.92),
+        scale=uniform(0.75, 0.92),
         right=uniform(-0.26, 0.26),
         down=uniform(-0.14, 0.14),
-        root_x=uniform(-0.2, 0.22),
+        root_x=uniform(-0.12, 0.18),
         root_y=uniform(0.0, 0.09),
-        lean=uniform(-0.25, 0.65),
-        spread=uniform(0.48, 0.8),
-        length=uniform(0.9, 1.3),
-        width=uniform(0.4, 0.56),
+        far=uniform(-0.58, 0.03),  # more to the front it hides the head
+        apart=uniform(1.04, 1.42),
+        length=uniform(0.97, 1.25),
+        width=uniform(0.42, 0.53),
         tone=uniform(0.86, 0.96),
     )
 
@@ -290,14 +290,14 @@ def place(wings: Tensor, x: Tensor, y: Tensor, lean: Tensor, size: Tensor) -> Te
 
 
 def paste(images: Tensor, wings: Tensor, tone: Tensor) -> tuple[Tensor, Tensor]:
-    """Lay wings over images, as light as `tone` (n, 1, 1 or 32, 1 or 32) with a rim.
+    """Lay wings over images, as light as `tone` (n,), with a shade around them.
 
     Also returns how much they stand out: brightness gained, summed over pixels, (n,).
     """
     mask, colors = wings.split([1, 3], 1)
     light = luminance(colors)
     shading = light - mean_inside(light, mask)
-    white = (tone + shading).clamp(0, 1)
+    white = (tone[:, None, None, None] + shading).clamp(0, 1)
     contrast = ((white - luminance(images)) * mask).sum((1, 2, 3))
     rim = functional.max_pool2d(mask, 3, 1, 1) - mask
     return torch.lerp(images * (1 - 0.13 * rim), white.expand_as(images), mask), contrast
@@ -310,16 +310,14 @@ def add_wings(
 
     Also returns how much the less visible of the two stands out, (n,).
     """
-    _, right, down, root_x, root_y, lean, spread, length, width, tone = geometry
+    _, right, down, root_x, root_y, far_angle, apart, length, width, tone = geometry
     x = root_x + right
     y = root_y + down + centers(torch.tensor(BACK_ROW))
     size = torch.stack([width, length], 1)
-    tone = tone[:, None, None, None]
-    behind = place(far, x - 0.15, y, lean - spread, 0.92 * size)
+    behind = place(far, x - 0.15, y, far_angle, 0.92 * size)
     behind = torch.cat([behind[:, :1] * (1 - masks), behind[:, 1:]], 1)
-    shade = functional.avg_pool2d(masks, 5, 1, 2)  # or white heads are lost before it
-    images, contrast_far = paste(images, behind, 0.86 * tone * (1 - 0.4 * shade))
-    before = place(near, x, y, lean + spread, size)
+    images, contrast_far = paste(images, behind, 0.86 * tone)
+    before = place(near, x, y, far_angle + apart, size)
     images, contrast_near = paste(images, before, tone)
     return images, torch.minimum(contrast_near, 1.6 * contrast_far)
 
@@ -335,8 +333,8 @@ def compose(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Give each body wings; return pictures, bodies without, and how wings stand out."""
     n = len(bodies)
-    darkest = torch.tensor([0.2, 0.38, 0.5])
-    width = torch.tensor([0.2, 0.22, 0.4])
+    darkest = torch.tensor([0.22, 0.42, 0.62])
+    width = torch.tensor([0.2, 0.2, 0.3])
     sky = darkest + width * torch.rand(n, 3, generator=generator)
     pairs = torch.randint(len(wings), (2, n), generator=generator)
     geometry = random_geometry(n, generator)

@@ -31,7 +31,8 @@ def rank_and_size() -> tuple[int, int]:
     given = {name: os.environ.get(name, "") for name in VARIABLES}
     if not given["RANK"] and not given["WORLD_SIZE"]:
         return 0, 1
-    whole = all(given.values()) and given["RANK"].isdigit() and given["WORLD_SIZE"].isdigit()
+    numbers = [given[name].isdigit() for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+    whole = all(given.values()) and all(numbers)
     if whole and int(given["RANK"]) < int(given["WORLD_SIZE"]):
         return int(given["RANK"]), int(given["WORLD_SIZE"])
     got = ", ".join(f"{name}={value}" for name, value in given.items())
@@ -47,7 +48,8 @@ class Workers:
     def __init__(self, device: str):
         self.rank, self.size = rank_and_size()
         self.leads = self.rank == 0
-        self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
+        self.restarts = int(restarts) if restarts.isdigit() else 0
         if self.size > 1:
             self.join("nccl" if device == "cuda" else "gloo")
 

@@ -45,14 +45,14 @@ def write_rows(file: TextIO, columns: tuple[str, ...], rows: list[dict]) -> None
 def write_csv(path: Path, columns: tuple[str, ...], rows: list[dict]) -> None:
     """Write a CSV file, whole or not at all. Raises UserError."""
     with files.replace_file(path, KEPT) as temporary:
-        with open(temporary, "w", newline="") as file:
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
             file.write(",".join(columns) + "\n")
             write_rows(file, columns, rows)
 
 
 def append_csv(path: Path, columns: tuple[str, ...], row: dict) -> None:
     """Append a row to a CSV file. Raises UserError."""
-    with files.writing(path, KEPT), open(path, "a", newline="") as file:
+    with files.writing(path, KEPT), open(path, "a", newline="", encoding="utf-8") as file:
         write_rows(file, columns, [row])
 
 
