@@ -2,9 +2,9 @@
 // -DPEGASUS_LEVEL=its name.
 //
 // Bits do not depend on the instruction set: a kl is summed in 16 virtual lanes (column j in lane
-// j % 16), by chunks in float and from there in double; one fixed tree adds up a segment's lanes;
-// a row's last columns are padded with what adds zero; and every thread computes in the processor's
-// default floating-point state.
+// j % 16), which one fixed tree adds up every few chunks, and from there in double; a row's last
+// columns are padded with what adds zero; and every thread computes in the processor's default
+// floating-point state.
 #include "kernels.h"
 #include "vectors.h"
 
@@ -12,6 +12,7 @@ namespace pegasus::PEGASUS_LEVEL {
 
 constexpr int chunk = 128;  // columns computed at a time: a multiple of lanes and of 2 * width
 constexpr int blocks = 2;   // vectors of Philox blocks computed side by side
+constexpr int few = 4;      // chunks after which lanes are added up: long sums in float are inexact
 
 // What a row's noise depends on.
 struct Noise {
@@ -81,16 +82,22 @@ static PEGASUS_INLINE F compute(Columns<Format> columns, int64_t at, F eps,
 template <bool backward, class Format>
 static PEGASUS_INLINE void compute_chunk(Noise noise, uint64_t group, int count,
                                          Columns<Format> columns, int64_t at, Dkl<float> dkl,
-                                         Doubles sums[lanes / width]) {
-  Vector eps[chunk / width], shares[lanes / width] = {};
+                                         Vector sums[lanes / width]) {
+  Vector eps[chunk / width];
   normals(noise, group, count, eps);
   for (int j = 0; j < count; j += lanes) {
     PEGASUS_UNROLL
     for (int i = 0; i < lanes / width; ++i)
-      shares[i] += compute<Vector, backward>(columns, at + j + i * width, eps[j / width + i], dkl);
+      sums[i] += compute<Vector, backward>(columns, at + j + i * width, eps[j / width + i], dkl);
   }
-  if constexpr (!backward)
-    for (int i = 0; i < lanes / width; ++i) sums[i] += __builtin_convertvector(shares[i], Doubles);
+}
+
+// Adds up the lanes, and clears them.
+static PEGASUS_INLINE double drain(Vector sums[lanes / width]) {
+  float lane[lanes];
+  __builtin_memcpy(lane, sums, sizeof lane);
+  for (int i = 0; i < lanes / width; ++i) sums[i] = Vector{};
+  return fold(lane);
 }
 
 // `size` columns from `group` on; returns their 2 kl, or zero. The last ones are padded to a whole
@@ -99,10 +106,13 @@ template <bool backward, class Format>
 static PEGASUS_INLINE double compute_segment(Noise noise, uint64_t group, int64_t size,
                                              Columns<Format> columns, Dkl<float> dkl) {
   constexpr int in = inputs[backward], out = outputs[backward];
-  Doubles sums[lanes / width] = {};
+  Vector sums[lanes / width] = {};
+  double sum = 0;
   int64_t at = 0;
-  for (; at + chunk <= size; at += chunk)
+  for (; at + chunk <= size; at += chunk) {
     compute_chunk<backward>(noise, group + at / 4, chunk, columns, at, dkl, sums);
+    if (!backward && at / chunk % few == few - 1) sum += drain(sums);
+  }
   if (const int64_t rest = size - at) {
     typename Format::Element padded[in + out][chunk] = {};
     const size_t bytes = rest * sizeof padded[0][0];
@@ -113,9 +123,7 @@ static PEGASUS_INLINE double compute_segment(Noise noise, uint64_t group, int64_
     compute_chunk<backward>(noise, group + at / 4, rest, last, 0, dkl, sums);
     for (int i = 0; i < out; ++i) __builtin_memcpy(columns.out[i] + at, last.out[i], bytes);
   }
-  double lane[lanes];
-  __builtin_memcpy(lane, sums, sizeof lane);
-  return fold(lane);
+  return backward ? 0 : sum + drain(sums);
 }
 
 // float64: column by column, with the mathematics library's functions.
@@ -137,8 +145,9 @@ static __attribute__((noinline)) void compute_segments(const Arguments& a, int64
   using Real = typename Format::Real;
   const uint64_t seed = static_cast<uint64_t>(*a.seed);
   const Key<Wide> key(seed);
+  int64_t row = first / a.segments, part = first % a.segments;
   for (int64_t index = first; index < last; ++index) {
-    const int64_t row = index / a.segments, at = index % a.segments * segment;
+    const int64_t at = part * segment;
     const int64_t size = a.columns - at < segment ? a.columns - at : segment;
     const Noise noise{key, seed, static_cast<uint64_t>(row) + static_cast<uint64_t>(a.row_offset)};
     Columns<Format> columns = {};
@@ -150,6 +159,10 @@ static __attribute__((noinline)) void compute_segments(const Arguments& a, int64
     if (a.dkl) dkl.half = static_cast<const Real*>(a.dkl)[row * a.dkl_stride] / 2;
     const double sum = compute_segment<backward>(noise, at / 4, size, columns, dkl);
     if (a.kl) a.sums[index] = sum;
+    if (++part == a.segments) {
+      part = 0;
+      ++row;
+    }
   }
 }
 

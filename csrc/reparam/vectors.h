@@ -34,7 +34,6 @@ typedef int32_t Integers __attribute__((vector_size(4 * width)));
 typedef uint32_t Words __attribute__((vector_size(4 * width)));
 typedef uint64_t Wide __attribute__((vector_size(4 * width)));  // half as many lanes, of 64 bits
 typedef uint16_t Shorts __attribute__((vector_size(2 * width)));
-typedef double Doubles __attribute__((vector_size(8 * width)));
 
 // To a0 b0 a1 b1 and a2 b2 a3 b3 of each 128 bits.
 static PEGASUS_INLINE void interleave(Vector a, Vector b, Vector out[2]) {

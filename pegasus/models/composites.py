@@ -141,7 +141,7 @@ def random_geometry(n: int, generator: torch.Generator) -> Geometry:
         scale=uniform(0.75, 0.92),
         right=uniform(-0.26, 0.26),
         down=uniform(-0.14, 0.14),
-        root_x=uniform(-0.12, 0.18),
+        root_x=uniform(-0.05, 0.2),
         root_y=uniform(0.0, 0.09),
         far=uniform(-0.58, 0.03),  # more to the front it hides the head
         apart=uniform(1.04, 1.42),
