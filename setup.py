@@ -324,5 +324,6 @@ setup(
     py_modules=["reparam"],
     install_requires=["torch>=2.10"],
     cmdclass={"build_ext": BuildExtensions},
-    ext_modules=[extension(OP), extension(STEP)],
+    # a source distribution has the op alone
+    ext_modules=[extension(name) for name in FOLDERS if FOLDERS[name].is_dir()],
 )
