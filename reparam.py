@@ -141,24 +141,29 @@ def reference(mu: Tensor, logvar: Tensor, seed: Tensor, row_offset: int = 0) -> 
     return z.to(mu.dtype), kl_of_elements(m, v).sum(1)
 
 
-def check(mu: Tensor, logvar: Tensor, seed: Tensor) -> None:
-    """Raise ValueError or TypeError naming the argument, what it is and should be."""
-    for name, value in (("mu", mu), ("logvar", logvar), ("seed", seed)):
+def check_tensors(values: dict[str, Tensor]) -> None:
+    """Raise unless mu and logvar are tensors of one shape, device and known dtypes."""
+    for name, value in values.items():
         if not isinstance(value, Tensor):
-            wanted = "a tensor or an int" if name == "seed" else "a tensor"
-            raise TypeError(f"{name}: got {type(value).__name__}, wanted {wanted}")
-    shape = tuple(mu.shape)
-    if len(shape) != 2:
-        raise ValueError(f"mu: got shape {shape}, wanted two dimensions (B, D)")
-    for name, value in (("mu", mu), ("logvar", logvar)):
+            raise TypeError(f"{name}: got {type(value).__name__}, wanted a tensor")
         if value.dtype not in DTYPES:
             wanted = ", ".join(map(str, DTYPES))
             raise TypeError(f"{name}: got {value.dtype}, wanted one of {wanted}")
+    mu, logvar = values.values()
     if logvar.shape != mu.shape:
         got = tuple(logvar.shape)
-        raise ValueError(f"logvar: got shape {got}, wanted mu's {shape}")
+        raise ValueError(f"logvar: got shape {got}, wanted mu's {tuple(mu.shape)}")
     if logvar.device != mu.device:
         raise ValueError(f"logvar: got device {logvar.device}, wanted mu's {mu.device}")
+
+
+def check(mu: Tensor, logvar: Tensor, seed: Tensor) -> None:
+    """Raise ValueError or TypeError naming the argument, what it is and should be."""
+    if isinstance(mu, Tensor) and mu.dim() != 2:
+        raise ValueError(f"mu: got shape {tuple(mu.shape)}, wanted two dimensions (B, D)")
+    check_tensors({"mu": mu, "logvar": logvar})
+    if not isinstance(seed, Tensor):
+        raise TypeError(f"seed: got {type(seed).__name__}, wanted a tensor or an int")
     if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != mu.device:
         got = f"{seed.dtype} of {seed.numel()} elements on {seed.device}"
         wanted = f"torch.int64 of one element on {mu.device}"
@@ -375,12 +380,21 @@ class DiagonalGaussian:
 
     mu, logvar: (B, ...) with at least two dimensions, say an encoder's
     `output.chunk(2, 1)` of (B, 2 C, H, W), which is not copied. What stands behind the
-    batch is one row of the op.
+    batch is one row of the op. Raises ValueError or TypeError for other arguments.
     """
 
     def __init__(self, mu: Tensor, logvar: Tensor):
+        check_tensors({"mu": mu, "logvar": logvar})
+        if mu.dim() < 2:
+            got = tuple(mu.shape)
+            raise ValueError(f"mu: got shape {got}, wanted two dimensions or more (B, ...)")
         self.mu = mu
         self.logvar = logvar
+
+    def wide(self) -> Pair:
+        """Return mu and logvar in the dtype of KL."""
+        dtype = torch.promote_types(kl_dtype(self.mu), self.logvar.dtype)
+        return self.mu.to(dtype), self.logvar.to(dtype)
 
     @property
     def stddev(self) -> Tensor:
@@ -406,24 +420,22 @@ class DiagonalGaussian:
         """Return KL to N(0, I) in nats: (B,), or with "none" of each element, (B, ...)."""
         if reduction not in ("sum", "none"):
             raise ValueError(f"reduction: got {reduction!r}, wanted 'sum' or 'none'")
-        dtype = torch.promote_types(kl_dtype(self.mu), self.logvar.dtype)
-        elements = kl_of_elements(self.mu.to(dtype), self.logvar.to(dtype))
+        elements = kl_of_elements(*self.wide())
         return elements if reduction == "none" else elements.flatten(1).sum(1)
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Return log q(z | x) in nats, (B,), of z in mu's shape."""
-        dtype = torch.promote_types(kl_dtype(self.mu), self.logvar.dtype)
-        logvar = self.logvar.to(dtype)
-        distance = (z.to(dtype) - self.mu.to(dtype)).square() * (-logvar).exp()
+        mu, logvar = self.wide()
+        distance = (z.to(mu.dtype) - mu).square() * (-logvar).exp()
         return (distance + logvar + math.log(2 * math.pi)).flatten(1).sum(1) / -2
 
 
 class Reparameterize(torch.nn.Module):
-    """`reparameterize_kl` with new noise at each call: a function of (seed, calls).
+    """`rsample_kl` with new noise at each call: a function of (seed, calls).
 
     The count of calls is a buffer, so a checkpoint has it. Under activation
-    checkpointing a second forward would draw other noise: pass a seed to
-    `reparameterize_kl` there.
+    checkpointing a second forward would draw other noise: use DiagonalGaussian and
+    a seed there.
     """
 
     def __init__(self, seed: int = 0):
@@ -432,7 +444,7 @@ class Reparameterize(torch.nn.Module):
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
 
     def forward(self, mu: Tensor, logvar: Tensor, row_offset: int = 0) -> Pair:
-        """Return z (B, D) and kl (B,)."""
+        """Return z in mu's shape (B, ...) and kl (B,)."""
         seed = self.calls * GOLDEN + self.seed
         self.calls += 1
-        return reparameterize_kl(mu, logvar, seed, row_offset)
+        return DiagonalGaussian(mu, logvar).rsample_kl(seed, row_offset)

@@ -267,6 +267,9 @@ def test_a_diagonal_gaussian_is_torchs(posterior):
     torch.testing.assert_close(posterior.log_prob(z), wanted.log_prob(z).sum((1, 2, 3)))
     with pytest.raises(ValueError, match="reduction: got 'mean', wanted 'sum' or 'none'"):
         posterior.kl("mean")
+    for mu, error in ((torch.zeros(3), ValueError), ([1.0], TypeError)):
+        with pytest.raises(error, match="mu: got "):
+            reparam.DiagonalGaussian(mu, torch.zeros(3))
 
 
 def test_a_diagonal_gaussian_has_gradients_and_copies_nothing(posterior):
@@ -287,6 +290,8 @@ def test_the_module_never_repeats_noise_and_goes_on_from_a_checkpoint():
     other = reparam.Reparameterize(seed=4)
     samples += [other(mu, logvar)[0] for _ in range(4)]
     assert len({z.numpy().tobytes() for z in samples}) == 8
+    grid = module(mu.view(2, 2, 4), logvar.view(2, 2, 4))[0]
+    assert grid.shape == (2, 2, 4)
     later = reparam.Reparameterize(seed=3)
     later.load_state_dict(module.state_dict())
     assert torch.equal(later(mu, logvar)[0], module(mu, logvar)[0])
