@@ -141,11 +141,17 @@ def reference(mu: Tensor, logvar: Tensor, seed: Tensor, row_offset: int = 0) -> 
     return z.to(mu.dtype), kl_of_elements(m, v).sum(1)
 
 
+def type_name(value: object) -> str:
+    """Return a value's type as people write it, as in numpy.int64."""
+    kind = type(value)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+
+
 def check_tensors(values: dict[str, Tensor]) -> None:
     """Raise unless mu and logvar are tensors of one shape, device and known dtypes."""
     for name, value in values.items():
         if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: got {type(value).__name__}, wanted a tensor")
+            raise TypeError(f"{name}: got {type_name(value)}, wanted a tensor")
         if value.dtype not in DTYPES:
             wanted = ", ".join(map(str, DTYPES))
             raise TypeError(f"{name}: got {value.dtype}, wanted one of {wanted}")
@@ -163,7 +169,7 @@ def check(mu: Tensor, logvar: Tensor, seed: Tensor) -> None:
         raise ValueError(f"mu: got shape {tuple(mu.shape)}, wanted two dimensions (B, D)")
     check_tensors({"mu": mu, "logvar": logvar})
     if not isinstance(seed, Tensor):
-        raise TypeError(f"seed: got {type(seed).__name__}, wanted a tensor or an int")
+        raise TypeError(f"seed: got {type_name(seed)}, wanted a tensor or an int")
     if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != mu.device:
         got = f"{seed.dtype} of {seed.numel()} elements on {seed.device}"
         wanted = f"torch.int64 of one element on {mu.device}"
@@ -173,8 +179,7 @@ def check(mu: Tensor, logvar: Tensor, seed: Tensor) -> None:
 def check_offset(row_offset: int, rows: int) -> None:
     """Raise where the rows' numbers are no int64."""
     if not isinstance(row_offset, int):
-        got = type(row_offset).__name__
-        raise TypeError(f"row_offset: got {got}, wanted an int")
+        raise TypeError(f"row_offset: got {type_name(row_offset)}, wanted an int")
     if not 0 <= row_offset <= 2**63 - 1 - rows:
         raise ValueError(f"row_offset: got {row_offset}, wanted 0 to 2^63 - 1 - B")
 
@@ -405,12 +410,12 @@ class DiagonalGaussian:
         """Return the most probable z, which is mu."""
         return self.mu
 
-    def rsample(self, seed: Tensor | int, row_offset: int = 0) -> Tensor:
+    def rsample(self, seed: Tensor | int, *, row_offset: int = 0) -> Tensor:
         """Sample z in mu's shape; gradients reach mu and logvar."""
         z = reparameterize(self.mu.flatten(1), self.logvar.flatten(1), seed, row_offset)
         return z.view(self.mu.shape)
 
-    def rsample_kl(self, seed: Tensor | int, row_offset: int = 0) -> Pair:
+    def rsample_kl(self, seed: Tensor | int, *, row_offset: int = 0) -> Pair:
         """Sample z in mu's shape and return it with `kl()`, (B,), in one pass."""
         mu = self.mu.flatten(1)
         z, kl = reparameterize_kl(mu, self.logvar.flatten(1), seed, row_offset)
@@ -424,10 +429,17 @@ class DiagonalGaussian:
         return elements if reduction == "none" else elements.flatten(1).sum(1)
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """Return log q(z | x) in nats, (B,), of z in mu's shape."""
+        """Return log q(z | x) in nats of z in mu's shape, (B,), or of (K, B, ...), (K, B).
+
+        Raises ValueError for other shapes.
+        """
         mu, logvar = self.wide()
+        if z.shape[-mu.dim() :] != mu.shape:
+            got, wanted = tuple(z.shape), tuple(mu.shape)
+            raise ValueError(f"z: got shape {got}, wanted mu's {wanted}, or more before it")
         distance = (z.to(mu.dtype) - mu).square() * (-logvar).exp()
-        return (distance + logvar + math.log(2 * math.pi)).flatten(1).sum(1) / -2
+        elements = distance + logvar + math.log(2 * math.pi)
+        return elements.flatten(1 - mu.dim()).sum(-1) / -2
 
 
 class Reparameterize(torch.nn.Module):
@@ -447,4 +459,4 @@ class Reparameterize(torch.nn.Module):
         """Return z in mu's shape (B, ...) and kl (B,)."""
         seed = self.calls * GOLDEN + self.seed
         self.calls += 1
-        return DiagonalGaussian(mu, logvar).rsample_kl(seed, row_offset)
+        return DiagonalGaussian(mu, logvar).rsample_kl(seed, row_offset=row_offset)

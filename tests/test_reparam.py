@@ -163,7 +163,7 @@ def meta(*shape: int) -> torch.Tensor:
     ("mu", [[1.0]], TypeError, "got list, wanted a tensor"),
     ("logvar", 0.0, TypeError, "got float, wanted a tensor"),
     ("seed", None, TypeError, "got NoneType, wanted a tensor or an int"),
-    ("seed", numpy.array(1), TypeError, "got ndarray, wanted a tensor or an int"),
+    ("seed", numpy.array(1), TypeError, "got numpy.ndarray, wanted a tensor or an int"),
     ("seed", True, TypeError, "got bool, wanted a tensor or an int"),
     ("seed", 2**63, ValueError, "got 9223372036854775808, wanted an int of 64 bits"),
     ("row_offset", 1.5, TypeError, "got float, wanted an int"),
@@ -265,6 +265,11 @@ def test_a_diagonal_gaussian_is_torchs(posterior):
     torch.testing.assert_close(fused, kl.sum((1, 2, 3)))
     assert z.shape == posterior.mu.shape and torch.equal(z, posterior.rsample(3))
     torch.testing.assert_close(posterior.log_prob(z), wanted.log_prob(z).sum((1, 2, 3)))
+    some = torch.stack([z, 2 * z])
+    torch.testing.assert_close(posterior.log_prob(some), wanted.log_prob(some).sum((2, 3, 4)))
+    for bad in (z[:1], z.flatten(1), z[:, :1]):
+        with pytest.raises(ValueError, match="z: got shape .*, wanted mu's "):
+            posterior.log_prob(bad)
     with pytest.raises(ValueError, match="reduction: got 'mean', wanted 'sum' or 'none'"):
         posterior.kl("mean")
     for mu, error in ((torch.zeros(3), ValueError), ([1.0], TypeError)):
