@@ -25,6 +25,11 @@ if torch.cuda.is_available():
     torch.cuda.init()  # before `on_the_cpu` hides it
     torch.cuda.device_count()  # which torch then keeps
 classifier.EPOCHS = 1  # any classifier will do, but for the test that it learns
+# what a script starts in the background ignores SIGINT, under nohup SIGHUP, and so would trainers
+for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    if signal.getsignal(signum) == signal.SIG_IGN:
+        interrupt = signum == signal.SIGINT
+        signal.signal(signum, signal.default_int_handler if interrupt else signal.SIG_DFL)
 ROOT = Path(__file__).parent.parent
 # a folder, where processes share the tests as tests/run.py starts them
 CLAIMS = os.environ.get("PEGASUS_CLAIMS", "")

@@ -104,7 +104,7 @@ inputs = train.step_inputs
 train.step_inputs = lambda *given: (time.sleep(0.02), inputs(*given))[1]
 cli.run(train.main)
 """
-LONG = ("--epochs", 48, "--flip", "--resume")
+LONG = ("--epochs", 24, "--flip", "--resume")
 
 
 def start(folder: Path, batches: Path, *argv: object) -> subprocess.Popen:
@@ -132,7 +132,7 @@ def interrupt(folder: Path, batches: Path, signum: int) -> int:
     process.send_signal(signum)
     process.communicate(timeout=60)
     done = checkpoint.load(folder / "last.pt")["epochs_done"]
-    assert done < 48, "the run was over before the signal"
+    assert done < 24, "the run was over before the signal"
     return process.returncode
 
 
