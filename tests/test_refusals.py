@@ -134,12 +134,13 @@ def call_on_cpu(op, arguments: dict) -> object:
 
 
 @pytest.mark.parametrize("name,value,message", [
-    ("mu", None, "mu"),
+    ("mu", None, r"mu of two dimensions \(B, D\)"),
     ("mu", torch.zeros(3), r"mu of two dimensions \(B, D\)"),
     ("mu", torch.zeros(2, 3).int(), "mu of a floating-point type|logvar of mu's"),
     ("logvar", torch.zeros(2, 4), "logvar of mu's shape"),
     ("logvar", torch.zeros(2, 3).double(), "logvar of mu's shape, dtype"),
     ("logvar", torch.zeros(2, 3, device="meta"), "logvar of mu's .* device"),
+    ("seed", None, "seed of dtype int64"),
     ("seed", torch.tensor(1.0), "seed of dtype int64"),
     ("seed", torch.tensor([1, 2]), "seed .* one element"),
     ("seed", torch.zeros(1, dtype=torch.int64, device="meta"), "seed .* on mu's device"),

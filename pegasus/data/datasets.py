@@ -44,17 +44,6 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def cifar10_folder() -> Path:
-    """Return data/cifar-10-batches-bin, downloaded if it lacks a file.
-
-    Raises UserError.
-    """
-    folder = DATA / cifar10.FOLDER
-    if cifar10.missing_files(folder):
-        download.download(DATA)
-    return folder
-
-
 def synthetic_folder() -> Path:
     """Return data/synthetic, drawn if there is none. Raises UserError."""
     folder = DATA / "synthetic"
@@ -77,7 +66,7 @@ def automatic_folder() -> Path:
     if os.environ.get("CIFAR10_DIR"):
         return Path(os.environ["CIFAR10_DIR"])
     try:
-        return cifar10_folder()
+        return download.complete_folder(DATA)
     except download.Unreachable as reason:
         folder = DATA / cifar10.FOLDER
         if folder.is_dir():  # begun by hand: let `load` say which files it lacks
@@ -96,7 +85,7 @@ def locate(data: str) -> Path:
     if data == "auto":
         return automatic_folder()
     if data == "cifar10":
-        return cifar10_folder()
+        return download.complete_folder(DATA)
     if data == "synthetic":
         return synthetic_folder()
     folder = Path(data)

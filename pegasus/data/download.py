@@ -162,16 +162,22 @@ def download(parent: Path, timeout: float = 8.0) -> Path:
     return folder
 
 
+def complete_folder(parent: Path) -> Path:
+    """Return `parent`/cifar-10-batches-bin, downloaded where it lacks a file.
+
+    Raises UserError.
+    """
+    folder = parent / cifar10.FOLDER
+    return download(parent) if cifar10.missing_files(folder) else folder
+
+
 def main(argv: list[str] | None = None) -> None:
     """Download to the folder that the command line names, and print where to."""
     description = "Download CIFAR-10's binary batches and check them."
     parser = cli.Parser(description=description)
     parser.add_argument("folder", help="the folder to download to, as in `data`")
     args = parser.parse_args(argv)
-    folder = Path(args.folder) / cifar10.FOLDER
-    if cifar10.missing_files(folder):
-        folder = download(Path(args.folder))
-    print(folder)
+    print(complete_folder(Path(args.folder)))
 
 
 if __name__ == "__main__":
