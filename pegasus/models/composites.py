@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.nn import functional
 
 SIZE = vae.IMAGE_SHAPE[1]
-BODIES = 0.12  # share of the first class's photographs that are used
+BODIES = 0.16  # share of the first class's photographs that are used
 WINGS = 150  # photographs of the second class that are used
-TRIES = 18  # composites of each body; the best third of all are kept
+TRIES = 24  # composites of each body; the best sixth of all are kept
 TYPICAL = 300  # bodies whose mean is the silhouette that others are compared with
 RECOGNIZED = 0.25  # median probability of the first class that composites need
 BACK_ROW = 17  # where backs are moved to, about: half of the picture is for wings
@@ -322,6 +322,25 @@ def add_wings(
     return images, torch.minimum(contrast_near, 1.6 * contrast_far)
 
 
+def head_contrast(images: Tensor, masks: Tensor, geometry: Geometry) -> Tensor:
+    """Return how heads and necks stand out, summed over pixels, (n,).
+
+    Each of their pixels is compared with the mean of what is around it and no body. They
+    are what of bodies is before the wings and above the back.
+    """
+    x, y = pixel_centers()
+    before = geometry.root_x + geometry.right - 0.2
+    above = geometry.down + centers(torch.tensor(BACK_ROW)) + 0.1
+    left = (before[:, None, None, None] - x) / 0.05
+    upper = (above[:, None, None, None] - y) / 0.05
+    head = masks * left.sigmoid() * upper.sigmoid()
+    outside = 1 - functional.max_pool2d((masks > 0.5).float(), 3, 1, 1)
+    near = functional.avg_pool2d(torch.cat([images * outside, outside], 1), 7, 1, 3)
+    around = near[:, :3] / near[:, 3:].clamp(min=0.02)
+    distance = (images - around).abs().mean(1, keepdim=True) * (near[:, 3:] > 0)
+    return (distance * head).sum((1, 2, 3))
+
+
 def log_probability(judge: Classifier, images: Tensor, name: str) -> Tensor:
     """Return the log of a judge's probability of a class, at least log 1e-3, (n,)."""
     probabilities, _ = classify(judge, images)
@@ -331,7 +350,7 @@ def log_probability(judge: Classifier, images: Tensor, name: str) -> Tensor:
 def compose(
     bodies: Tensor, masks: Tensor, wings: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Give each body wings; return pictures, bodies without, and how wings stand out."""
+    """Give each body wings; return pictures, bodies without, and how clear they are, (n,)."""
     n = len(bodies)
     darkest = torch.tensor([0.22, 0.42, 0.62])
     width = torch.tensor([0.2, 0.2, 0.3])
@@ -341,7 +360,8 @@ def compose(
     bare, body = stand(bodies, masks, geometry)
     bare = darken_sky(bare, body, sky)
     images, contrast = add_wings(bare, body, wings[pairs[0]], wings[pairs[1]], geometry)
-    return images, bare, contrast
+    head = head_contrast(images, body, geometry)
+    return images, bare, 0.05 * contrast.clamp(max=20) + 0.2 * head.clamp(max=14)
 
 
 def coat_scores(images: Tensor) -> Tensor:
@@ -377,7 +397,7 @@ def pick_parts(
 def make(
     images: Tensor, labels: Tensor, classes: tuple[str, ...], judge: Classifier
 ) -> Composites:
-    """Make Pegasi of training photographs, TRIES of each body; return the best third.
+    """Make Pegasi of training photographs, TRIES of each body; return the best sixth.
 
     images: bytes (n, 3, 32, 32). labels: positions in `classes`; the first is the body's,
     the second the wings'. The best come first. There are none where the judge no longer
@@ -388,12 +408,11 @@ def make(
     bodies, masks, wings = pick_parts(images, labels, classes[0], judge)
     rounds = []
     for _ in range(TRIES):
-        pictures, bare, contrast = compose(bodies, masks, wings, generator)
+        pictures, bare, clear = compose(bodies, masks, wings, generator)
         certainty = log_probability(judge, pictures, classes[0])
-        rounds.append((vae.to_bytes(pictures), vae.to_bytes(bare), certainty, contrast))
-    pictures, bare, certainty, contrast = map(torch.cat, zip(*rounds, strict=True))
-    score = certainty + 0.05 * contrast.clamp(max=20)
-    best = top_rows(score, len(score) // 3)
+        rounds.append((vae.to_bytes(pictures), vae.to_bytes(bare), certainty, clear))
+    pictures, bare, certainty, clear = map(torch.cat, zip(*rounds, strict=True))
+    best = top_rows(certainty + clear, len(certainty) // 6)
     if certainty[best].median() < math.log(RECOGNIZED):
         return none()
     return Composites(pictures[best], bare[best], coats(bare[best]))
