@@ -118,7 +118,7 @@ __global__ void compute_segments(Arguments a, bool aligned) {
 
 // A row's kl from its segments.
 template <class Real>
-__global__ void add_segments(Arguments a) {
+__global__ void sum_segments(Arguments a) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t row = blockIdx.x * blockDim.x + threadIdx.x; row < a.rows; row += step) {
     double sum = 0;
@@ -158,7 +158,7 @@ cudaError_t launch(const Arguments& a, bool backward, void* stream) {
   if (error == cudaSuccess && !backward && a.kl && a.segments > 1) {
     const int64_t row_blocks = (a.rows + adding_threads - 1) / adding_threads;
     const cudaLaunchConfig_t adding = configure(row_blocks, dim3(adding_threads, 1, 1), stream);
-    error = cudaLaunchKernelEx(&adding, add_segments<typename Format::Real>, a);
+    error = cudaLaunchKernelEx(&adding, sum_segments<typename Format::Real>, a);
   }
   if (error != cudaSuccess) cudaGetLastError();  // or the next call that asks reports it again
   return error;

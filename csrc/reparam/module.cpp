@@ -3,8 +3,6 @@
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <memory>
@@ -13,6 +11,7 @@
 #include <string>
 #include <tuple>
 
+#include "describe.h"
 #include "kernels.h"
 #include "levels.h"
 #include "parallel.h"
@@ -20,17 +19,9 @@
 namespace pegasus {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 const CpuKernels& cpu_kernels() {
   static const CpuKernels& best = choose<CpuKernels>(PEGASUS_ALL_LEVELS(kernels));
   return best;
-}
-
-// reparam.py explains more; this is what memory safety needs, however the op is called.
-void require(bool fits, const char* wanted) {
-  if (!fits) throw std::runtime_error(std::string("reparameterize_kl: wanted ") + wanted);
 }
 
 Dtype dtype_of(const Tensor& mu) {
@@ -39,7 +30,7 @@ Dtype dtype_of(const Tensor& mu) {
     case ScalarType::Double: return float64;
     case ScalarType::BFloat16: return bfloat16;
     case ScalarType::Half: return float16;
-    default: throw std::runtime_error("reparameterize_kl: wanted mu of a floating-point type");
+    default: refuse("mu", mu, "a floating-point type");
   }
 }
 
@@ -52,14 +43,18 @@ bool is_like(const Tensor& t, const Tensor& mu) {
          t.device() == mu.device();
 }
 
+// What memory safety needs, however the op is called.
 Dtype check(const Tensor& mu, const Tensor& logvar, const Tensor& seed, int64_t row_offset) {
-  require(mu.defined() && mu.dim() == 2, "mu of two dimensions (B, D)");
-  require(is_like(logvar, mu), "logvar of mu's shape, dtype and device");
-  require(seed.defined() && seed.scalar_type() == ScalarType::Long && seed.numel() == 1 &&
-              seed.device() == mu.device(),
-          "seed of dtype int64, with one element, on mu's device");
-  require(row_offset >= 0 && row_offset <= INT64_MAX - mu.size(0), "row_offset + B of 63 bits");
-  return dtype_of(mu);
+  if (!mu.defined() || mu.dim() != 2) refuse("mu", mu, "two dimensions (B, D)");
+  const Dtype dtype = dtype_of(mu);
+  if (!is_like(logvar, mu)) refuse("logvar", logvar, "mu's " + describe(mu));
+  if (!seed.defined() || seed.scalar_type() != ScalarType::Long || seed.numel() != 1 ||
+      seed.device() != mu.device())
+    refuse("seed", seed, "torch.int64 of one element on mu's device");
+  if (row_offset < 0 || row_offset > INT64_MAX - mu.size(0))
+    throw std::runtime_error("row_offset: got " + std::to_string(row_offset) +
+                             ", wanted 0 to 2^63 - 1 - B");
+  return dtype;
 }
 
 // Columns must be adjacent; rows may have any stride.
@@ -85,7 +80,7 @@ Tensor empty_like_mu(const Tensor& mu) {
 }
 
 // in: mu, logvar and, backward, dz.
-Arguments describe(const Tensor* in, int count, const Tensor& seed, int64_t row_offset) {
+Arguments arguments_of(const Tensor* in, int count, const Tensor& seed, int64_t row_offset) {
   Arguments a{.seed = static_cast<const int64_t*>(seed.data_ptr()),
               .rows = in[0].size(0),
               .columns = in[0].size(1),
@@ -118,14 +113,7 @@ void run_in_threads(bool backward, Arguments a, Dtype dtype) {
   const SegmentsKernel kernel = cpu_kernels().segments[backward][dtype];
   in_parallel(count, std::min(a.columns, segment),
               [&](int64_t first, int64_t last) { kernel(a, first, last); });
-  for (int64_t row = 0; a.kl && row < a.rows; ++row) {
-    double sum = 0;
-    for (int64_t i = 0; i < a.segments; ++i) sum += sums[row * a.segments + i];
-    if (dtype == float64)
-      static_cast<double*>(a.kl)[row] = sum / 2;
-    else
-      static_cast<float*>(a.kl)[row] = static_cast<float>(sum / 2);
-  }
+  if (a.kl) add_segments(a, dtype);
 }
 
 void run(bool backward, const Arguments& a, const Tensor& mu, Dtype dtype) {
@@ -141,7 +129,7 @@ std::tuple<Tensor, Tensor> reparameterize_kl(const Tensor& mu, const Tensor& log
   const Tensor in[] = {with_adjacent_columns(mu), with_adjacent_columns(logvar)};
   Tensor z = empty_like_mu(mu);
   Tensor kl = empty(mu, with_kl ? mu.size(0) : 0, {}, kl_type(dtype));
-  Arguments a = describe(in, 2, seed, row_offset);
+  Arguments a = arguments_of(in, 2, seed, row_offset);
   a.out[0] = z.data_ptr();
   if (with_kl) a.kl = kl.data_ptr();
   run(false, a, mu, dtype);
@@ -152,16 +140,15 @@ std::tuple<Tensor, Tensor> reparameterize_kl_backward(const Tensor& dz, std::opt
                                                       const Tensor& mu, const Tensor& logvar,
                                                       const Tensor& seed, int64_t row_offset) {
   const Dtype dtype = check(mu, logvar, seed, row_offset);
-  require(is_like(dz, mu), "dz of mu's shape, dtype and device");
-  if (dkl)
-    require(dkl->dim() == 1 && dkl->size(0) == mu.size(0) && dkl->device() == mu.device() &&
-                dkl->scalar_type() == kl_type(dtype),
-            "dkl of kl's shape and dtype, on mu's device");
+  if (!is_like(dz, mu)) refuse("dz", dz, "mu's " + describe(mu));
+  if (dkl && (dkl->dim() != 1 || dkl->size(0) != mu.size(0) || dkl->device() != mu.device() ||
+              dkl->scalar_type() != kl_type(dtype)))
+    refuse("dkl", *dkl, name(kl_type(dtype)) + " of shape (B,), on mu's device");
   const Tensor in[] = {with_adjacent_columns(mu), with_adjacent_columns(logvar),
                        with_adjacent_columns(dz)};
   Tensor dmu = empty_like_mu(mu);
   Tensor dlogvar = empty_like_mu(mu);
-  Arguments a = describe(in, 3, seed, row_offset);
+  Arguments a = arguments_of(in, 3, seed, row_offset);
   a.out[0] = dmu.data_ptr();
   a.out[1] = dlogvar.data_ptr();
   if (dkl) {

@@ -1,42 +1,11 @@
 // What the step's ops ask of their tensors: dtype, number of elements, layout.
 #pragma once
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
-#include <stdexcept>
 #include <string>
 
+#include "../reparam/describe.h"
 #include "../reparam/parallel.h"
 
 namespace pegasus {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-inline std::string name(ScalarType type) {  // as Python prints it
-  switch (type) {
-    case ScalarType::Float: return "torch.float32";
-    case ScalarType::Double: return "torch.float64";
-    case ScalarType::BFloat16: return "torch.bfloat16";
-    case ScalarType::Half: return "torch.float16";
-    case ScalarType::Long: return "torch.int64";
-    default: return std::string("torch.") + torch::headeronly::toString(type);
-  }
-}
-
-inline std::string describe(const Tensor& t) {
-  if (!t.defined()) return "None";
-  std::string shape;
-  for (int64_t i = 0; i < t.dim(); ++i) shape += (i ? ", " : "") + std::to_string(t.size(i));
-  const std::string device = t.is_cuda() ? "cuda:" : "device ";
-  return name(t.scalar_type()) + " of shape (" + shape + ") on " +
-         (t.is_cpu() ? "cpu" : device + std::to_string(t.get_device_index()));
-}
-
-[[noreturn]] inline void refuse(const std::string& argument, const Tensor& t,
-                                const std::string& wanted) {
-  throw std::runtime_error(argument + ": got " + describe(t) + ", wanted " + wanted);
-}
 
 inline void check_defined(const Tensor& t, const char* argument) {
   if (!t.defined()) refuse(argument, t, "a tensor");

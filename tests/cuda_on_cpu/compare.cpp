@@ -70,14 +70,7 @@ struct Outputs {
 
 void run_on_cpu(const Arguments& a, Dtype dtype, bool backward) {
   baseline::kernels.segments[backward][dtype](a, 0, a.rows * a.segments);
-  for (int64_t row = 0; !backward && a.kl && row < a.rows; ++row) {
-    double sum = 0;
-    for (int64_t i = 0; i < a.segments; ++i) sum += a.sums[row * a.segments + i];
-    if (dtype == float64)
-      static_cast<double*>(a.kl)[row] = sum / 2;
-    else
-      static_cast<float*>(a.kl)[row] = static_cast<float>(sum / 2);
-  }
+  if (!backward && a.kl) add_segments(a, dtype);
 }
 
 void run_cuda_source(const Arguments& a, Dtype dtype, bool backward) {
