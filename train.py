@@ -44,8 +44,7 @@ def make_optimizers(stage: Stage) -> list[Optimizer]:
     if stage.config.arch == "conv":
         hidden = [weight for weight in weights if muon.is_hidden(weight)]
         weights = [weight for weight in weights if not muon.is_hidden(weight)]
-    on_gpu = stage.config.device != "cpu"
-    adam = Adam(weights, fused=True, capturable=on_gpu)
+    adam = Adam(weights, fused=True, capturable=device.has_graphs(stage.config.device))
     return [adam, Muon(hidden)] if hidden else [adam]
 
 
@@ -161,7 +160,7 @@ def train_stage(run: Run, stage: Stage, optimizers: list, workers: Workers, stop
         stage.after_step(steps)
         return sums
 
-    if run.config.device != "cpu" and workers.size == 1:
+    if device.has_graphs(run.config.device) and workers.size == 1:
         step = cuda_graph.Replay(step, run.config.batch_size)
     epochs = (stage.last_epoch, run.config.epochs)
     display = Progress(*epochs, run.image_count, run.images_done, workers.leads)

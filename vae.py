@@ -176,9 +176,12 @@ class VAE(nn.Module):
         return self.decode(mu)
 
     def posterior_moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return posterior means (B, d) and the mean of the covariances, float64 (d, d)."""
+        """Return posterior means (B, d) and the mean of the covariances, float64 (d, d).
+
+        The latter on the CPU.
+        """
         mu, logvar = self.encode(x)
-        return mu, logvar.exp().double().mean(0).diag()
+        return mu, logvar.exp().cpu().double().mean(0).diag()
 
 
 def squared_error(x: Tensor, xhat: Tensor) -> Tensor:

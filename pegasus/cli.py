@@ -226,7 +226,8 @@ def out_of_memory(error: Exception) -> bool:
     """Return whether an error says that there is no memory left."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return "can't allocate memory" in str(error)
+    text = str(error)
+    return "can't allocate memory" in text or "MPS backend out of memory" in text
 
 
 def brief(error: object) -> str:

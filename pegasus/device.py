@@ -9,16 +9,32 @@ from torch import Tensor
 
 
 def resolve_device(name: str) -> str:
-    """Return "cpu" or "cuda" for "auto", "cpu" or "cuda".
+    """Return a device by its name; for "auto" "cuda" where there is one, else "cpu".
 
-    Raises UserError where cuda is asked for and there is none.
+    Raises UserError where torch finds none of that name.
     """
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if name == "auto":
+        return "cuda" if available["cuda"] else "cpu"
+    if not available[name]:
         raise UserError(
-            "--device: got cuda, but torch finds no CUDA device; use --device cpu"
+            f"--device: got {name}, but torch finds no {name.upper()} device; use --device cpu"
         )
-    return "cuda" if name != "cpu" and available else "cpu"
+    return name
+
+
+def has_graphs(device: str) -> bool:
+    """Return whether a device runs CUDA graphs."""
+    return device not in ("cpu", "mps")
+
+
+def sum_dtype(device: str) -> torch.dtype:
+    """Return the dtype of an epoch's sums: float64, which Apple's GPUs do not have."""
+    return torch.float32 if device == "mps" else torch.float64
 
 
 def supports_bfloat16(device: str) -> bool:
@@ -29,6 +45,8 @@ def supports_bfloat16(device: str) -> bool:
     """
     if device == "cuda":
         return torch.cuda.is_bf16_supported(False)
+    if device == "mps":
+        return False  # not measured
     is_x86 = torch.cpu._is_avx2_supported()
     if is_x86 and not torch.cpu._is_avx512_bf16_supported():
         return False

@@ -84,6 +84,8 @@ def dispatch(op: Callable, args: tuple, kwargs: dict) -> object:
 
     def to_remote(tensor: Tensor) -> Remote:
         """Return the argument that an op changed in place, or a new tensor."""
+        if tensor.dtype == torch.float64 and not Device.has_float64:
+            raise TypeError(f"{op}: the device has no float64")
         return remote[id(tensor)] if id(tensor) in remote else Remote(tensor)
 
     return map_tensors(to_remote, result)
@@ -91,6 +93,8 @@ def dispatch(op: Callable, args: tuple, kwargs: dict) -> object:
 
 class Device(TorchDispatchMode):
     """Makes tensors on the simulated GPU where `device` asks for it."""
+
+    has_float64 = True
 
     def __torch_dispatch__(
         self, op: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
@@ -107,11 +111,15 @@ class Autocast(torch.autocast):
 
 
 @contextlib.contextmanager
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Make `auto` the simulated GPU.
+def gpu(monkeypatch: pytest.MonkeyPatch, has_float64: bool = True) -> Iterator[None]:
+    """Make `auto` the simulated GPU; one without float64 is like Apple's.
 
     What torch decides below its Python level is decided here.
     """
+    if not has_float64:
+        monkeypatch.setattr(Device, "has_float64", False)
+        monkeypatch.setattr(device, "sum_dtype", lambda place: torch.float32)
+        monkeypatch.setattr(device, "has_graphs", lambda place: False)
     tensor = torch.tensor
     save = checkpoint.save
     tolist = Tensor.tolist

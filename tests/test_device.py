@@ -44,6 +44,16 @@ def test_auto_is_cuda_where_there_is_one(monkeypatch):
     assert names == ["cuda", "cpu", "cuda"]
 
 
+def test_mps_is_taken_where_it_is_asked_for_and_there(monkeypatch):
+    with pytest.raises(UserError, match="--device: got mps"):
+        device.resolve_device("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert [device.resolve_device(name) for name in ("auto", "mps")] == ["cpu", "mps"]
+    assert device.fastest_precision("mps") == "float32"
+    assert device.sum_dtype("mps") == torch.float32  # it has no float64
+    assert not device.has_graphs("mps")
+
+
 def test_products_have_the_precision_that_was_asked_for():
     x = torch.ones(2, 2)
     for precision in ("float32", "bfloat16"):
@@ -123,10 +133,11 @@ def test_a_simulated_gpu_refuses_a_tensor_that_lies_elsewhere(monkeypatch):
     ["", "--prior normal --latent 8x8x4", "--arch mlp --prior conditional",
      "--arch mlp --flow 2"],
 )
+@pytest.mark.parametrize("has_float64", [True, False])
 def test_a_run_keeps_its_tensors_on_the_gpu_and_resumes_there(
-    few, arguments, network, monkeypatch
+    few, arguments, network, has_float64, monkeypatch
 ):
-    with simulated.gpu(monkeypatch):
+    with simulated.gpu(monkeypatch, has_float64):
         assert train.main([*arguments, *network.split(), "--epochs", "2"]) == 0
         argv = [*arguments, "--resume", "--epochs", "3"]
         assert train.main(argv) == 0

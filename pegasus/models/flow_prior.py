@@ -180,8 +180,8 @@ class FlowPrior(nn.Module):
     def measure(self, mu: Tensor, logvar: Tensor) -> None:
         """Set each channel's mean and deviation to those of posterior samples (n, d)."""
         cells = math.prod(self.velocity.latent_shape[1:])
-        sums = mu.new_zeros(2, mu.shape[1], dtype=torch.float64)
-        for m, v in zip(mu.split(1000), logvar.split(1000), strict=True):
+        sums = torch.zeros(2, mu.shape[1], dtype=torch.float64)
+        for m, v in zip(mu.cpu().split(1000), logvar.cpu().split(1000), strict=True):
             square = m.float().square() + v.float().exp()
             sums += torch.stack([m.double().sum(0), square.double().sum(0)])
         mean, second = (sums / len(mu)).view(2, -1, cells).mean(2)

@@ -79,7 +79,7 @@ def fit_classes(
             x = vae.from_bytes(images[batch].to(model.variance.device))
             mean, covariance = model.posterior_moments(x)
             mu[first : first + batch_size] = mean
-            within = within + covariance.cpu() * (len(batch) / len(members))
+            within = within + covariance * (len(batch) / len(members))
         fitted[name] = [tensor.float() for tensor in aggregate(mu, within)]
     return fitted
 

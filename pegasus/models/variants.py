@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import reparam
 import vae
+from pegasus import device
 from pegasus.cli import UserError
 from vae import VAE, Terms
 
@@ -185,7 +186,7 @@ class HouseholderVAE(VAE):
 
     def posterior_moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         mu, logvar, units = self.encode_reflected(x)
-        return reflect(mu, units), mean_covariance(logvar.exp(), units)
+        return reflect(mu, units), mean_covariance(logvar.exp().cpu(), units.cpu())
 
 
 # ---- conditional prior ----
@@ -198,7 +199,8 @@ def gumbel(rows: int, columns: int, seed: Tensor, row_offset: int = 0) -> Tensor
     """
     groups = (columns + 3) // 4
     words = reparam.words(rows, groups, seed, CODES + row_offset)
-    uniform = (words.flatten(1)[:, :columns].double() + 0.5) * 2.0**-32
+    words = words.flatten(1)[:, :columns].to(device.sum_dtype(words.device.type))
+    uniform = (words + 0.5) * 2.0**-32
     return -(-uniform.log()).log().float()
 
 

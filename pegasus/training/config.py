@@ -129,7 +129,7 @@ class TrainConfig:
     device: str = option(
         "auto",
         "auto is cuda where there is one; chosen at each start",
-        choices=("auto", "cpu", "cuda"),
+        choices=("auto", "cpu", "cuda", "mps"),
     )
     save_seconds: float | None = option(
         None,

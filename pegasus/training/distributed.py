@@ -50,6 +50,8 @@ class Workers:
         self.leads = self.rank == 0
         restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
         self.restarts = int(restarts) if restarts.isdigit() else 0
+        if self.size > 1 and device == "mps":
+            raise UserError("torchrun: got --device mps, wanted cuda or cpu, or one process")
         if self.size > 1:
             self.join("nccl" if device == "cuda" else "gloo")
 

@@ -1,6 +1,7 @@
 """Steps that are skipped because their loss or gradient is not finite."""
 from pathlib import Path
 
+from pegasus import device
 from pegasus.cli import UserError
 from pegasus.training.stages import SUMS
 
@@ -17,10 +18,10 @@ class StepGuard:
     all processes share, so that all do the same.
     """
 
-    def __init__(self, device: str):
-        self.totals = torch.zeros(SUMS, dtype=torch.float64, device=device)
+    def __init__(self, where: str):
+        self.totals = torch.zeros(SUMS, dtype=device.sum_dtype(where), device=where)
         # skipped steps, their images, and skipped steps in a row
-        self.skipped = torch.zeros(3, dtype=torch.int64, device=device)
+        self.skipped = torch.zeros(3, dtype=torch.int64, device=where)
 
     def load(self, totals: Tensor, skipped: Tensor) -> None:
         """Go on from a checkpoint's sums and counts."""

@@ -141,7 +141,7 @@ class AutoencoderStage:
 
         means: over the epoch's images. Returns columns of the log.
         """
-        variance = self.network.variance.fill_(means[2] / vae.IMAGE_VALUES).double()
+        variance = self.network.variance.fill_(means[2] / vae.IMAGE_VALUES).cpu().double()
         rate, sse = self.test_terms()
         distortion = self.network.distortion(sse, variance)
         columns = {f"train_{name}": value for name, value in self.metrics(means).items()}
@@ -153,14 +153,14 @@ class AutoencoderStage:
         return columns
 
     def test_terms(self) -> Tensor:
-        """Return mean rate and squared error of the test images, float64 (2,).
+        """Return mean rate and squared error of the test images, float64 (2,), on the CPU.
 
         Their noise is that of seed 0, so that all epochs and runs test alike.
         """
         where = self.config.device
         seed = derived_seeds(0, 0, (TEST,), where)
         share = self.workers.share(len(self.test_images))
-        totals = self.test_images.new_zeros(2, dtype=torch.float64)
+        totals = torch.zeros(2, dtype=device.sum_dtype(where), device=where)
         # convolutions take 64 KB an image and layer
         size = device.inference_batch(where, 500 if self.config.arch == "mlp" else 128)
         for first in range(share.start, share.stop, size):
@@ -168,7 +168,7 @@ class AutoencoderStage:
             with device.autocast(where, self.config.precision):
                 terms = self.network(vae.from_bytes(images), seed, first)
             totals += torch.stack([terms.rate.sum(), terms.sse.sum()])
-        return self.workers.sum_(totals) / len(self.test_images)
+        return self.workers.sum_(totals).cpu().double() / len(self.test_images)
 
     def fit_gaussians(self) -> dict[str, list[Tensor]]:
         """Return the Gaussians of the classes' latents as they are now."""
@@ -280,7 +280,7 @@ class PriorStage:
         where = self.config.device
         n = self.test_posteriors.shape[1]
         share = self.workers.share(n)
-        total = torch.zeros(1, dtype=torch.float64, device=where)
+        total = torch.zeros(1, dtype=device.sum_dtype(where), device=where)
         noise_seed, time_seed = derived_seeds(0, 0, (NOISE, TIME), where)
         size = device.inference_batch(where, 100)
         for first in range(share.start, share.stop, size):
