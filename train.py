@@ -228,6 +228,7 @@ def open_run(
     torch.set_num_threads(config.threads)
     torch.backends.cudnn.deterministic = True  # a resumed run is to have the same bits
     data = workers.leader_first(lambda: datasets.load(config.data, config.classes, expected))
+    config = replace(config, classes=",".join(data.classes))
     with checkpoint.explain_mismatch(last if state else None):
         run = Run(config, data)
         if state:

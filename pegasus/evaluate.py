@@ -214,10 +214,15 @@ class Reference:
 def judges_accuracy(
     judgements: list[Judgement], labels: Tensor, classes: tuple[str, ...]
 ) -> dict[str, float]:
-    """Return the share of each class's images that judges call what they are."""
+    """Return the share of each class's images that judges call what they are.
+
+    Classes that they do not know have none.
+    """
     winners = torch.stack([said.probabilities.argmax(1) for said in judgements])
     shares = {}
     for label, name in enumerate(classes):
+        if not classifier.knows(name):
+            continue
         right = winners[:, labels == label] == cifar10.CLASSES.index(name)
         shares[name] = right.double().mean().item()
     return shares
@@ -350,10 +355,10 @@ def near_share(reference: Reference, judgements: list[Judgement]) -> float:
 def called_shares(
     judgements: list[Judgement], classes: tuple[str, ...]
 ) -> dict[str, float]:
-    """Return the share of images that judges assign to each of some classes."""
+    """Return the share of images that judges assign to each class that they know."""
     winners = torch.stack([said.probabilities.argmax(1) for said in judgements])
     shares = {}
-    for name in classes:
+    for name in filter(classifier.knows, classes):
         assigned = winners == cifar10.CLASSES.index(name)
         shares[name] = assigned.double().mean().item()
     return shares
@@ -522,7 +527,7 @@ def describe_table(figures: dict) -> str:
     ]
     return NOTES.format(
         judges=", ".join(map(str, settings["judges"])),
-        accuracy=", ".join(right),
+        accuracy=", ".join(right) or "no class",
         count=settings["test_photographs"],
         first=classes[0],
         drawn=", ".join(modes),
@@ -537,11 +542,10 @@ def describe_table(figures: dict) -> str:
 def table(figures: dict) -> str:
     """Return the report's figures as text."""
     settings = figures["settings"]
-    classes = settings["classes"]
     model = ", ".join(f"{key} {value}" for key, value in settings["model"].items())
     heads = ["", "Frechet", "", "fine", "finest", "alike", "near"]
     heads += ["winged"] if settings["detector"] else []
-    rows = [heads + [f"called {name}" for name in classes]]
+    rows = [heads + [f"called {name}" for name in settings["judges_accuracy"]]]
     rows += [set_cells(name, values) for name, values in figures["sets"].items()]
     notes = describe_table(figures)
     if settings["data"] == sampling.SYNTHETIC_NAME:

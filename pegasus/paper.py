@@ -14,6 +14,7 @@ from pegasus.drawing import plots
 from pegasus.drawing import sampler as sampling
 from pegasus.drawing.sampler import SampleConfig, Sampler
 from pegasus.evaluate import EvaluateConfig
+from pegasus.models import classifier
 from pegasus.models.classifier import CHOOSING
 
 import torch
@@ -71,7 +72,9 @@ def main(argv: list[str] | None = None) -> None:
     history = read_history(folder / "last.pt")
     sampler = evaluate.load_sampler(folder / "last.pt")
     data = datasets.load(config.data, ",".join(sampler.classes), sampler.data)
-    draw_best(sampler, folder)
+    known = all(map(classifier.knows, sampler.classes))
+    if known:
+        draw_best(sampler, folder)
     figures = evaluate.measure_likelihoods(sampler, data, EvaluateConfig())
     lines = [
         f"\nThe paper's results in {folder}: {', '.join(data.classes)} from {data.name}, "
@@ -79,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
         *describe_losses(history),
         "curves.png   losses against epochs: the paper's figures 2 and 3",
         "samples.png  the batch: 64 pictures of z ~ N(0, I), none chosen",
-        f"best.png     the best of the batch, as judge {CHOOSING} says",
+        *([f"best.png     the best of the batch, as judge {CHOOSING} says"] if known else []),
         "P(x)",
         *likelihoods.describe(figures),
     ]

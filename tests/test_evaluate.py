@@ -133,6 +133,14 @@ def test_photographs_of_a_class_are_what_its_draws_are_compared_with(batches):
         assert evaluate.frechet_figures(reference, same, 1 - label)["mean"] > 1
 
 
+def test_classes_that_no_judge_knows_are_called_nothing():
+    p = torch.eye(10)[[7, 2]]
+    judgements = [Judgement(p, None)]
+    labels = torch.tensor([0, 1])
+    assert evaluate.judges_accuracy(judgements, labels, ("horse", "tabby")) == {"horse": 1.0}
+    assert evaluate.called_shares(judgements, ("tabby", "bird")) == {"bird": 0.5}
+
+
 def test_accuracy_and_called_shares_are_means_over_judges():
     p = torch.zeros(2, 4, 10)
     p[0, [0, 1, 2, 3], [7, 7, 2, 5]] = 1

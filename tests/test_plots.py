@@ -1,5 +1,3 @@
-import struct
-
 from pegasus.cli import UserError
 from pegasus.drawing import plots
 
@@ -9,7 +7,7 @@ import torch
 from conftest import png
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image
 
 
 def test_sheet_puts_each_image_in_its_place():
@@ -27,73 +25,6 @@ def test_sheet_keeps_pixels_and_colors():
     sheet = np.asarray(plots.sheet(image, 1, 3, 0))
     wanted = (image[0] * 255).round().numpy()
     assert (sheet[1::3, 1::3].transpose(2, 0, 1) == wanted).all()
-
-
-def test_what_is_transparent_is_read_as_white(tmp_path):
-    cut = Image.new("RGBA", (40, 20), (0, 0, 0, 0))
-    cut.paste((200, 30, 40, 255), (10, 0, 20, 20))
-    images = {"rgba": cut, "palette": cut.quantize(), "grey": cut.convert("LA")}
-    for name, image in images.items():
-        image.save(tmp_path / f"{name}.png")
-        pixels = plots.read(tmp_path / f"{name}.png")[0]
-        assert (pixels[:, 0, 31] > 0.95).all(), name
-        assert pixels[:, 0, 8].mean() < 0.5, name
-
-
-def test_a_large_picture_gives_no_warning(tmp_path, recwarn, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1500)
-    Image.new("1", (50, 40)).save(tmp_path / "large.png")
-    assert plots.read(tmp_path / "large.png").shape == (1, 3, 32, 32)
-    assert not recwarn.list
-
-
-def exif(orientation: int) -> bytes:
-    """EXIF data with an orientation, and a resolution of -1/0."""
-    header = b"Exif\0\0MM\0*" + struct.pack(">I", 8)
-    entries = struct.pack(">HHHIHH", 2, 0x0112, 3, 1, orientation, 0)
-    entries += struct.pack(">HHII", 0x011A, 10, 1, 38)
-    return header + entries + struct.pack(">Iii", 0, -1, 0)
-
-
-@pytest.mark.parametrize("orientation", range(10))
-def test_pictures_are_turned_as_exif_says(tmp_path, orientation):
-    pixels = np.zeros((64, 64), np.uint8)
-    pixels[:20, :40] = 255
-    image = Image.fromarray(pixels)
-    image.save(tmp_path / "a.png", exif=exif(orientation))
-    plain = Image.Exif()
-    plain[0x0112] = orientation
-    image.save(tmp_path / "b.png", exif=plain)
-    with Image.open(tmp_path / "b.png") as plain_image:
-        ImageOps.exif_transpose(plain_image).save(tmp_path / "c.png")
-    assert plots.read(tmp_path / "a.png").equal(plots.read(tmp_path / "c.png"))
-
-
-def test_exif_that_cannot_be_read_turns_nothing(tmp_path):
-    image = Image.new("RGB", (64, 64), "white")
-    image.save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*" + b"\xff" * 40)
-    assert plots.read(tmp_path / "a.jpg").min() == 1
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.int32])
-def test_pixels_whose_white_is_unknown_are_refused(tmp_path, dtype):
-    Image.fromarray(np.ones((40, 40), dtype)).save(tmp_path / "a.tiff")
-    with pytest.raises(UserError, match="a.tiff: .*its pixels have 32 bits; save it with"):
-        plots.read(tmp_path / "a.tiff")
-
-
-def test_a_picture_of_too_many_pixels_is_told(tmp_path, monkeypatch):
-    Image.new("L", (64, 64)).save(tmp_path / "a.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(UserError, match="a.png: wanted at most 2,000 pixels"):
-        plots.read(tmp_path / "a.png")
-
-
-def test_sixteen_bits_a_pixel_are_read_as_bright_as_they_are(tmp_path):
-    pixels = np.full((40, 50), 30_000, np.uint16)
-    Image.fromarray(pixels).save(tmp_path / "deep.png")
-    wanted = torch.full((1, 3, 32, 32), 117 / 255)
-    torch.testing.assert_close(plots.read(tmp_path / "deep.png"), wanted)
 
 
 @settings(deadline=None, derandomize=True)

@@ -12,7 +12,7 @@ import train
 import vae
 from pegasus import measures
 from pegasus.cli import UserError
-from pegasus.data import cifar10
+from pegasus.data import cifar10, pictures
 from pegasus.drawing import plots, sampler
 from pegasus.drawing.sampler import SampleConfig, Sampler
 from pegasus.models import classifier, composites, flow_prior, gaussians
@@ -230,9 +230,10 @@ def photo_posterior(flow, tmp_path):
     """A picture's file, and mean and deviation (128,) of its latents."""
     path = tmp_path / "photo.png"
     photo = save_photo(path)
-    assert plots.read(path).allclose(photo, atol=1 / 255)
+    x = vae.from_bytes(pictures.read(path)[None])
+    assert x.allclose(photo, atol=1 / 255)
     with torch.no_grad():
-        mu, logvar = flow.model.encode(plots.read(path))
+        mu, logvar = flow.model.encode(x)
     return str(path), mu[0], (logvar[0] / 2).exp()
 
 

@@ -23,6 +23,7 @@ FOLDER = "cifar-10-batches-bin"
 TRAIN = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
 TEST = ("test_batch.bin",)
 RECORD = 3073  # bytes
+PAIR = "horse,bird"  # the classes by default
 DOWNLOAD = "python -m pegasus.data.download data"
 
 
@@ -64,17 +65,20 @@ def write(
     records.astype(np.uint8).tofile(path)
 
 
-def class_indices(names: str) -> list[int]:
-    """Return CIFAR-10's label of each class in a comma-separated list, in its order."""
+def class_indices(names: str, known: tuple[str, ...] = CLASSES) -> list[int]:
+    """Return the label of each class in a comma-separated list, in its order.
+
+    known: the names of labels 0, 1, ... Raises UserError for others.
+    """
     classes = [name.strip() for name in names.split(",") if name.strip()]
-    unknown = set(classes) - set(CLASSES)
+    unknown = set(classes) - set(known)
     repeated = len(set(classes)) < len(classes)
     if unknown or repeated or not classes:
         raise UserError(
             f"--classes: got {names!r}, wanted one or more different ones of "
-            f"{', '.join(CLASSES)}, separated by commas"
+            f"{', '.join(known)}, separated by commas"
         )
-    return [CLASSES.index(name) for name in classes]
+    return [known.index(name) for name in classes]
 
 
 def missing_files(folder: Path) -> list[str]:
@@ -96,11 +100,21 @@ def select(
     images: Tensor, labels: Tensor, indices: list[int]
 ) -> tuple[Tensor, Tensor]:
     """Keep images whose label is one of `indices`; new labels are positions there."""
-    position = torch.full((len(CLASSES),), -1)
-    position[indices] = torch.arange(len(indices))
-    positions = position[labels]
+    positions = torch.full_like(labels, -1)
+    for position, index in enumerate(indices):
+        positions[labels == index] = position
     kept = positions >= 0
     return images[kept], positions[kept]
+
+
+def check_counts(folder: Path, labels: Tensor, names: list[str], where: str) -> None:
+    """Raise UserError for classes without a single picture. labels: positions in names."""
+    counts = labels.bincount(minlength=len(names))
+    empty = [name for name, n in zip(names, counts, strict=True) if n == 0]
+    if empty:
+        raise UserError(
+            f"{folder}: no picture of {', '.join(empty)} {where}; choose other --classes"
+        )
 
 
 def join(batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -128,11 +142,5 @@ def load(folder: Path, classes: str, files: tuple[str, ...]) -> tuple[Tensor, Te
     indices = class_indices(classes)
     check_files(folder)
     images, labels = join(select(*read(folder / name), indices) for name in files)
-    counts = labels.bincount(minlength=len(indices))
-    empty = [CLASSES[i] for i, n in zip(indices, counts, strict=True) if n == 0]
-    if empty:
-        raise UserError(
-            f"{folder}: no picture of {', '.join(empty)} in {', '.join(files)}; "
-            "choose other --classes"
-        )
+    check_counts(folder, labels, [CLASSES[i] for i in indices], "in " + ", ".join(files))
     return images, labels

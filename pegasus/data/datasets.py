@@ -1,4 +1,4 @@
-"""What --data means: a folder of batches, the download, or the synthetic set."""
+"""What --data means: a folder of batches or of pictures, the download, the synthetic set."""
 import hashlib
 import os
 import sys
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pegasus.cli import UserError
-from pegasus.data import cifar10, download, synthetic
+from pegasus.data import cifar10, download, pictures, synthetic
+from pegasus.data.pictures import Labelled
 
 from torch import Tensor
 
@@ -91,8 +92,8 @@ def locate(data: str) -> Path:
     folder = Path(data)
     if not folder.is_dir():
         raise UserError(
-            f"--data: no folder {data}; wanted auto, cifar10, synthetic "
-            "or a folder of CIFAR-10's binary batches"
+            f"--data: no folder {data}; wanted auto, cifar10, synthetic, a folder of "
+            "CIFAR-10's binary batches, or one with a folder of pictures for each class"
         )
     return folder
 
@@ -116,19 +117,38 @@ def sha256(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
-def load(data: str, classes: str, expected: dict[str, str] | None = None) -> Dataset:
+def has_pictures(data: str) -> bool:
+    """Return whether `--data` is a folder with folders in it, and no batch file."""
+    folder = Path(data)
+    if not folder.is_dir() or len(cifar10.missing_files(folder)) < 6:
+        return False
+    return any(path.is_dir() for path in pictures.visible(folder))
+
+
+def load_parts(data: str, classes: str | None) -> tuple[Path, str, Labelled, Labelled]:
+    """Return the folder that `--data` means, its classes, and what is to train and test on."""
+    if has_pictures(data):
+        return Path(data), *pictures.load(Path(data), classes)
+    classes = cifar10.PAIR if classes is None else classes
+    cifar10.class_indices(classes)  # before anything is downloaded
+    folder = locate(data)
+    train, test = (cifar10.load(folder, classes, part) for part in (cifar10.TRAIN, cifar10.TEST))
+    return folder, classes, train, test
+
+
+def load(
+    data: str, classes: str | None, expected: dict[str, str] | None = None
+) -> Dataset:
     """Load all pictures of some classes.
 
-    data: what `--data` says. classes: names, separated by commas. expected: a
-    checkpoint's `folder`, which "auto" then means, and `digest`, which must be
-    the same. Raises UserError for whatever is wrong with them.
+    data: what `--data` says. classes: names, separated by commas; by default horse,bird,
+    or all of a folder of pictures without these. expected: a checkpoint's `folder`, which
+    "auto" then means, and `digest`, which must be the same. Raises UserError for whatever
+    is wrong with them.
     """
-    indices = cifar10.class_indices(classes)  # before anything is downloaded
     if expected and data == "auto":
         data = resolve_auto(expected["folder"])
-    folder = locate(data)
-    train = cifar10.load(folder, classes, cifar10.TRAIN)
-    test = cifar10.load(folder, classes, cifar10.TEST)
+    folder, classes, train, test = load_parts(data, classes)
     digest = sha256((*train, *test))
     folder = folder.resolve()
     if expected and digest != expected["digest"]:
@@ -136,6 +156,6 @@ def load(data: str, classes: str, expected: dict[str, str] | None = None) -> Dat
             f"--data: {folder} is not what the checkpoint was trained on "
             f"({expected['folder']}); give that folder, or begin another run"
         )
-    names = tuple(cifar10.CLASSES[i] for i in indices)
+    names = tuple(name.strip() for name in classes.split(",") if name.strip())
     name = folder.name.encode(errors="replace").decode()  # logs are UTF-8
     return Dataset(*train, *test, names, str(folder), name, digest)

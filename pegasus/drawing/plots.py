@@ -1,18 +1,15 @@
 """Sheets of images and curves of numbers, drawn with Pillow."""
 import math
 import tempfile
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import vae
-from pegasus import cli, files
+from pegasus import files
 from pegasus.cli import UserError
 
-import numpy
-import torch
-from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
 INK = (40, 40, 40)
@@ -21,15 +18,6 @@ PAPER = (255, 255, 255)
 COLORS = ((31, 95, 170), (200, 80, 30))  # of a panel's curves
 GAP = 4  # pixels between the images of a sheet
 SYNTHETIC = "made from synthetic data, not from photographs"
-TURNS = {  # of EXIF's orientations
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 PANELS = (
     ("Train loss", ("train_loss",)),
     ("Test loss", ("test_loss",)),
@@ -60,54 +48,6 @@ def save(image: Image.Image, path: Path, text: dict[str, object]) -> None:
         info.add_text(key, str(value))
     with files.replace_file(path) as temporary:
         image.save(temporary, "PNG", pnginfo=info)
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """Turn a picture as its EXIF data say, where that can be read.
-
-    ImageOps.exif_transpose would write all of the data again, which may be broken.
-    """
-    try:
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # anything can stand there
-        turn = None
-    return image if turn is None else image.transpose(turn)
-
-
-def crop_square(image: Image.Image) -> Image.Image:
-    """Return a picture's middle square at 32 x 32, RGB, what is transparent white.
-
-    Raises ValueError for pixels whose white is unknown.
-    """
-    if image.mode in ("I", "F"):
-        raise ValueError("its pixels have 32 bits; save it with 8 or 16")
-    if image.mode.startswith("I;16"):  # which Pillow would cut off at 255
-        image = image.convert("I").point(lambda value: value / 256).convert("L")
-    image = upright(image)
-    if image.has_transparency_data:
-        paper = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(paper, image.convert("RGBA"))
-    return ImageOps.fit(image.convert("RGB"), (32, 32))
-
-
-def read(path: Path) -> Tensor:
-    """Read a picture's middle square as (1, 3, 32, 32) in [0, 1]. Raises UserError."""
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of a large picture
-            with Image.open(path) as image:
-                square = crop_square(image)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; wanted a picture") from None
-    except Image.DecompressionBombError:
-        most = 2 * Image.MAX_IMAGE_PIXELS
-        raise UserError(
-            f"{path}: wanted at most {most:,} pixels; make it smaller"
-        ) from None
-    except Exception as error:  # a file can hold anything, and readers raise as much
-        reason = cli.brief(error)
-        raise UserError(f"{path}: not a picture that can be read ({reason})") from None
-    pixels = torch.from_numpy(numpy.asarray(square).copy())
-    return pixels.permute(2, 0, 1)[None] / 255
 
 
 def caption(image: Image.Image, text: str) -> Image.Image:

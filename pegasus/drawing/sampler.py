@@ -12,6 +12,7 @@ import reparam
 import vae
 from pegasus import checkpoint, device, streams
 from pegasus.cli import UserError, option
+from pegasus.data import pictures
 from pegasus.drawing import plots
 from pegasus.models import classifier, composites, gaussians, labels, variants
 from pegasus.models.flow_prior import FlowPrior, sample_ode
@@ -181,6 +182,28 @@ def check_coat(sampler: Sampler, config: SampleConfig) -> None:
         )
 
 
+def judged_classes(sampler: Sampler, config: SampleConfig) -> tuple[str, ...]:
+    """Return the classes that `--best` asks the judge about.
+
+    Where Pegasi are a class all of them have wings, and the body's class decides.
+    """
+    if config.mode in sampler.classes:
+        return (config.mode,)
+    if len(sampler.classes) < 2 or (config.mode == labels.PEGASUS and sampler.has_pegasi):
+        return sampler.classes[:1]
+    return sampler.classes[:2]
+
+
+def check_judged(sampler: Sampler, config: SampleConfig) -> None:
+    """Raise UserError where the judge does not know what `--best` asks about."""
+    unknown = [name for name in judged_classes(sampler, config) if not classifier.knows(name)]
+    if unknown:
+        raise UserError(
+            f"--best: judge {classifier.CHOOSING} knows CIFAR-10's classes, not "
+            f"{', '.join(unknown)}; leave it out"
+        )
+
+
 def check(sampler: Sampler, config: SampleConfig) -> None:
     """Raise UserError for options that this model can't serve."""
     if config.mode not in modes(sampler):
@@ -196,6 +219,7 @@ def check(sampler: Sampler, config: SampleConfig) -> None:
     if sampler.has_pegasi and config.blend != DEFAULTS.blend:
         raise UserError("--blend: Pegasi are a class of this model; leave it out")
     if config.best:
+        check_judged(sampler, config)
         classifier.load(classifier.CHOOSING)  # before minutes of drawing
     check_coat(sampler, config)
 
@@ -317,7 +341,7 @@ def begin_from(sampler: Sampler, config: SampleConfig, eps: Tensor) -> Tensor:
     Its latents are samples: to the prior a mean is a latent like no other, of which little
     is drawn anew.
     """
-    photo = plots.read(Path(config.from_)).to(sampler.device)
+    photo = vae.from_bytes(pictures.read(Path(config.from_))[None]).to(sampler.device)
     with device.fast_autocast(photo):
         mu, logvar = sampler.model.encode(photo)
     seed = reparam.derive_seed(config.seed, 0, POSTERIOR)
@@ -381,20 +405,16 @@ def rank(values: Tensor) -> Tensor:
 def ranking(sampler: Sampler, images: Tensor, config: SampleConfig) -> Tensor:
     """Return what `--best` goes by, (n,): the classifier's score, and the coat.
 
-    The score is the probability of a mode's class. Where Pegasi are a class all have wings,
-    and theirs is that of the body's class; else it is `pegasus_score`. With a coat it is the
-    sum of an image's ranks by score and by how white, or dark, the body is: neither has a
-    unit that the other knows.
+    The score is the probability of one class, or of two at once, `pegasus_score`. With a
+    coat it is the sum of an image's ranks by score and by how white, or dark, the body is:
+    neither has a unit that the other knows.
     """
-    classes = sampler.classes
     probabilities, _ = classifier.classify(classifier.load(classifier.CHOOSING), images)
-    name = config.mode
-    if len(classes) < 2 or (name == labels.PEGASUS and sampler.has_pegasi):
-        name = classes[0]
-    if name in classes:
-        score = classifier.probability_of(probabilities, (name,))
+    names = judged_classes(sampler, config)
+    if len(names) == 1:
+        score = classifier.probability_of(probabilities, names)
     else:
-        score = classifier.pegasus_score(probabilities, classes)
+        score = classifier.pegasus_score(probabilities, names)
     if config.coat == "any":
         return score
     coat = composites.coat_scores(images)[labels.COATS.index(config.coat)]

@@ -122,6 +122,11 @@ def similar_classes(name: str, classes: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(like for like in SIMILAR.get(name, (name,)) if like not in others)
 
 
+def knows(name: str) -> bool:
+    """Return whether classifiers know a class."""
+    return name in cifar10.CLASSES
+
+
 def probability_of(probabilities: Tensor, names: tuple[str, ...]) -> Tensor:
     """Sum probabilities (n, 10) over some classes, (n,)."""
     columns = [cifar10.CLASSES.index(name) for name in names]

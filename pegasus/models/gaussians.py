@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import vae
 from pegasus.cli import UserError
-from pegasus.data import cifar10
+from pegasus.data import pictures
 from pegasus.models import labels
 from vae import VAE
 
@@ -42,14 +42,15 @@ def aggregate(mu: Tensor, within: Tensor) -> Gaussian:
 def check(
     gaussians: dict[str, Gaussian], classes: tuple[str, ...], size: int, optional: bool
 ) -> None:
-    """Raise ValueError for classes that are none of CIFAR-10's, or Gaussians not theirs.
+    """Raise ValueError for classes that can't be, or Gaussians that are not theirs.
 
     optional: nothing is drawn from the Gaussians, and there may be none.
     """
     coats = {labels.with_coat(classes[0], coat) for coat in labels.COATS}
     complete = set(gaussians) == {*classes, *coats}
     absent = optional and not gaussians
-    if not set(classes) <= set(cifar10.CLASSES) or not (complete or absent):
+    named = all(map(pictures.is_class_name, classes)) and len(set(classes)) == len(classes)
+    if not named or not (complete or absent):
         raise ValueError(f"classes {', '.join(classes)}, Gaussians {', '.join(gaussians)}")
     for name, (mean, covariance) in gaussians.items():
         if mean.shape != (size,) or covariance.shape != (size, size):

@@ -33,12 +33,13 @@ class TrainConfig:
     data: str = option(
         "auto",
         "auto ($CIFAR10_DIR, data/cifar-10-batches-bin, the download, else synthetic), "
-        "cifar10 (the second or third), synthetic (pictures that a program draws), or a "
-        "folder of CIFAR-10's binary batches",
+        "cifar10 (the second or third), synthetic (pictures that a program draws), a "
+        "folder of CIFAR-10's binary batches, or one with a folder of pictures for each class",
     )
-    classes: str = option(
-        "horse,bird",
-        "CIFAR-10 classes, separated by commas; the first two make the Pegasus",
+    classes: str | None = option(
+        None,
+        "classes, separated by commas, of which the first two make the Pegasus; by default "
+        "horse,bird, or all folders of pictures where these are not among them",
     )
     arch: str = option(
         "conv",

@@ -1,5 +1,6 @@
 """The state of a run: how far it is, what it has learned, when it is saved."""
 import math
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -157,6 +158,13 @@ class Run:
         """Make the Pegasi that a prior learns from, where there are two classes."""
         data = self.data
         if len(data.classes) < 2:
+            return composites.none()
+        if not classifier.knows(data.classes[0]):
+            print(
+                f"no judge knows {data.classes[0]}, to choose what the prior learns Pegasi "
+                "from; they will follow both classes instead",
+                file=sys.stderr,
+            )
             return composites.none()
         streams.show("making Pegasi of photographs, for the prior to learn from")
         judge = classifier.load(classifier.CHOOSING)
