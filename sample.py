@@ -5,6 +5,7 @@
     python sample.py pegasus.pt out.png --mode morph            # horse to Pegasus to bird
     python sample.py pegasus.pt out.png --best 8 --coat white   # 8 of 64, enlarged
     python sample.py pegasus.pt out.png --from photo.png        # of your own horse
+    python sample.py pegasus.pt walk.gif --mode walk            # Pegasi, one into the next
 
 `make train` writes a checkpoint of your own to runs/pegasus/last.pt.
 """
@@ -15,13 +16,16 @@ from pegasus import cli, files
 from pegasus.cli import UserError
 from pegasus.drawing import plots
 from pegasus.drawing.sampler import (
+    WALK,
     SampleConfig,
     Sampler,
     load,
     page,
     sample,
+    subject,
 )
 from pegasus.models.classifier import CHOOSING
+from pegasus.models.labels import PEGASUS
 from pegasus.training.accelerate import accelerate
 from vae import IMAGE_SHAPE
 
@@ -35,6 +39,11 @@ def check_sheet(config: SampleConfig, scale: int) -> None:
     than there are, or takes the place of what it is drawn from.
     """
     plots.check(Path(config.out))
+    if plots.is_moving(config.out) and config.mode not in (WALK, "morph"):
+        raise UserError(
+            f"{config.out}: --mode {config.mode} does not move; end the name in .png, or use "
+            "--mode walk or morph"
+        )
     for name in (config.checkpoint, config.from_):
         if name is not None and files.is_same(Path(config.out), Path(name)):
             raise UserError(
@@ -76,7 +85,7 @@ def summary(sampler: Sampler, config: SampleConfig, about: dict[str, object]) ->
     count = f"{config.n} pictures"
     if config.best:
         count = f"the best {config.best} of {count}"
-    if config.mode == "pegasus" and sampler.prior is not None and not sampler.has_pegasi:
+    if subject(config) == PEGASUS and sampler.prior is not None and not sampler.has_pegasi:
         count += (
             f" between {sampler.classes[0]} and {sampler.classes[1]}, hardly with wings "
             "(judge 0 did not know the first class with the second's wings)"
@@ -87,7 +96,8 @@ def summary(sampler: Sampler, config: SampleConfig, about: dict[str, object]) ->
 
 def main(argv: list[str] | None = None) -> None:
     config, given = cli.parse(SampleConfig, argv, __doc__)
-    enlarged = config.best > 0 and "scale" not in given
+    moving = plots.is_moving(config.out)
+    enlarged = (moving or config.best > 0) and "scale" not in given
     scale = 2 * config.scale if enlarged else config.scale
     check_sheet(config, scale)
     sampler = load(Path(config.checkpoint))
@@ -96,7 +106,11 @@ def main(argv: list[str] | None = None) -> None:
             accelerate(network)
     images = sample(sampler, config)
     about = describe(sampler, config)
-    plots.save(page(images, about, config.columns, scale), Path(config.out), about)
+    if moving:
+        frames = [page(image[None], about, 1, scale) for image in images]
+        plots.save_moving(frames, Path(config.out), about)
+    else:
+        plots.save(page(images, about, config.columns, scale), Path(config.out), about)
     print(summary(sampler, config, about))
 
 

@@ -186,17 +186,18 @@ def test_morph_keeps_its_amount_of_noise(plain):
         ("pegasus", {"coat": "dark", "guidance": 3.0}, {6: 3.0}),
         ("horse", {"coat": "white"}, {3: 2.0}),
         ("bird", {}, {1: 2.0}),
+        ("walk", {"coat": "white"}, {5: 2.0}),
         ("prior", {}, {}),
     ],
 )
 def test_a_mode_follows_its_class(flow, mode, options, weights):
     config = SampleConfig(mode=mode, **options)
-    assert sampler.class_weights(flow, config, torch.arange(3)) == weights
+    assert sampler.class_weights(flow, config, sampler.morph_share(config, None)) == weights
 
 
 def test_morph_leads_from_the_first_class_by_pegasus_to_the_second(flow):
-    config = SampleConfig(mode="morph", columns=5, coat="white", guidance=1.0)
-    weights = sampler.class_weights(flow, config, torch.arange(5))
+    config = SampleConfig(mode="morph", n=5, columns=5, coat="white", guidance=1.0)
+    weights = sampler.class_weights(flow, config, sampler.morph_share(config, None))
     shares = {number: weight[:, 0].tolist() for number, weight in weights.items()}
     assert shares == {3: [1, 0.5, 0, 0, 0], 5: [0, 0.5, 1, 0.5, 0], 1: [0, 0, 0, 0.5, 1]}
 
@@ -204,9 +205,10 @@ def test_morph_leads_from_the_first_class_by_pegasus_to_the_second(flow):
 def test_without_a_class_of_their_own_pegasi_are_of_two(flow):
     without = replace(flow, has_pegasi=False)
     config = SampleConfig(blend=0.25, guidance=1.0)
-    assert sampler.class_weights(without, config, torch.arange(1)) == {0: 0.5, 1: 1.5}
-    config = replace(config, mode="morph", columns=3)
-    weights = sampler.class_weights(without, config, torch.arange(3))
+    share = torch.zeros(1, 1)
+    assert sampler.class_weights(without, config, share) == {0: 0.5, 1: 1.5}
+    config = replace(config, mode="morph", n=3, columns=3)
+    weights = sampler.class_weights(without, config, sampler.morph_share(config, None))
     assert weights[0][:, 0].tolist() == [1, 0.5, 0]
     assert weights[1][:, 0].tolist() == [0, 0.5, 1]
 
@@ -216,6 +218,75 @@ def test_guidance_and_coat_change_the_flow(flow):
     sets = [latents(flow, "horse", 2, steps=2, **change) for change in changes]
     for i, a in enumerate(sets):
         assert all(not a.allclose(b, atol=1e-4) for b in sets[:i])
+
+
+# ---- walks ----
+
+
+def test_noise_of_a_walk_goes_in_a_circle():
+    turns = torch.arange(12) / 12
+    eps = sampler.circle_noise(turns, 1000, seed=1)
+    assert eps[0].equal(vae.sampling_noise(1, 1000, 1)[0])
+    lengths = eps.norm(dim=1)
+    torch.testing.assert_close(lengths, lengths[:1].expand(12))
+    steps = (eps - eps.roll(-1, 0)).norm(dim=1)  # the last one leads back to the first
+    torch.testing.assert_close(steps, steps[:1].expand(12))
+
+
+def test_a_walks_steps_become_even():
+    """Where pictures jump from one to another, and back, between two of them."""
+    turns = torch.arange(64) / 64
+
+    def pictures(turns):
+        light = torch.sigmoid(300 * (turns - 0.3)) - torch.sigmoid(300 * (turns - 0.7))
+        return (0.8 * light + 0.1 * (2 * math.pi * turns).sin())[:, None, None, None]
+
+    def steps(turns):
+        images = pictures(turns)
+        return (images - images.roll(-1, 0)).abs().flatten()
+
+    assert steps(turns).max() > 10 * steps(turns).median()
+    for _ in range(sampler.ROUNDS):
+        turns = sampler.even_turns(turns, pictures(turns))
+    assert turns.diff().min() > 0 and 0 <= turns[0] and turns[-1] < 1
+    assert steps(turns).max() < 2 * steps(turns).median()
+
+
+@pytest.mark.parametrize("prior", ["flow", "plain"])
+@pytest.mark.parametrize("mode", ["walk", "morph"])
+def test_a_walk_comes_back_to_its_beginning(request, prior, mode):
+    source = request.getfixturevalue(prior)
+    config = SampleConfig(mode=mode, n=8, steps=2, out="a.GIF")
+    images = sampler.sample(source, config)
+    assert images.shape == (8, 3, 32, 32)
+    step = (images - images.roll(-1, 0)).square().mean((1, 2, 3)).sqrt()
+    assert 0 < step.min() and step.max() < 3 * step.median()
+    if mode == "morph":
+        share = sampler.morph_share(config, torch.tensor([0, 0.25, 0.5, 0.75]))
+        assert share[:, 0].tolist() == [0, 0.5, 1, 0.5]
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp"])
+@pytest.mark.parametrize("mode", ["walk", "morph"])
+def test_a_moving_picture_has_a_frame_a_picture_and_goes_on(last, tmp_path, suffix, mode):
+    path = tmp_path / f"out.{suffix}"
+    sample.main([str(last), str(path), "--mode", mode, "--n", "6", "--scale", "2"])
+    with Image.open(path) as image:
+        assert (image.n_frames, image.info["loop"]) == (6, 0)
+        assert image.size[0] == 2 * 32 + 2 * plots.GAP
+        if suffix == "gif":
+            assert b"epochs: 1; " in image.info["comment"]
+            assert f"mode: {mode}".encode() in image.info["comment"]
+
+
+def test_what_does_not_move_is_refused(last, tmp_path, complaint):
+    out = tmp_path / "out.gif"
+    assert "--mode horse does not move" in complaint(sample.main, last, out, "--mode", "horse")
+    walk = (last, tmp_path / "out.png", "--mode", "walk")
+    assert "--best: a walk shows all" in complaint(sample.main, *walk, "--best", 2)
+    said = complaint(sample.main, last, tmp_path / "out.jpg")
+    assert "end the name in .png, .gif or .webp" in said
+    assert not list(tmp_path.iterdir())
 
 
 def save_photo(path):
@@ -331,7 +402,7 @@ def test_options_that_a_model_does_not_have(last, tmp_path, complaint):
     for mode in ("bird", "prior"):
         sentence = complaint(sample.main, last, out, "--coat", "white", "--mode", mode)
         assert "--coat: got white" in sentence
-        assert sentence.endswith("the modes pegasus, morph, horse")
+        assert sentence.endswith("the modes pegasus, morph, horse, walk")
     sentence = complaint(sample.main, last, out, "--from", last)
     assert "--from: this model has no learned prior" in sentence
     sentence = complaint(sample.main, last, out, "--blend", 1.5)

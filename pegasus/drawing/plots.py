@@ -9,7 +9,7 @@ import vae
 from pegasus import files
 from pegasus.cli import UserError
 
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, features
 from torch import Tensor
 
 INK = (40, 40, 40)
@@ -17,6 +17,8 @@ GRID = (225, 225, 225)
 PAPER = (255, 255, 255)
 COLORS = ((31, 95, 170), (200, 80, 30))  # of a panel's curves
 GAP = 4  # pixels between the images of a sheet
+MOVING = (".gif", ".webp")
+FRAME = 80  # milliseconds for which a moving picture shows each of its own
 SYNTHETIC = "made from synthetic data, not from photographs"
 PANELS = (
     ("Train loss", ("train_loss",)),
@@ -26,13 +28,23 @@ PANELS = (
 )
 
 
+def is_moving(path: Path | str) -> bool:
+    """Return whether a file is to be a moving picture, by its name's ending."""
+    return Path(path).suffix.lower() in MOVING
+
+
 def check(path: Path) -> None:
-    """Check, before anything is computed, that `save` can write to a path.
+    """Check, before anything is computed, that a picture can be written to a path.
 
     Raises UserError, also for a name that ends as another format's.
     """
-    if path.suffix.lower() not in ("", ".png"):
-        raise UserError(f"{path}: pictures are written as PNG; end the name in .png")
+    if path.suffix.lower() not in ("", ".png", *MOVING):
+        raise UserError(
+            f"{path}: pictures are written as PNG, moving ones as GIF or WebP; end the name "
+            "in .png, .gif or .webp"
+        )
+    if path.suffix.lower() == ".webp" and not features.check("webp"):
+        raise UserError(f"{path}: this Pillow has no WebP; end the name in .gif")
     with files.writing(path, "choose another place"):
         folder = files.real_file(path).parent
         tempfile.TemporaryFile(dir=folder).close()
@@ -48,6 +60,29 @@ def save(image: Image.Image, path: Path, text: dict[str, object]) -> None:
         info.add_text(key, str(value))
     with files.replace_file(path) as temporary:
         image.save(temporary, "PNG", pnginfo=info)
+
+
+def save_moving(frames: list[Image.Image], path: Path, text: dict[str, object]) -> None:
+    """Write pictures as one that moves, for ever, whole or not at all.
+
+    Its format is that of the name's ending. A GIF has text as a comment, and one palette,
+    without which colors would flicker. Raises UserError.
+    """
+    format_ = path.suffix[1:].upper()
+    settings = {"save_all": True, "append_images": frames[1:], "duration": FRAME, "loop": 0}
+    with files.replace_file(path) as temporary:
+        if format_ == "WEBP":
+            frames[0].save(temporary, format_, quality=90, **settings)
+            return
+        strip = Image.new("RGB", (frames[0].width, frames[0].height * len(frames)))
+        for number, frame in enumerate(frames):
+            strip.paste(frame, (0, number * frame.height))
+        palette = strip.quantize(256)
+        plain = Image.Dither.NONE
+        frames = [frame.quantize(palette=palette, dither=plain) for frame in frames]
+        comment = "; ".join(f"{key}: {value}" for key, value in text.items())
+        settings["append_images"] = frames[1:]
+        frames[0].save(temporary, format_, comment=comment.encode(), **settings)
 
 
 def caption(image: Image.Image, text: str) -> Image.Image:

@@ -19,12 +19,16 @@ from pegasus.models.flow_prior import FlowPrior, sample_ode
 from pegasus.models.gaussians import Gaussian
 from vae import VAE
 
+import numpy
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 
 GAUSSIAN, POSTERIOR = range(2)  # purposes of derived seeds
 CHUNK = 64  # latents that are drawn at a time
+WALK = "walk"  # the mode of pictures that turn into each other
+ROUNDS = 4  # in which a walk's steps are made even
 UNTRAINED = "drawn from the aggregate posterior: the learned prior is not trained yet"
 PREVIEW = "training pictures joined, and rebuilt: the prior learns Pegasi from such"
 SYNTHETIC_NAME = "synthetic"  # of data
@@ -35,11 +39,15 @@ class SampleConfig:
     checkpoint: str = option(
         "", "a checkpoint, as `make train` writes to runs/", positional=True
     )
-    out: str = option("", "the PNG to write", positional=True)
+    out: str = option(
+        "", "the PNG to write; of modes walk and morph also a moving GIF or WebP", positional=True
+    )
     mode: str = option(
         "pegasus",
-        "pegasus: a winged horse; morph: rows from a horse to a Pegasus to a bird; the name "
-        "of one of the run's classes; prior: whatever the model makes of noise",
+        "pegasus: a winged horse; walk: Pegasi that turn into each other, the last into the "
+        "first; morph: rows from a horse to a Pegasus to a bird, in a moving picture there "
+        "and back; the name of one of the run's classes; prior: whatever the model makes of "
+        "noise",
     )
     best: int = option(
         0,
@@ -167,14 +175,15 @@ def load(path: Path) -> Sampler:
 
 def modes(sampler: Sampler) -> tuple[str, ...]:
     """Return what `--mode` may be: a Pegasus needs two classes."""
-    pair = (labels.PEGASUS, "morph") if len(sampler.classes) > 1 else ()
-    return (*pair, *sampler.classes, "prior")
+    pair = len(sampler.classes) > 1
+    of_two = (labels.PEGASUS, "morph") if pair else ()
+    return (*of_two, *sampler.classes, "prior", *([WALK] if pair else []))
 
 
 def check_coat(sampler: Sampler, config: SampleConfig) -> None:
     """Raise UserError for a coat in a mode without the first class."""
     first = sampler.classes[0]
-    with_coat = [m for m in modes(sampler) if m in ("pegasus", "morph", first)]
+    with_coat = [m for m in modes(sampler) if m in (labels.PEGASUS, WALK, "morph", first)]
     if config.coat != "any" and config.mode not in with_coat:
         raise UserError(
             f"--coat: got {config.coat} with --mode {config.mode}, which has no "
@@ -218,6 +227,8 @@ def check(sampler: Sampler, config: SampleConfig) -> None:
         )
     if sampler.has_pegasi and config.blend != DEFAULTS.blend:
         raise UserError("--blend: Pegasi are a class of this model; leave it out")
+    if config.best and is_walk(config):
+        raise UserError("--best: a walk shows all of its pictures; leave it out")
     if config.best:
         check_judged(sampler, config)
         classifier.load(classifier.CHOOSING)  # before minutes of drawing
@@ -237,13 +248,48 @@ def sample_codes(sampler: Sampler, config: SampleConfig) -> Tensor | None:
     return None
 
 
-def morph_share(rows: Tensor, columns: int) -> Tensor:
-    """Return how far along their row of the sheet pictures are, 0 to 1, (n, 1)."""
-    return (rows % columns / max(columns - 1, 1))[:, None]
+def is_walk(config: SampleConfig) -> bool:
+    """Return whether pictures are on a closed way, each near the next."""
+    return config.mode == WALK or (config.mode == "morph" and plots.is_moving(config.out))
 
 
-def sheet_noise(sampler: Sampler, config: SampleConfig, seed: int) -> Tensor:
-    """Return standard normals (n, d); in mode morph a row of the sheet shares them."""
+def subject(config: SampleConfig) -> str:
+    """Return what is drawn: a mode, or what a walk shows."""
+    return labels.PEGASUS if config.mode == WALK else config.mode
+
+
+def morph_share(config: SampleConfig, turns: Tensor | None) -> Tensor:
+    """Return how far from the first class to the second pictures are, 0 to 1, (n, 1).
+
+    They go along a row of the sheet, or on a walk there and back.
+    """
+    if turns is not None:
+        return (1 - (1 - 2 * turns).abs())[:, None]
+    rows = torch.arange(config.n)
+    return (rows % config.columns / max(config.columns - 1, 1))[:, None]
+
+
+def circle_noise(turns: Tensor, size: int, seed: int) -> Tensor:
+    """Return standard normals on a circle, (n, size). turns: how far around, 0 to 1, (n,).
+
+    It is as far from zero everywhere, as draws of so many numbers are.
+    """
+    first, second = vae.sampling_noise(2, size, seed)
+    second = second - first * (first @ second) / (first @ first)
+    second = second * first.norm() / second.norm()
+    angle = (2 * math.pi * turns)[:, None]
+    return angle.cos() * first + angle.sin() * second
+
+
+def sheet_noise(
+    sampler: Sampler, config: SampleConfig, seed: int, turns: Tensor | None
+) -> Tensor:
+    """Return standard normals (n, d), on a walk those of a circle.
+
+    In mode morph a row of the sheet shares them.
+    """
+    if turns is not None:
+        return circle_noise(turns, sampler.model.latent_size, seed)
     number = torch.arange(config.n)
     if config.mode == "morph":
         number = number // config.columns
@@ -252,27 +298,33 @@ def sheet_noise(sampler: Sampler, config: SampleConfig, seed: int) -> Tensor:
 
 
 def centered_noise(
-    sampler: Sampler, config: SampleConfig, gaussian: Gaussian, number: int
+    sampler: Sampler,
+    config: SampleConfig,
+    gaussian: Gaussian,
+    number: int,
+    turns: Tensor | None,
 ) -> Tensor:
     """Sample a Gaussian moved to zero, (n, d); another number gives other noise."""
     seed = reparam.derive_seed(config.seed, number, GAUSSIAN)
     centered = Gaussian(torch.zeros_like(gaussian.mean), gaussian.covariance)
-    eps = sheet_noise(sampler, config, seed)
+    eps = sheet_noise(sampler, config, seed, turns)
     return gaussians.sample(centered, eps, config.temperature)
 
 
-def morph_latents(sampler: Sampler, config: SampleConfig) -> Tensor:
-    """Sample latents from the first class's Gaussian to the second's, along each row.
+def morph_latents(
+    sampler: Sampler, config: SampleConfig, turns: Tensor | None
+) -> Tensor:
+    """Sample latents from the first class's Gaussian to the second's: see morph_share.
 
     Means move on a line, noise on an arc: a line would pass where there is less noise
     than anywhere else.
     """
-    share = morph_share(torch.arange(config.n), config.columns)
+    share = morph_share(config, turns)
     angle = share * math.pi / 2
     first, second = class_pair(sampler, config.coat)
     z = torch.lerp(first.mean, second.mean, share)
-    z = z + angle.cos() * centered_noise(sampler, config, first, 0)
-    return z + angle.sin() * centered_noise(sampler, config, second, 1)
+    z = z + angle.cos() * centered_noise(sampler, config, first, 0, turns)
+    return z + angle.sin() * centered_noise(sampler, config, second, 1, turns)
 
 
 def prior_latents(sampler: Sampler, config: SampleConfig) -> Tensor:
@@ -280,7 +332,7 @@ def prior_latents(sampler: Sampler, config: SampleConfig) -> Tensor:
 
     While a run's flow prior is untrained, from each class's Gaussian in turn.
     """
-    eps = sheet_noise(sampler, config, config.seed)
+    eps = sheet_noise(sampler, config, config.seed, None)
     if sampler.about.get("prior") == UNTRAINED:
         fitted = [sampler.gaussians[name] for name in sampler.classes]
         z = torch.stack([gaussians.sample(g, eps, config.temperature) for g in fitted])
@@ -292,14 +344,16 @@ def prior_latents(sampler: Sampler, config: SampleConfig) -> Tensor:
     return (config.temperature * eps.double()).float()
 
 
-def gaussian_latents(sampler: Sampler, config: SampleConfig) -> Tensor:
+def gaussian_latents(
+    sampler: Sampler, config: SampleConfig, turns: Tensor | None
+) -> Tensor:
     """Sample latents from a class's Gaussian, or from the product of two."""
-    if config.mode == "pegasus":
+    if subject(config) == labels.PEGASUS:
         first, second = class_pair(sampler, config.coat)
         gaussian = gaussians.product(first, second, config.blend)
     else:
         gaussian = sampler.gaussians[labels.with_coat(config.mode, config.coat)]
-    eps = sheet_noise(sampler, config, config.seed)
+    eps = sheet_noise(sampler, config, config.seed, turns)
     return gaussians.sample(gaussian, eps, config.temperature)
 
 
@@ -311,31 +365,32 @@ def morph_weights(share: Tensor, first: int, middle: int, last: int) -> dict[int
 
 
 def class_weights(
-    sampler: Sampler, config: SampleConfig, rows: Tensor
+    sampler: Sampler, config: SampleConfig, share: Tensor
 ) -> dict[int, float | Tensor]:
-    """Return how much of each class number the flow follows for pictures number `rows`.
+    """Return how much of each class number the flow follows.
 
-    In mode morph weights (n, 1) change along a row of the sheet. Pegasi that are no class
+    share: of `morph_share`, for mode morph, whose weights are as many. Pegasi that are no class
     are of the first two together.
     """
     if config.mode == "prior":
         return {}
     classes = sampler.classes
     first = labels.number(classes, classes[0], config.coat)
-    share = morph_share(rows, config.columns).to(sampler.device)
     if config.mode == "morph" and sampler.has_pegasi:
         winged = labels.number(classes, labels.PEGASUS, config.coat)
         weights = morph_weights(share, first, winged, 1)
     elif config.mode == "morph":
         weights = {first: 1 - share, 1: share}
-    elif config.mode == labels.PEGASUS and not sampler.has_pegasi:
+    elif subject(config) == labels.PEGASUS and not sampler.has_pegasi:
         weights = {first: 2 * config.blend, 1: 2 - 2 * config.blend}
     else:
-        weights = {labels.number(classes, config.mode, config.coat): 1.0}
+        weights = {labels.number(classes, subject(config), config.coat): 1.0}
     return {number: config.guidance * weight for number, weight in weights.items()}
 
 
-def begin_from(sampler: Sampler, config: SampleConfig, eps: Tensor) -> Tensor:
+def begin_from(
+    sampler: Sampler, config: SampleConfig, eps: Tensor, turns: Tensor | None
+) -> Tensor:
     """Return latents (n, d) on the way from noise (n, d) to a picture's.
 
     Its latents are samples: to the prior a mean is a latent like no other, of which little
@@ -345,22 +400,25 @@ def begin_from(sampler: Sampler, config: SampleConfig, eps: Tensor) -> Tensor:
     with device.fast_autocast(photo):
         mu, logvar = sampler.model.encode(photo)
     seed = reparam.derive_seed(config.seed, 0, POSTERIOR)
-    noise = sheet_noise(sampler, config, seed).to(mu) * config.temperature
+    noise = sheet_noise(sampler, config, seed, turns).to(mu) * config.temperature
     z = sampler.prior.normalize(mu + (logvar / 2).exp() * noise)
     return torch.lerp(eps, z.cpu(), config.keep)
 
 
-def flow_latents(sampler: Sampler, config: SampleConfig) -> Tensor:
+def flow_latents(
+    sampler: Sampler, config: SampleConfig, turns: Tensor | None
+) -> Tensor:
     """Sample latents by the flow prior, from noise or from a picture."""
-    eps = sheet_noise(sampler, config, config.seed) * config.temperature
+    eps = sheet_noise(sampler, config, config.seed, turns) * config.temperature
+    share = morph_share(config, turns)
     start = 0.0
     if config.from_ is not None:
         start = config.keep
-        eps = begin_from(sampler, config, eps)
+        eps = begin_from(sampler, config, eps, turns)
     z = []
     for rows in torch.arange(config.n).split(CHUNK):
         streams.show(f"{config.mode}: {int(rows[0]):,} of {config.n:,} sampled")
-        weights = class_weights(sampler, config, rows)
+        weights = class_weights(sampler, config, share[rows].to(sampler.device))
         noise = eps[rows].to(sampler.device)
         end = sample_ode(sampler.prior, weights, noise, start, config.steps)
         z.append(sampler.prior.denormalize(end).cpu())
@@ -369,19 +427,22 @@ def flow_latents(sampler: Sampler, config: SampleConfig) -> Tensor:
 
 
 @torch.no_grad()
-def latents(sampler: Sampler, config: SampleConfig) -> Tensor:
+def latents(
+    sampler: Sampler, config: SampleConfig, turns: Tensor | None = None
+) -> Tensor:
     """Sample latents (n, d), on the CPU.
 
     Row i depends on (seed, i) alone; in mode morph on the seed, its row and its column
-    of the sheet.
+    of the sheet. turns: how far around a walk pictures are, 0 to 1, (n,); rows depend on
+    the seed and on these.
     """
     if sampler.prior is not None:
-        return flow_latents(sampler, config)
+        return flow_latents(sampler, config, turns)
     if config.mode == "morph":
-        return morph_latents(sampler, config)
+        return morph_latents(sampler, config, turns)
     if config.mode == "prior":
         return prior_latents(sampler, config)
-    return gaussian_latents(sampler, config)
+    return gaussian_latents(sampler, config, turns)
 
 
 def decode(sampler: Sampler, z: Tensor, codes: Tensor | None) -> Tensor:
@@ -421,6 +482,28 @@ def ranking(sampler: Sampler, images: Tensor, config: SampleConfig) -> Tensor:
     return rank(score) + rank(coat)
 
 
+def even_turns(turns: Tensor, images: Tensor) -> Tensor:
+    """Return places on a walk (n,) between which pictures change more evenly.
+
+    Pictures of evenly spaced noise hardly change for a while, then all at once.
+    """
+    step = (images - images.roll(-1, 0)).square().mean((1, 2, 3)).sqrt().double()
+    step = step + step.mean() / 4  # a careful way: what is between pictures is not known
+    way = functional.pad(step.cumsum(0), (1, 0)).numpy()
+    around = functional.pad(turns.double(), (0, 1), value=1.0).numpy()
+    even = numpy.interp(way[-1] * numpy.arange(len(turns)) / len(turns), way, around)
+    return torch.from_numpy(even).float()
+
+
+def walk(sampler: Sampler, config: SampleConfig) -> Tensor:
+    """Sample images (n, 3, 32, 32) of a closed walk, in steps that look alike."""
+    turns = torch.arange(config.n) / config.n
+    for _ in range(ROUNDS):
+        images = decode(sampler, latents(sampler, config, turns), None)
+        turns = even_turns(turns, images)
+    return decode(sampler, latents(sampler, config, turns), None)
+
+
 @torch.no_grad()
 def sample(sampler: Sampler, config: SampleConfig = DEFAULTS) -> Tensor:
     """Sample images (n, 3, 32, 32) in [0, 1]; with `best` that many, the best first.
@@ -428,6 +511,8 @@ def sample(sampler: Sampler, config: SampleConfig = DEFAULTS) -> Tensor:
     Raises UserError for options that this model can't serve.
     """
     check(sampler, config)
+    if is_walk(config):
+        return walk(sampler, config)
     z = latents(sampler, config)
     images = decode(sampler, z, sample_codes(sampler, config))
     if config.best == 0:
