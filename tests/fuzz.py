@@ -112,7 +112,7 @@ def command(data: bytes) -> None:
         config, given = cli.parse(TrainConfig, words, "")
         config = training_config.resume_config(config, given, None)
         cli.check(config)
-        cifar10.class_indices(config.classes)
+        cifar10.class_indices(config.classes or cifar10.PAIR)
         variants.latent_shape(config.latent)
     with refusals(output):
         config, _ = cli.parse(sampler.SampleConfig, words, "")
