@@ -19,6 +19,7 @@ from pegasus.drawing.sampler import (
     WALK,
     SampleConfig,
     Sampler,
+    default_scale,
     load,
     page,
     sample,
@@ -27,16 +28,15 @@ from pegasus.drawing.sampler import (
 from pegasus.models.classifier import CHOOSING
 from pegasus.models.labels import PEGASUS
 from pegasus.training.accelerate import accelerate
-from vae import IMAGE_SHAPE
 
 MOST_PIXELS = 2**28  # of a sheet, for memory
 
 
-def check_sheet(config: SampleConfig, scale: int) -> None:
+def check_sheet(config: SampleConfig) -> None:
     """Check, before anything is read, what can be said without the checkpoint.
 
-    Raises UserError for a sheet that can't be written, is too large, shows more pictures
-    than there are, or takes the place of what it is drawn from.
+    Raises UserError for a sheet that can't be written, shows more pictures than there
+    are, or takes the place of what it is drawn from.
     """
     plots.check(Path(config.out))
     if plots.is_moving(config.out) and config.mode not in (WALK, "morph"):
@@ -54,9 +54,13 @@ def check_sheet(config: SampleConfig, scale: int) -> None:
         raise UserError(
             f"--best: got {config.best} of the {config.n} of --n; ask for a larger --n"
         )
+
+
+def check_pixels(config: SampleConfig, side: int) -> None:
+    """Raise UserError for a sheet that is too large. side: pixels of each picture's."""
     shown = config.best if config.best else config.n
     rows = math.ceil(shown / config.columns)
-    pixels = rows * config.columns * (IMAGE_SHAPE[1] * scale + plots.GAP) ** 2
+    pixels = rows * config.columns * (side + plots.GAP) ** 2
     if pixels > MOST_PIXELS:
         raise UserError(
             f"--n, --columns, --scale: got a sheet of {pixels:,} pixels; "
@@ -95,12 +99,14 @@ def summary(sampler: Sampler, config: SampleConfig, about: dict[str, object]) ->
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, given = cli.parse(SampleConfig, argv, __doc__)
-    moving = plots.is_moving(config.out)
-    enlarged = (moving or config.best > 0) and "scale" not in given
-    scale = 2 * config.scale if enlarged else config.scale
-    check_sheet(config, scale)
+    config, _ = cli.parse(SampleConfig, argv, __doc__)
+    check_sheet(config)
     sampler = load(Path(config.checkpoint))
+    size = sampler.model.image_shape[1]
+    moving = plots.is_moving(config.out)
+    enlarged = 2 if moving or config.best else 1
+    scale = config.scale or enlarged * default_scale(size)
+    check_pixels(config, size * scale)
     for network in (sampler.model, sampler.prior):
         if network is not None:
             accelerate(network)

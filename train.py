@@ -227,7 +227,9 @@ def open_run(
             expected = {key: str(state["data"][key]) for key in ("folder", "digest")}
     torch.set_num_threads(config.threads)
     torch.backends.cudnn.deterministic = True  # a resumed run is to have the same bits
-    data = workers.leader_first(lambda: datasets.load(config.data, config.classes, expected))
+    data = workers.leader_first(
+        lambda: datasets.load(config.data, config.classes, expected, config.size)
+    )
     config = replace(config, classes=",".join(data.classes))
     with checkpoint.explain_mismatch(last if state else None):
         run = Run(config, data)

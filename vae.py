@@ -8,6 +8,7 @@ Kingma and Welling (2014) with a squared error:
 
 That is `VAE("mlp", "mse")`. `VAE("conv", "gaussian", (16, 8, 8), center=True)` draws better:
 a residual network, a measured pixel variance, latents in 16 channels of 8 x 8.
+Pictures have 32, 48, 64 or 96 pixels a side: all but the first and the last layer is the same.
 AutoencoderStage.loss in pegasus/training/stages.py adds up the loss, in nats per image.
 Checkpoints rely on the names of modules here, variants.py on the encoder's last and the
 decoder's first layer, accelerate.py on GroupNorm followed by SiLU in nn.Sequential.
@@ -21,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-IMAGE_SHAPE = (3, 32, 32)
+SIZES = (32, 48, 64, 96)  # pixels of a picture's side
+IMAGE_SHAPE = (3, 32, 32)  # CIFAR-10's
 IMAGE_VALUES = 3072
 CHANNELS = (64, 64)  # of the convolutional network, at 16 x 16 and at 8 x 8
 
@@ -32,12 +34,14 @@ class Terms(NamedTuple):
     sse: Tensor  # squared error, summed over values in [0, 1]; see VAE.distortion
 
 
-def build_mlp(latent: tuple[int, ...]) -> tuple[nn.Sequential, nn.Sequential]:
+def build_mlp(latent: tuple[int, ...], size: int) -> tuple[nn.Sequential, nn.Sequential]:
     """Build the paper's encoder, and its decoder to logits, for a vector of latents."""
-    encoder = [nn.Flatten(), nn.Linear(IMAGE_VALUES, 512), nn.ReLU()]
+    shape = (3, size, size)
+    values = math.prod(shape)
+    encoder = [nn.Flatten(), nn.Linear(values, 512), nn.ReLU()]
     encoder += [nn.Linear(512, 2 * latent[0])]  # mu, then logvar
-    decoder = [nn.Linear(latent[0], 512), nn.ReLU(), nn.Linear(512, IMAGE_VALUES)]
-    decoder += [nn.Unflatten(1, IMAGE_SHAPE)]
+    decoder = [nn.Linear(latent[0], 512), nn.ReLU(), nn.Linear(512, values)]
+    decoder += [nn.Unflatten(1, shape)]
     return nn.Sequential(*encoder), nn.Sequential(*decoder)
 
 
@@ -59,7 +63,7 @@ class Residual(nn.Module):
         return x + self.body(x)
 
 
-def build_conv(latent: tuple[int, ...]) -> tuple[nn.Sequential, nn.Sequential]:
+def build_conv(latent: tuple[int, ...], size: int) -> tuple[nn.Sequential, nn.Sequential]:
     """Build a residual encoder and decoder around a grid of 8 x 8.
 
     latent: (channels, 8, 8), or (size,) for a vector, which adds a linear layer at
@@ -67,9 +71,11 @@ def build_conv(latent: tuple[int, ...]) -> tuple[nn.Sequential, nn.Sequential]:
     """
     fine, coarse = CHANNELS
     channels = latent[0] if len(latent) == 3 else 8
+    block = size // 16  # pixels of a side that are channels in the first and last layer
+    colors = 3 * block * block
     encoder = [
-        nn.PixelUnshuffle(2),  # (B, 12, 16, 16)
-        nn.Conv2d(12, fine, 3, padding=1),
+        nn.PixelUnshuffle(block),  # (B, colors, 16, 16)
+        nn.Conv2d(colors, fine, 3, padding=1),
         Residual(fine),
         nn.Conv2d(fine, coarse, 2, stride=2),  # (B, coarse, 8, 8)
         Residual(coarse),
@@ -84,8 +90,8 @@ def build_conv(latent: tuple[int, ...]) -> tuple[nn.Sequential, nn.Sequential]:
         Residual(fine),
         nn.GroupNorm(8, fine),
         nn.SiLU(),
-        nn.Conv2d(fine, 12, 3, padding=1),
-        nn.PixelShuffle(2),  # (B, 3, 32, 32)
+        nn.Conv2d(fine, colors, 3, padding=1),
+        nn.PixelShuffle(block),  # (B, 3, size, size)
     ]
     if len(latent) == 1:
         grid = (channels, 8, 8)
@@ -103,18 +109,20 @@ def gaussian_nll(sse: Tensor, variance: Tensor, values: int = IMAGE_VALUES) -> T
     return sse / (2 * variance) + values / 2 * torch.log(2 * math.pi * variance)
 
 
-def bits_per_dim(sse: Tensor, rate: Tensor, variance: Tensor) -> Tensor:
+def bits_per_dim(
+    sse: Tensor, rate: Tensor, variance: Tensor, values: int = IMAGE_VALUES
+) -> Tensor:
     """Return bits for each of an image's bytes, by the ELBO.
 
     A byte's probability is taken as its density times the bin's width, 1/255, which
     leaves out that the first and the last bin could reach to infinity.
     """
-    return bits_of_nats(gaussian_nll(sse, variance) + rate)
+    return bits_of_nats(gaussian_nll(sse, variance, values) + rate, values)
 
 
-def bits_of_nats(nats: Tensor | float) -> Tensor | float:
+def bits_of_nats(nats: Tensor | float, values: int = IMAGE_VALUES) -> Tensor | float:
     """Convert -log p(x) of images in [0, 1] to bits for each of their bytes."""
-    return (nats / IMAGE_VALUES + math.log(255)) / math.log(2)
+    return (nats / values + math.log(255)) / math.log(2)
 
 
 NETWORKS = {"mlp": build_mlp, "conv": build_conv}
@@ -126,6 +134,7 @@ class VAE(nn.Module):
 
     latent: (size,), or (channels, 8, 8) with the convolutional network. center: whether
     the encoder gets x - 0.5; from inputs that are all positive most ReLUs of "mlp" die.
+    size: one of SIZES.
     """
 
     def __init__(
@@ -134,13 +143,16 @@ class VAE(nn.Module):
         likelihood: str = "mse",
         latent: tuple = (128,),
         center: bool = False,
+        size: int = 32,
     ):
         super().__init__()
+        self.image_shape = (3, size, size)
+        self.image_values = math.prod(self.image_shape)
         self.center = 0.5 if center else 0.0
         self.latent_shape = latent
         self.latent_size = math.prod(latent)
         self.likelihood = likelihood
-        self.encoder, self.decoder = NETWORKS[arch](latent)
+        self.encoder, self.decoder = NETWORKS[arch](latent, size)
         self.register_buffer("variance", torch.tensor(0.5))  # set after each epoch
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,14 +160,14 @@ class VAE(nn.Module):
         return self.encoder(x - self.center).float().flatten(1).chunk(2, 1)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Decode latents (B, latent_size) to images in [0, 1], float32 (B, 3, 32, 32)."""
+        """Decode latents (B, latent_size) to images in [0, 1], float32 (B, 3, h, w)."""
         logits = self.decoder(z.unflatten(1, self.latent_shape))
         return logits.float().sigmoid()
 
     def forward(
         self, x: Tensor, seed: Tensor, row_offset: int = 0, progress: Tensor | None = None
     ) -> Terms:
-        """Return rate and squared error of images (B, 3, 32, 32), with one z each.
+        """Return rate and squared error of images (B, 3, h, w), with one z each.
 
         seed (int64, one element) and row_offset (of x's first row in the whole batch)
         decide the noise. progress: of training, 0 to 1, for ConditionalVAE alone.
@@ -168,10 +180,10 @@ class VAE(nn.Module):
         """Return the reconstruction term: squared error, or nats at a pixel variance."""
         if self.likelihood == "mse":  # gaussian_nll at 1/2, less a constant
             return sse
-        return gaussian_nll(sse, variance)
+        return gaussian_nll(sse, variance, self.image_values)
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """Encode images and decode their posterior means, (B, 3, 32, 32)."""
+        """Encode images and decode their posterior means, (B, 3, h, w)."""
         mu, _ = self.encode(x)
         return self.decode(mu)
 
@@ -197,6 +209,14 @@ def from_bytes(images: Tensor) -> Tensor:
 def to_bytes(images: Tensor) -> Tensor:
     """Round images to uint8; what is outside [0, 1] is cut off."""
     return (images.clamp(0, 1) * 255).round().byte()
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """Return images (n, 3, h, w) in [0, 1] made larger or smaller, (n, 3, size, size)."""
+    if images.shape[-1] == size:
+        return images
+    settings = {"mode": "bicubic", "antialias": True}
+    return functional.interpolate(images, (size, size), **settings).clamp(0, 1)
 
 
 def sampling_noise(n: int, size: int, seed: int) -> Tensor:

@@ -250,7 +250,7 @@ def make_reference(data: Dataset) -> Reference:
         "10% copies": ImageSet(
             add_copies(images, vae.from_bytes(copies), len(data.classes))
         ),
-        "two lines": ImageSet(add_lines(images[labels == 0]), 0),
+        "two lines": ImageSet(add_lines(vae.resize(images[labels == 0], 32)), 0),
     }
     return Reference(
         images=images,
@@ -373,7 +373,9 @@ def set_figures(
 ) -> dict[str, object]:
     """Return the measures of a set of images, but for its Frechet distance."""
     images, label = image_set
-    photographs = measures.radial_power(reference.images[reference.rows(label)])
+    images = vae.resize(images, 32)
+    compared = vae.resize(reference.images[reference.rows(label)], 32)
+    photographs = measures.radial_power(compared)
     variety = measures.variety(images[:500])
     return {
         "n": len(images),

@@ -178,6 +178,7 @@ def measure(
     streams.show("bits/dim by equation (1)")
     xhat = prior_images(sampler, monte_carlo_samples, seed)
     variance = sampler.model.variance
+    values = sampler.model.image_values
     estimate = monte_carlo(vae.from_bytes(images), xhat, variance)
     streams.show("")
     figures = {
@@ -186,15 +187,15 @@ def measure(
         "monte_carlo_samples": monte_carlo_samples,
         "prior": prior_name(sampler.model),
         "pixel_deviation": variance.sqrt().item(),
-        "bits_per_dim": vae.bits_of_nats(elbo),
-        "bits_per_dim_importance_weighted": vae.bits_of_nats(weighted),
-        "bits_per_dim_monte_carlo": vae.bits_of_nats(-estimate.log_p.mean().item()),
+        "bits_per_dim": vae.bits_of_nats(elbo, values),
+        "bits_per_dim_importance_weighted": vae.bits_of_nats(weighted, values),
+        "bits_per_dim_monte_carlo": vae.bits_of_nats(-estimate.log_p.mean().item(), values),
         "effective_samples": estimate.effective_samples.mean().item(),
         "rate": rate,
         "squared_error": sse,
     }
     if flow is not None:
-        figures["bits_per_dim_learned_prior"] = vae.bits_of_nats(flow[0])
+        figures["bits_per_dim_learned_prior"] = vae.bits_of_nats(flow[0], values)
         figures["rate_learned_prior"] = flow[1]
     return figures
 

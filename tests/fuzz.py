@@ -117,7 +117,8 @@ def command(data: bytes) -> None:
     with refusals(output):
         config, _ = cli.parse(sampler.SampleConfig, words, "")
         cli.check(config)
-        sample.check_sheet(config, config.scale)
+        sample.check_sheet(config)
+        sample.check_pixels(config, 32 * (config.scale or 4))
     assert "Traceback" not in output.getvalue()
 
 

@@ -47,7 +47,8 @@ def test_bodies_are_those_that_most_look_like_with_heads_at_the_left():
     rider[:, 2:12, 14:18] = 0.9
     others = torch.cat([rider.expand(6, -1, -1, -1), torch.rand(14, 3, 32, 32)])
     images = torch.cat([others, horses])
-    bodies, masks = composites.choose_bodies(images, torch.zeros(60), 40)
+    best, mirrored, masks = composites.choose_bodies(images, torch.zeros(60), 40)
+    bodies = composites.mirror(images[best], mirrored)
     assert masks[:, 0, 4:10, 2:9].mean() > 0.5 > 4 * masks[:, 0, 4:10, 23:30].mean()
     assert bodies[:, :, 2:10, 14:18].std(0).max() < 0.05  # no rider, no noise
 
@@ -115,7 +116,7 @@ def test_light_skies_become_blue_and_dark_ones_stay(sky, changes):
 @pytest.mark.parametrize("turn", [0.0, 0.6, 2.0])
 def test_a_wing_is_a_bird_stretched_along_its_axis(turn):
     """A long ellipse, however it lies, is a wing as long as the picture."""
-    x, y = composites.pixel_centers()
+    x, y = composites.pixel_centers(32)
     along = x * math.cos(turn) + y * math.sin(turn)
     across = y * math.cos(turn) - x * math.sin(turn)
     inside = ((along / 0.7).square() + (across / 0.25).square() < 1).float()

@@ -148,11 +148,11 @@ def test_pictures_look_as_they_did(own_photos, batches):
 def test_what_was_read_is_kept_until_a_file_changes(own_photos, monkeypatch, capsys):
     data = datasets.load(str(own_photos), None)
     read = pictures.read
-    monkeypatch.setattr(pictures, "read", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr(pictures, "read", lambda *_: pytest.fail("read again"))
     assert datasets.load(str(own_photos), None).digest == data.digest
     monkeypatch.setattr(pictures, "read", read)
     moved = own_photos.rename(own_photos.parent / "moved")
-    monkeypatch.setattr(pictures, "read", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr(pictures, "read", lambda *_: pytest.fail("read again"))
     assert datasets.load(str(moved), None).digest == data.digest
     monkeypatch.setattr(pictures, "read", read)
     Image.new("RGB", (40, 40), "red").save(moved / "tabby" / "more" / "001.png")
@@ -165,7 +165,7 @@ def test_what_was_read_is_kept_until_a_file_changes(own_photos, monkeypatch, cap
                                     + bytes([b[900] ^ 1]) + b[901:]])
 def test_kept_pixels_that_are_damaged_are_read_again(own_photos, damage):
     data = datasets.load(str(own_photos), None)
-    cache = own_photos / pictures.CACHE
+    cache = own_photos / pictures.CACHE.format(size=32)
     cache.write_bytes(damage(cache.read_bytes()))
     assert datasets.load(str(own_photos), None).digest == data.digest
 

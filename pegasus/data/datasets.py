@@ -6,10 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import vae
 from pegasus.cli import UserError
 from pegasus.data import cifar10, download, pictures, synthetic
 from pegasus.data.pictures import Labelled
 
+import torch
 from torch import Tensor
 
 DATA = Path("data")
@@ -25,7 +27,7 @@ BANNER = """
 
 @dataclass(frozen=True)
 class Dataset:
-    """Training and test images, uint8 (n, 3, 32, 32), and labels, int64 (n,).
+    """Training and test images, uint8 (n, 3, size, size), and labels, int64 (n,).
 
     A label is a position in `classes`.
     """
@@ -125,30 +127,46 @@ def has_pictures(data: str) -> bool:
     return any(path.is_dir() for path in pictures.visible(folder))
 
 
-def load_parts(data: str, classes: str | None) -> tuple[Path, str, Labelled, Labelled]:
+def resize(images: Tensor, size: int) -> Tensor:
+    """Return byte images (n, 3, h, w) made larger or smaller."""
+    if images.shape[-1] == size:
+        return images
+    batches = [vae.resize(vae.from_bytes(batch), size) for batch in images.split(500)]
+    return torch.cat([vae.to_bytes(batch) for batch in batches])
+
+
+def load_parts(
+    data: str, classes: str | None, size: int
+) -> tuple[Path, str, Labelled, Labelled]:
     """Return the folder that `--data` means, its classes, and what is to train and test on."""
     if has_pictures(data):
-        return Path(data), *pictures.load(Path(data), classes)
+        return Path(data), *pictures.load(Path(data), classes, size)
     classes = cifar10.PAIR if classes is None else classes
     cifar10.class_indices(classes)  # before anything is downloaded
     folder = locate(data)
-    train, test = (cifar10.load(folder, classes, part) for part in (cifar10.TRAIN, cifar10.TEST))
-    return folder, classes, train, test
+    parts = []
+    for files in (cifar10.TRAIN, cifar10.TEST):
+        images, labels = cifar10.load(folder, classes, files)
+        parts.append((resize(images, size), labels))
+    return folder, classes, *parts
 
 
 def load(
-    data: str, classes: str | None, expected: dict[str, str] | None = None
+    data: str,
+    classes: str | None,
+    expected: dict[str, str] | None = None,
+    size: int = 32,
 ) -> Dataset:
     """Load all pictures of some classes.
 
     data: what `--data` says. classes: names, separated by commas; by default horse,bird,
     or all of a folder of pictures without these. expected: a checkpoint's `folder`, which
-    "auto" then means, and `digest`, which must be the same. Raises UserError for whatever
-    is wrong with them.
+    "auto" then means, and `digest`, which must be the same. size: pixels of a side. Raises
+    UserError for whatever is wrong with them.
     """
     if expected and data == "auto":
         data = resolve_auto(expected["folder"])
-    folder, classes, train, test = load_parts(data, classes)
+    folder, classes, train, test = load_parts(data, classes, size)
     digest = sha256((*train, *test))
     folder = folder.resolve()
     if expected and digest != expected["digest"]:

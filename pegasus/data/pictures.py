@@ -4,8 +4,8 @@
     photos/train/horse/...  photos/test/horse/... ...   # as they are
 
 A picture is whatever Pillow reads: turned as its EXIF data say, what is transparent made
-white, its middle square at 32 x 32. A folder is read once: `pegasus-32.npz` in it keeps
-the pixels until a file is added, removed or changed.
+white, its middle square made as large as asked for. A folder is read once: `pegasus-32.npz`
+in it, for 32 pixels a side, keeps the pixels until a file is added, removed or changed.
 """
 import hashlib
 import json
@@ -25,8 +25,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-SIDE = 32  # pixels
-CACHE = f"pegasus-{SIDE}.npz"
+CACHE = "pegasus-{size}.npz"
 SPLITS = {"train", "test"}
 TESTED = 10  # one of so many pictures of a class is kept to test
 SHOWN = 5  # of the files left out that are named
@@ -57,8 +56,8 @@ def upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def crop_square(image: Image.Image) -> Image.Image:
-    """Return a picture's middle square at 32 x 32, RGB, what is transparent white.
+def crop_square(image: Image.Image, size: int) -> Image.Image:
+    """Return a picture's middle square, size x size, RGB, what is transparent white.
 
     Raises ValueError for pixels whose white is unknown.
     """
@@ -70,16 +69,16 @@ def crop_square(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         paper = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(paper, image.convert("RGBA"))
-    return ImageOps.fit(image.convert("RGB"), (SIDE, SIDE))
+    return ImageOps.fit(image.convert("RGB"), (size, size))
 
 
-def read(path: Path) -> Tensor:
-    """Read a picture's middle square as bytes (3, 32, 32). Raises UserError."""
+def read(path: Path, size: int = 32) -> Tensor:
+    """Read a picture's middle square as bytes (3, size, size). Raises UserError."""
     try:
         with warnings.catch_warnings(action="ignore"):  # of a large picture
             with Image.open(path) as image:
-                image.draft("RGB", (4 * SIDE, 4 * SIDE))  # of a JPEG no more detail
-                square = crop_square(image)
+                image.draft("RGB", (4 * size, 4 * size))  # of a JPEG no more detail
+                square = crop_square(image, size)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; wanted a picture") from None
     except Image.DecompressionBombError:
@@ -106,7 +105,7 @@ class File(NamedTuple):
 
 
 class Pictures(NamedTuple):
-    """Bytes (n, 3, 32, 32), the classes' names, (n,), and what is kept to test, (n,).
+    """Bytes (n, 3, size, size), the classes' names, (n,), and what is kept to test, (n,).
 
     left_out: files that are no pictures, (m,). Arrays of numpy.
     """
@@ -147,7 +146,7 @@ def files_below(folder: Path) -> list[Path]:
     for path in visible(folder):
         if path.is_dir():
             found += files_below(path)
-        elif path.is_file() and path.name != CACHE:
+        elif path.is_file():
             found.append(path)
     return found
 
@@ -177,16 +176,16 @@ def list_files(folder: Path) -> list[File]:
     return listed
 
 
-def read_all(listed: list[File]) -> Pictures:
+def read_all(listed: list[File], size: int) -> Pictures:
     """Read files; what is no picture is left out."""
-    images = np.empty((len(listed), 3, SIDE, SIDE), np.uint8)
+    images = np.empty((len(listed), 3, size, size), np.uint8)
     kept = []
     left_out = []
     for number, file in enumerate(listed):
         if number % 100 == 0:
             streams.show(f"reading picture {number:,} of {len(listed):,}")
         try:
-            images[len(kept)] = read(file.path).numpy()
+            images[len(kept)] = read(file.path, size).numpy()
             kept.append(file)
         except UserError as error:
             left_out.append(str(error))
@@ -248,14 +247,14 @@ def report(folder: Path, pictures: Pictures) -> None:
             print(f"  and {count - SHOWN:,} more", file=sys.stderr)
 
 
-def read_folder(folder: Path) -> Pictures:
+def read_folder(folder: Path, size: int) -> Pictures:
     """Return a folder's pictures, from what was kept of them if nothing has changed."""
     listed = list_files(folder)
-    path = folder / CACHE
+    path = folder / CACHE.format(size=size)
     key = fingerprint(folder, listed)
     pictures = load_cache(path, key)
     if pictures is None:
-        pictures = read_all(listed)
+        pictures = read_all(listed, size)
         report(folder, pictures)
         save_cache(path, key, pictures)
     else:
@@ -263,14 +262,16 @@ def read_folder(folder: Path) -> Pictures:
     return pictures
 
 
-def load(folder: Path, classes: str | None) -> tuple[str, Labelled, Labelled]:
+def load(
+    folder: Path, classes: str | None, size: int = 32
+) -> tuple[str, Labelled, Labelled]:
     """Load some classes of a folder of pictures, to train on and to test.
 
     classes: names, separated by commas; by default horse,bird, or all where these are not
-    there. Returns the names, and twice images, uint8 (n, 3, 32, 32), with labels, (n,),
+    there. Returns the names, and twice images, uint8 (n, 3, size, size), with labels, (n,),
     positions among the names. Raises UserError.
     """
-    pictures = read_folder(folder)
+    pictures = read_folder(folder, size)
     known = tuple(str(name) for name in np.unique(pictures.names))
     if classes is None:
         classes = cifar10.PAIR if {"horse", "bird"} <= set(known) else ",".join(known)

@@ -86,7 +86,12 @@ class SampleConfig:
         1.0, "standard deviation of the noise", least=0.0, most=100.0
     )
     columns: int = option(8, "pictures in a row", least=1, most=65_536)
-    scale: int = option(4, "pixels for each pixel of a picture", least=1, most=64)
+    scale: int | None = option(
+        None,
+        "pixels for each pixel of a picture; by default about 128 for its side",
+        least=1,
+        most=64,
+    )
     seed: int = option(
         0, "picture i is a function of the model, the seed and i alone, to rounding"
     )
@@ -396,7 +401,8 @@ def begin_from(
     Its latents are samples: to the prior a mean is a latent like no other, of which little
     is drawn anew.
     """
-    photo = vae.from_bytes(pictures.read(Path(config.from_))[None]).to(sampler.device)
+    size = sampler.model.image_shape[1]
+    photo = vae.from_bytes(pictures.read(Path(config.from_), size)[None]).to(sampler.device)
     with device.fast_autocast(photo):
         mu, logvar = sampler.model.encode(photo)
     seed = reparam.derive_seed(config.seed, 0, POSTERIOR)
@@ -521,13 +527,20 @@ def sample(sampler: Sampler, config: SampleConfig = DEFAULTS) -> Tensor:
     return images[best[: config.best]]
 
 
+def default_scale(size: int) -> int:
+    """Return how many pixels a sheet shows for a pixel of pictures of a size."""
+    return max(1, round(128 / size))
+
+
 def page(
-    images: Tensor, about: dict[str, object], columns: int = 8, scale: int = 4
+    images: Tensor, about: dict[str, object], columns: int = 8, scale: int | None = None
 ) -> Image.Image:
     """Lay out images on a sheet that says below what they are not.
 
     That is, where they come from synthetic data, or not yet from the learned prior.
     """
+    if scale is None:
+        scale = default_scale(images.shape[-1])
     sheet = plots.sheet(images, columns, scale)
     if about.get("prior") in (UNTRAINED, PREVIEW):
         sheet = plots.caption(sheet, about["prior"])

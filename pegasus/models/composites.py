@@ -6,8 +6,9 @@ is like most others', before a plain background; wings are photographs of the se
 class, cut out, stretched along their axes and lightened. Every picture has a geometry of
 its own, and the best of many are kept.
 
-Images are (n, 3, 32, 32) in [0, 1], masks (n, 1, 32, 32). Points are x, y between -1 and
-1, as in `grid_sample`.
+Images are (n, 3, h, w) in [0, 1], masks (n, 1, h, w). What is chosen is chosen by looking
+at 32 x 32. Points are x, y between -1 and 1, as in `grid_sample`; rows and the widths of
+`mean_around` are of 32 to a picture, whatever its size.
 """
 import math
 from typing import NamedTuple
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-SIZE = vae.IMAGE_SHAPE[1]
+SMALL = 32  # pixels of a side at which pictures are looked at
 BODIES = 0.16  # share of the first class's photographs that are used
 WINGS = 150  # photographs of the second class that are used
 TRIES = 24  # composites of each body; the best sixth of all are kept
@@ -36,9 +37,9 @@ class Composites(NamedTuple):
     coats: Tensor
 
 
-def none() -> Composites:
-    """Return no composites."""
-    pictures = torch.zeros(0, *vae.IMAGE_SHAPE, dtype=torch.uint8)
+def none(like: Tensor) -> Composites:
+    """Return no composites, of a size with images (n, 3, h, w)."""
+    pictures = like[:0].cpu().clone()
     return Composites(pictures, pictures, torch.zeros(0, dtype=torch.int64))
 
 
@@ -59,15 +60,44 @@ def mirror(images: Tensor, where: Tensor) -> Tensor:
     return torch.where(where[:, None, None, None], images.flip(3), images)
 
 
-def centers(pixels: Tensor) -> Tensor:
-    """Return the coordinates of rows or columns."""
-    return (pixels + 0.5) / (SIZE / 2) - 1
+def centers(pixels: Tensor, size: int = SMALL) -> Tensor:
+    """Return the coordinates of rows or columns, of so many."""
+    return (pixels + 0.5) / (size / 2) - 1
 
 
-def pixel_centers() -> tuple[Tensor, Tensor]:
-    """Return the pixels' x and y, (1, 32) and (32, 1)."""
-    places = centers(torch.arange(SIZE))
+def pixel_centers(size: int) -> tuple[Tensor, Tensor]:
+    """Return the pixels' x and y, (1, size) and (size, 1)."""
+    places = centers(torch.arange(size), size)
     return places[None], places[:, None]
+
+
+def kernel(width: int, images: Tensor) -> int:
+    """Return the odd number of pixels nearest to a width in 32nds of images."""
+    return 2 * round((width * images.shape[-1] / SMALL - 1) / 2) + 1
+
+
+def mean_around(images: Tensor, width: int, height: int | None = None) -> Tensor:
+    """Return means of rectangles around pixels, width x height 32nds, zero outside."""
+    k = (kernel(height or width, images), kernel(width, images))
+    return functional.avg_pool2d(images, k, 1, (k[0] // 2, k[1] // 2))
+
+
+def grow(masks: Tensor) -> Tensor:
+    """Return masks that reach a 32nd further."""
+    k = kernel(3, masks)
+    return functional.max_pool2d(masks, k, 1, k // 2)
+
+
+def shrink(images: Tensor) -> Tensor:
+    """Return images or masks at 32 x 32."""
+    return functional.adaptive_avg_pool2d(images, SMALL) if images.shape[-1] > SMALL else images
+
+
+def enlarge(masks: Tensor, size: int) -> Tensor:
+    """Return masks of another size."""
+    if masks.shape[-1] == size:
+        return masks
+    return functional.interpolate(masks, (size, size), mode="bilinear")
 
 
 def top_rows(score: Tensor, n: int) -> Tensor:
@@ -85,7 +115,7 @@ def body_masks(bodies: Tensor) -> Tensor:
     """Return masks of what is unlike the left and the right end of its row."""
     ends = torch.cat([bodies[..., :3], bodies[..., -3:]], 3).median(3).values
     distance = (bodies - ends[..., None]).abs().mean(1, keepdim=True)
-    return distant(functional.avg_pool2d(distance, 3, 1, 1), 0.9)
+    return distant(mean_around(distance, 3), 0.9)
 
 
 def standardize(masks: Tensor) -> Tensor:
@@ -94,12 +124,16 @@ def standardize(masks: Tensor) -> Tensor:
     return functional.normalize(offset, dim=1)
 
 
-def choose_bodies(images: Tensor, certainty: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Return the n bodies of some that are whole, from the side, with room above the back.
+def choose_bodies(
+    images: Tensor, certainty: Tensor, n: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the n bodies that are whole, from the side, with room above the back.
 
-    Also returns their masks. certainty: log probabilities (m,) that a picture shows the
-    class. Silhouettes are compared with the mean of the best ones', in turns; heads are
-    left where most are, and riders stand where wings will.
+    images: (m, 3, 32, 32). Returns rows of these, which of them are to be mirrored, and
+    their masks, mirrored where they are to be, (n,) and (n, 1, 32, 32). certainty: log
+    probabilities (m,) that a picture shows the class. Silhouettes are compared with the
+    mean of the best ones', in turns; heads are left where most are, and riders stand where
+    wings will.
     """
     masks = body_masks(images)
     upper = masks[:, 0, :12]
@@ -115,7 +149,7 @@ def choose_bodies(images: Tensor, certainty: Tensor, n: int) -> tuple[Tensor, Te
         clutter = above.mean((1, 2)) + above[..., :9].mean((1, 2))  # riders sit in front
         score = 2 * certainty + 12 * likeness.amax(0) - 12 * clutter
     best = top_rows(score, n)
-    return mirror(images[best], mirrored[best]), mirror(masks[best], mirrored[best])
+    return best, mirrored[best], mirror(masks[best], mirrored[best])
 
 
 class Geometry(NamedTuple):
@@ -151,17 +185,20 @@ def random_geometry(n: int, generator: torch.Generator) -> Geometry:
     )
 
 
-def back_rows(masks: Tensor) -> Tensor:
-    """Return the rows (n,) where backs are: the median of the first ones in the middle."""
-    is_body = masks[:, 0, :, 12:21] > 0.5
-    first = torch.where(is_body.any(1), is_body.float().argmax(1), SIZE // 2)
-    return first.median(1).values
+def back_heights(masks: Tensor) -> Tensor:
+    """Return the y (n,) of backs: the median of the first rows in the middle."""
+    size = masks.shape[-1]
+    middle = slice(12 * size // SMALL, 21 * size // SMALL)
+    is_body = masks[:, 0, :, middle] > 0.5
+    first = torch.where(is_body.any(1), is_body.float().argmax(1), size // 2)
+    return centers(first.median(1).values, size)
 
 
 def smooth(images: Tensor) -> Tensor:
     """Return images without detail."""
+    k = kernel(7, images)
     for _ in range(3):
-        images = functional.avg_pool2d(images, 7, 1, 3, count_include_pad=False)
+        images = functional.avg_pool2d(images, k, 1, k // 2, count_include_pad=False)
     return images
 
 
@@ -180,9 +217,9 @@ def stand(bodies: Tensor, masks: Tensor, geometry: Geometry) -> tuple[Tensor, Te
     """
     scale, right, down = (value[:, None] for value in geometry[:3])
     moved_back = centers(torch.tensor(BACK_ROW)) + down
-    x, y = pixel_centers()
+    x, y = pixel_centers(bodies.shape[-1])
     columns = (x - right) / scale
-    rows = centers(back_rows(masks))[:, None] + (y.T - moved_back) / scale
+    rows = back_heights(masks)[:, None] + (y.T - moved_back) / scale
     grid = torch.stack(torch.broadcast_tensors(columns[:, None], rows[..., None]), 3)
     both = soften(torch.cat([bodies, masks], 1))
     moved = functional.grid_sample(both, grid, align_corners=False, padding_mode="border")
@@ -194,7 +231,8 @@ def stand(bodies: Tensor, masks: Tensor, geometry: Geometry) -> tuple[Tensor, Te
 
 def darken_sky(images: Tensor, masks: Tensor, color: Tensor) -> Tensor:
     """Give light skies a color (n, 3): white wings would not stand out from them."""
-    rows = torch.arange(SIZE)
+    _, y = pixel_centers(images.shape[-1])
+    rows = (y[:, 0] + 1) * SMALL / 2 - 0.5
     sky = ((BACK_ROW + 2 - rows) / 2).sigmoid()[:, None] * (1 - masks)
     mean = mean_inside(images, sky)
     lightness = ((luminance(mean) - 0.5) / 0.08).sigmoid()
@@ -207,14 +245,14 @@ def bird_masks(birds: Tensor) -> Tensor:
     edges = [birds[:, :, :2], birds[:, :, -2:], birds[..., :2], birds[..., -2:]]
     border = torch.cat([edge.flatten(2) for edge in edges], 2).median(2).values
     distance = (birds - border[..., None, None]).abs().mean(1, keepdim=True)
-    x, y = pixel_centers()
+    x, y = pixel_centers(birds.shape[-1])
     near_middle = torch.exp(-((x.square() + y.square()) / 0.55).square())
     mask = distant(distance, 0.93) * near_middle
-    return (mask + functional.avg_pool2d(mask, 3, 1, 1)) / 2
+    return (mask + mean_around(mask, 3)) / 2
 
 
 def warp(images: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
-    """Return images that show at p what was at matrix @ p + shift, (n, c, 32, 32).
+    """Return images that show at p what was at matrix @ p + shift, (n, c, h, w).
 
     matrix: (n, 2, 2). shift: (n, 2). What comes from outside is zero.
     """
@@ -225,8 +263,8 @@ def warp(images: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
 
 def principal_axes(masks: Tensor) -> tuple[Tensor, Tensor]:
     """Return centers (n, 2) and axes (n, 2, 2) of masks, the long axis second."""
-    x, y = pixel_centers()
-    points = torch.stack(torch.broadcast_tensors(x, y), 2).flatten(0, 1)  # (1024, 2)
+    x, y = pixel_centers(masks.shape[-1])
+    points = torch.stack(torch.broadcast_tensors(x, y), 2).flatten(0, 1)
     share = masks.flatten(1) / masks.flatten(1).sum(1, keepdim=True)
     center = share @ points
     offset = points - center[:, None]
@@ -235,12 +273,12 @@ def principal_axes(masks: Tensor) -> tuple[Tensor, Tensor]:
     return center, vectors * values.clamp(min=1e-4).sqrt()[:, None]
 
 
-def typical_wing() -> Tensor:
-    """Return the mask (32, 32) that birds are chosen by.
+def typical_wing(size: int) -> Tensor:
+    """Return the mask (size, size) that birds are chosen by.
 
     It has a straight edge at the left, feathers at the right, and a tip.
     """
-    x, y = pixel_centers()
+    x, y = pixel_centers(size)
     up = (1 - y) / 2
     left = 0.1 - 0.6 * (1 - up.square())
     right = left + 0.35 * (1 - up) + 1.15 * (math.pi * up.pow(0.75)).sin()
@@ -248,7 +286,7 @@ def typical_wing() -> Tensor:
 
 
 def cut_wings(birds: Tensor) -> tuple[Tensor, Tensor]:
-    """Stretch birds along their axes into wings (n, 4, 32, 32): masks, then colors.
+    """Stretch birds along their axes into wings (n, 4, h, w): masks, then colors.
 
     Also returns the soft intersection over union of each mask with the typical wing's.
     Of the four ways to mirror a wing the nearest to that is taken. Wings are upright,
@@ -259,23 +297,23 @@ def cut_wings(birds: Tensor) -> tuple[Tensor, Tensor]:
     upright = warp(torch.cat([masks, birds], 1), 1.75 * axes, center)
     flipped = torch.stack([upright.flip(dims) for dims in ((), (2,), (3,), (2, 3))])
     sharp = (4 * flipped[:, :, 0] - 1.4).clamp(0, 1)
-    typical = typical_wing()
+    typical = typical_wing(birds.shape[-1])
     intersection = torch.minimum(sharp, typical).sum((2, 3))
     union = torch.maximum(sharp, typical).sum((2, 3))
     overlap, nearest = (intersection / union).max(0)
     wings = flipped[nearest, torch.arange(len(birds))]
     mask = (3 * wings[:, :1] - 0.9).clamp(0, 1)
-    mask = (3 * functional.avg_pool2d(mask, 5, 1, 2) - 1).clamp(0, 1)  # no specks or holes
+    mask = (3 * mean_around(mask, 5) - 1).clamp(0, 1)  # no specks or holes
     wings = torch.cat([mask, wings[:, 1:]], 1)
     # a wing is four times as narrow in a picture, and edges would be jagged
-    return functional.avg_pool2d(wings, (3, 5), 1, (1, 2)), overlap
+    return mean_around(wings, 5, 3), overlap
 
 
 def choose_wings(birds: Tensor, n: int) -> Tensor:
-    """Return the wings (n, 4, 32, 32) of the birds that make the most wing-like ones."""
+    """Return the n birds (m, 3, 32, 32) that make the most wing-like wings: rows, (n,)."""
     batches = birds.split(250)  # for memory: a bird takes 150 KB
     overlap = torch.cat([cut_wings(batch)[1] for batch in batches])
-    return cut_wings(birds[top_rows(overlap, n)])[0]
+    return top_rows(overlap, n)
 
 
 def place(wings: Tensor, x: Tensor, y: Tensor, lean: Tensor, size: Tensor) -> Tensor:
@@ -292,14 +330,14 @@ def place(wings: Tensor, x: Tensor, y: Tensor, lean: Tensor, size: Tensor) -> Te
 def paste(images: Tensor, wings: Tensor, tone: Tensor) -> tuple[Tensor, Tensor]:
     """Lay wings over images, as light as `tone` (n,), with a shade around them.
 
-    Also returns how much they stand out: brightness gained, summed over pixels, (n,).
+    Also returns how much they stand out: brightness gained, summed over 32 x 32, (n,).
     """
     mask, colors = wings.split([1, 3], 1)
     light = luminance(colors)
     shading = light - mean_inside(light, mask)
     white = (tone[:, None, None, None] + shading).clamp(0, 1)
-    contrast = ((white - luminance(images)) * mask).sum((1, 2, 3))
-    rim = functional.max_pool2d(mask, 3, 1, 1) - mask
+    contrast = shrink((white - luminance(images)) * mask).sum((1, 2, 3))
+    rim = grow(mask) - mask
     return torch.lerp(images * (1 - 0.13 * rim), white.expand_as(images), mask), contrast
 
 
@@ -326,9 +364,9 @@ def head_contrast(images: Tensor, masks: Tensor, geometry: Geometry) -> Tensor:
     """Return how heads and necks stand out, summed over pixels, (n,).
 
     Each of their pixels is compared with the mean of what is around it and no body. They
-    are what of bodies is before the wings and above the back.
+    are what of bodies is before the wings and above the back. images, masks: at 32 x 32.
     """
-    x, y = pixel_centers()
+    x, y = pixel_centers(SMALL)
     before = geometry.root_x + geometry.right - 0.2
     above = geometry.down + centers(torch.tensor(BACK_ROW)) + 0.1
     left = (before[:, None, None, None] - x) / 0.05
@@ -360,7 +398,7 @@ def compose(
     bare, body = stand(bodies, masks, geometry)
     bare = darken_sky(bare, body, sky)
     images, contrast = add_wings(bare, body, wings[pairs[0]], wings[pairs[1]], geometry)
-    head = head_contrast(images, body, geometry)
+    head = head_contrast(shrink(images), shrink(body), geometry)
     return images, bare, 0.05 * contrast.clamp(max=20) + 0.2 * head.clamp(max=14)
 
 
@@ -369,7 +407,8 @@ def coat_scores(images: Tensor) -> Tensor:
 
     A body is what is below BACK_ROW in the middle.
     """
-    center = images[:, :, BACK_ROW + 1 : BACK_ROW + 7, 11:21].float()
+    small = shrink(images.float())
+    center = small[:, :, BACK_ROW + 1 : BACK_ROW + 7, 11:21]
     return torch.stack([center.amin(1).mean((1, 2)), -center.amax(1).mean((1, 2))])
 
 
@@ -382,15 +421,39 @@ def coats(bodies: Tensor) -> Tensor:
     return numbers
 
 
+def shrink_bytes(images: Tensor) -> Tensor:
+    """Return byte images in [0, 1] at 32 x 32."""
+    return torch.cat([shrink(vae.from_bytes(batch)) for batch in images.split(500)])
+
+
+class Kept(NamedTuple):
+    """Composites of a try or the best of some: pictures, bodies, scores, certainties."""
+    images: Tensor
+    bodies: Tensor
+    score: Tensor
+    certainty: Tensor
+
+
+def best_of(kept: list[Kept], n: int) -> Kept:
+    """Return the n with the highest scores, the highest first."""
+    joined = Kept(*map(torch.cat, zip(*kept, strict=True)))
+    best = top_rows(joined.score, n)
+    return Kept(*(part[best] for part in joined))
+
+
 def pick_parts(
     images: Tensor, labels: Tensor, name: str, judge: Classifier
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return bodies of photographs, their masks, and wings. name: of the bodies' class."""
-    photographs = vae.from_bytes(images[labels == 0])
-    certainty = log_probability(judge, photographs, name)
+    photographs = images[labels == 0]
+    small = shrink_bytes(photographs)
+    certainty = log_probability(judge, small, name)
     count = max(1, int(BODIES * len(photographs)))
-    bodies, masks = choose_bodies(photographs, certainty, count)
-    return bodies, masks, choose_wings(vae.from_bytes(images[labels == 1]), WINGS)
+    best, mirrored, masks = choose_bodies(small, certainty, count)
+    bodies = mirror(vae.from_bytes(photographs[best]), mirrored)
+    birds = images[labels == 1]
+    chosen = birds[choose_wings(shrink_bytes(birds), WINGS)]
+    return bodies, enlarge(masks, images.shape[-1]), cut_wings(vae.from_bytes(chosen))[0]
 
 
 @torch.no_grad()
@@ -399,20 +462,20 @@ def make(
 ) -> Composites:
     """Make Pegasi of training photographs, TRIES of each body; return the best sixth.
 
-    images: bytes (n, 3, 32, 32). labels: positions in `classes`; the first is the body's,
+    images: bytes (n, 3, h, w). labels: positions in `classes`; the first is the body's,
     the second the wings'. The best come first. There are none where the judge no longer
     recognizes the first class in them. The result is a function of the arguments alone, to
     rounding.
     """
     generator = torch.Generator().manual_seed(reparam.derive_seed(0, 0, 0))
     bodies, masks, wings = pick_parts(images, labels, classes[0], judge)
-    rounds = []
+    kept = []
     for _ in range(TRIES):
         pictures, bare, clear = compose(bodies, masks, wings, generator)
         certainty = log_probability(judge, pictures, classes[0])
-        rounds.append((vae.to_bytes(pictures), vae.to_bytes(bare), certainty, clear))
-    pictures, bare, certainty, clear = map(torch.cat, zip(*rounds, strict=True))
-    best = top_rows(certainty + clear, len(certainty) // 6)
-    if certainty[best].median() < math.log(RECOGNIZED):
-        return none()
-    return Composites(pictures[best], bare[best], coats(bare[best]))
+        of_try = Kept(vae.to_bytes(pictures), vae.to_bytes(bare), certainty + clear, certainty)
+        kept = [best_of([*kept, of_try], TRIES * len(bodies) // 6)]
+    best = kept[0]
+    if best.certainty.median() < math.log(RECOGNIZED):
+        return none(images)
+    return Composites(best.images, best.bodies, coats(best.bodies))

@@ -28,7 +28,10 @@ def number(classes: tuple[str, ...], name: str, coat: str = "any") -> int:
 
 def center_brightness(images: Tensor) -> Tensor:
     """Return the mean of the central pixels, where most bodies are, float32 (n,)."""
-    return images[..., 10:22, 8:24].float().flatten(1).mean(1)
+    unit = images.shape[-1] / 32
+    rows = slice(round(10 * unit), round(22 * unit))
+    columns = slice(round(8 * unit), round(24 * unit))
+    return images[..., rows, columns].float().flatten(1).mean(1)
 
 
 def class_rows(images: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Tensor]:

@@ -51,6 +51,7 @@ def build(config: dict) -> VAE:
     """Return the untrained model of a run's options. Raises UserError."""
     shape = latent_shape(config["latent"])
     arguments = (config["arch"], config["likelihood"], shape, config["center"])
+    size = config.get("size", 32)  # runs of before have no other
     is_grid = len(shape) > 1
     if is_grid and config["arch"] == "mlp":
         raise UserError(
@@ -62,10 +63,10 @@ def build(config: dict) -> VAE:
                 "--prior: conditional needs a vector of latents and no --flow, whose "
                 "divergence from it has no closed form; leave one of them out"
             )
-        return ConditionalVAE(*arguments, config["components"])
+        return ConditionalVAE(*arguments, config["components"], size)
     if config["flow"]:
-        return HouseholderVAE(*arguments, config["flow"])
-    return VAE(*arguments)
+        return HouseholderVAE(*arguments, config["flow"], size)
+    return VAE(*arguments, size)
 
 
 class Component(NamedTuple):
@@ -161,9 +162,15 @@ class HouseholderVAE(VAE):
     """
 
     def __init__(
-        self, arch: str, likelihood: str, latent: tuple, center: bool, reflections: int
+        self,
+        arch: str,
+        likelihood: str,
+        latent: tuple,
+        center: bool,
+        reflections: int,
+        size: int = 32,
     ):
-        super().__init__(arch, likelihood, latent, center)
+        super().__init__(arch, likelihood, latent, center, size)
         self.flow = Householder(reflections, self.encoder[-1], self.latent_size)
 
     def encode_reflected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -270,9 +277,15 @@ class ConditionalVAE(VAE):
     """
 
     def __init__(
-        self, arch: str, likelihood: str, latent: tuple, center: bool, count: int
+        self,
+        arch: str,
+        likelihood: str,
+        latent: tuple,
+        center: bool,
+        count: int,
+        size: int = 32,
     ):
-        super().__init__(arch, likelihood, latent, center)
+        super().__init__(arch, likelihood, latent, center, size)
         hidden_size = self.encoder[-1].in_features
         first = nn.Linear(self.latent_size + count, self.decoder[0].out_features)
         nn.init.zeros_(first.weight.data[:, self.latent_size :])  # see `Conditional`

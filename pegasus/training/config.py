@@ -41,6 +41,9 @@ class TrainConfig:
         "classes, separated by commas, of which the first two make the Pegasus; by default "
         "horse,bird, or all folders of pictures where these are not among them",
     )
+    size: int = option(
+        32, "pixels of a picture's side; others are made smaller or larger", choices=vae.SIZES
+    )
     arch: str = option(
         "conv",
         "network: a small residual one, or the paper's (mlp)",

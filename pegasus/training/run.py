@@ -158,14 +158,14 @@ class Run:
         """Make the Pegasi that a prior learns from, where there are two classes."""
         data = self.data
         if len(data.classes) < 2:
-            return composites.none()
+            return composites.none(data.images)
         if not classifier.knows(data.classes[0]):
             print(
                 f"no judge knows {data.classes[0]}, to choose what the prior learns Pegasi "
                 "from; they will follow both classes instead",
                 file=sys.stderr,
             )
-            return composites.none()
+            return composites.none(data.images)
         streams.show("making Pegasi of photographs, for the prior to learn from")
         judge = classifier.load(classifier.CHOOSING)
         accelerate(judge)

@@ -54,8 +54,8 @@ def epoch_flips(seed: int, epoch: int, n: int) -> Tensor:
 
 
 def gather(images: Tensor, rows: Tensor, mirrored: Tensor | None) -> Tensor:
-    """Pick rows of byte images (n, 3, 32, 32), mirror some; return float32 in [0, 1]."""
-    x = images.flatten(1).index_select(0, rows).view(-1, *vae.IMAGE_SHAPE)
+    """Pick rows of byte images (n, 3, h, w), mirror some; return float32 in [0, 1]."""
+    x = images.flatten(1).index_select(0, rows).view(-1, *images.shape[1:])
     if mirrored is not None:
         # eight bytes at once: bytes one by one take longer than all else here
         flipped = x.flip(3).view(torch.int64)
@@ -110,7 +110,7 @@ class AutoencoderStage:
         """
         terms = self.forward(batch)
         sse = self.workers.sum_(terms.sse.detach().sum())
-        variance = sse / (batch.size * vae.IMAGE_VALUES)
+        variance = sse / (batch.size * self.network.image_values)
         distortion = self.network.distortion(terms.sse, variance)
         beta = self.beta(batch.progress)
         loss = (distortion + beta * terms.rate).sum() / batch.size
@@ -120,7 +120,7 @@ class AutoencoderStage:
     def forward(self, batch: Batch) -> vae.Terms:
         x = gather(self.images, batch.rows, batch.mirrored)
         if len(x) == 0:  # convolutions take no empty batch: compute one, count none
-            x = x.new_zeros(1, *vae.IMAGE_SHAPE)
+            x = x.new_zeros(1, *self.network.image_shape)
         with device.autocast(self.config.device, self.config.precision):
             terms = self.network(x, batch.seeds, batch.row_offset, batch.progress)
         n = len(batch.rows)
@@ -141,7 +141,8 @@ class AutoencoderStage:
 
         means: over the epoch's images. Returns columns of the log.
         """
-        variance = self.network.variance.fill_(means[2] / vae.IMAGE_VALUES).cpu().double()
+        values = self.network.image_values
+        variance = self.network.variance.fill_(means[2] / values).cpu().double()
         rate, sse = self.test_terms()
         distortion = self.network.distortion(sse, variance)
         columns = {f"train_{name}": value for name, value in self.metrics(means).items()}
@@ -149,7 +150,7 @@ class AutoencoderStage:
         columns["test_rate"] = rate.item()
         columns["test_distortion"] = distortion.item()
         columns["test_sse"] = sse.item()
-        columns["bits_per_dim"] = vae.bits_per_dim(sse, rate, variance).item()
+        columns["bits_per_dim"] = vae.bits_per_dim(sse, rate, variance, values).item()
         return columns
 
     def test_terms(self) -> Tensor:
