@@ -59,8 +59,9 @@ def check_sheet(config: SampleConfig) -> None:
 def check_pixels(config: SampleConfig, side: int) -> None:
     """Raise UserError for a sheet that is too large. side: pixels of each picture's."""
     shown = config.best if config.best else config.n
-    rows = math.ceil(shown / config.columns)
-    pixels = rows * config.columns * (side + plots.GAP) ** 2
+    if not plots.is_moving(config.out):
+        shown = math.ceil(shown / config.columns) * config.columns
+    pixels = shown * (side + plots.GAP) ** 2
     if pixels > MOST_PIXELS:
         raise UserError(
             f"--n, --columns, --scale: got a sheet of {pixels:,} pixels; "
@@ -92,7 +93,7 @@ def summary(sampler: Sampler, config: SampleConfig, about: dict[str, object]) ->
     if subject(config) == PEGASUS and sampler.prior is not None and not sampler.has_pegasi:
         count += (
             f" between {sampler.classes[0]} and {sampler.classes[1]}, hardly with wings "
-            "(judge 0 did not know the first class with the second's wings)"
+            "(judge 0 does not know the first class, or did not with the second's wings)"
         )
     settings = [f"{key} {value}" for key, value in about.items() if key != "Software"]
     return f"{config.out}: {count}, {', '.join(settings)}"

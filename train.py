@@ -20,6 +20,7 @@ from pegasus import checkpoint, cli, device
 from pegasus.cli import UserError
 from pegasus.data import datasets
 from pegasus.training import cuda_graph, muon, run_dir
+from pegasus.training.adam import SkippingAdam
 from pegasus.training.config import TrainConfig, resume_config
 from pegasus.training.distributed import Workers
 from pegasus.training.muon import Muon
@@ -44,7 +45,10 @@ def make_optimizers(stage: Stage) -> list[Optimizer]:
     if stage.config.arch == "conv":
         hidden = [weight for weight in weights if muon.is_hidden(weight)]
         weights = [weight for weight in weights if not muon.is_hidden(weight)]
-    adam = Adam(weights, fused=True, capturable=device.has_graphs(stage.config.device))
+    if stage.config.device == "mps":
+        adam = SkippingAdam(weights)
+    else:
+        adam = Adam(weights, fused=True, capturable=device.has_graphs(stage.config.device))
     return [adam, Muon(hidden)] if hidden else [adam]
 
 
@@ -111,7 +115,7 @@ def update_weights(
         optimizer.step()
     adam = optimizers[0]
     first = adam.param_groups[0]["params"][0]
-    return adam.state[first]["step"]
+    return adam.state[first].get("step", skip.new_zeros(()))
 
 
 def show_step(run: Run, stage: Stage, display: Progress) -> None:
@@ -230,7 +234,8 @@ def open_run(
     data = workers.leader_first(
         lambda: datasets.load(config.data, config.classes, expected, config.size)
     )
-    config = replace(config, classes=",".join(data.classes))
+    if config.classes is None:
+        config = replace(config, classes=",".join(data.classes))
     with checkpoint.explain_mismatch(last if state else None):
         run = Run(config, data)
         if state:

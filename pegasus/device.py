@@ -32,8 +32,8 @@ def has_graphs(device: str) -> bool:
     return device not in ("cpu", "mps")
 
 
-def sum_dtype(device: str) -> torch.dtype:
-    """Return the dtype of an epoch's sums: float64, which Apple's GPUs do not have."""
+def widest_float(device: str) -> torch.dtype:
+    """Return a device's most exact dtype: float64, which Apple's GPUs do not have."""
     return torch.float32 if device == "mps" else torch.float64
 
 
@@ -72,7 +72,7 @@ def fast_autocast(like: Tensor) -> torch.autocast:
 def to_device(numbers: list, device: str) -> Tensor:
     """Copy numbers to a tensor on a device without waiting for a busy GPU."""
     pinned = torch.tensor(numbers, pin_memory=device == "cuda")
-    return pinned.to(device, non_blocking=True)
+    return pinned.to(device, non_blocking=device == "cuda")
 
 
 def inference_batch(device: str, cpu_size: int) -> int:

@@ -29,6 +29,12 @@ def prepare() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def say(text: str) -> None:
+    """Print a line on stderr at once, in the first of several processes."""
+    if os.environ.get("RANK", "0") in ("", "0"):
+        print(text, file=sys.stderr, flush=True)
+
+
 def is_terminal(stream: TextIO) -> bool:
     """Return whether lines of a stream can be rewritten."""
     return stream.isatty() and os.environ.get("TERM") != "dumb"

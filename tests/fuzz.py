@@ -28,7 +28,7 @@ with watched:
     import sample
     from pegasus import checkpoint, cli
     from pegasus.cli import UserError
-    from pegasus.data import cifar10
+    from pegasus.data import cifar10, classes
     from pegasus.drawing import sampler
     from pegasus.models import variants
     from pegasus.training import config as training_config
@@ -112,7 +112,7 @@ def command(data: bytes) -> None:
         config, given = cli.parse(TrainConfig, words, "")
         config = training_config.resume_config(config, given, None)
         cli.check(config)
-        cifar10.class_indices(config.classes or cifar10.PAIR)
+        classes.parse(config.classes or classes.PAIR, cifar10.CLASSES)
         variants.latent_shape(config.latent)
     with refusals(output):
         config, _ = cli.parse(sampler.SampleConfig, words, "")

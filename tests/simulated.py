@@ -118,7 +118,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, has_float64: bool = True) -> Iterator[N
     """
     if not has_float64:
         monkeypatch.setattr(Device, "has_float64", False)
-        monkeypatch.setattr(device, "sum_dtype", lambda place: torch.float32)
+        monkeypatch.setattr(device, "widest_float", lambda place: torch.float32)
         monkeypatch.setattr(device, "has_graphs", lambda place: False)
     tensor = torch.tensor
     save = checkpoint.save

@@ -2,7 +2,7 @@ import os
 from pathlib import Path
 
 from pegasus.cli import UserError
-from pegasus.data import cifar10
+from pegasus.data import cifar10, classes
 from pegasus.data.cifar10 import RECORD
 
 import numpy as np
@@ -53,15 +53,15 @@ def test_all_classes_are_loaded_in_the_order_of_the_files(own_batches):
 
 
 def test_classes_are_numbered_as_asked(batches):
-    images, labels = cifar10.load(batches, "horse,bird", cifar10.TRAIN)
-    swapped_images, swapped_labels = cifar10.load(batches, "bird, horse", cifar10.TRAIN)
+    images, labels = cifar10.load(batches, ("horse", "bird"), cifar10.TRAIN)
+    swapped_images, swapped_labels = cifar10.load(batches, ("bird", "horse"), cifar10.TRAIN)
     assert (swapped_images == images).all()
     assert (swapped_labels == 1 - labels).all()
     assert labels.bincount().tolist() == [96, 96]
 
 
 def test_a_class_holds_its_own_images(batches):
-    images, labels = cifar10.load(batches, "horse,bird", cifar10.TEST)
+    images, labels = cifar10.load(batches, ("horse", "bird"), cifar10.TEST)
     all_images, all_labels = cifar10.load_all(batches, cifar10.TEST)
     horse = cifar10.CLASSES.index("horse")
     assert images[labels == 0].equal(all_images[all_labels == horse])
@@ -71,7 +71,7 @@ def test_all_images_of_the_real_set():
     folder = os.environ["REAL_CIFAR10_DIR"]
     if not folder:
         pytest.skip("CIFAR10_DIR names no real batches")
-    images, labels = cifar10.load(Path(folder), "horse,bird", cifar10.TRAIN)
+    images, labels = cifar10.load(Path(folder), ("horse", "bird"), cifar10.TRAIN)
     assert images.shape == (10_000, 3, 32, 32)
     assert labels.bincount().tolist() == [5000, 5000]
     assert 100 < images.float().mean() < 140
@@ -81,9 +81,9 @@ def test_faults_of_files(own_batches):
     first = own_batches / "data_batch_1.bin"
     whole = first.read_bytes()
 
-    def fault(load=cifar10.load_all, *classes):
+    def fault(load=cifar10.load_all, *names):
         with pytest.raises(UserError) as caught:
-            load(own_batches, *classes, cifar10.TRAIN)
+            load(own_batches, *names, cifar10.TRAIN)
         return str(caught.value)
 
     first.write_bytes(whole[:-1])
@@ -96,19 +96,23 @@ def test_faults_of_files(own_batches):
     assert "0 bytes" in fault()
     first.unlink()
     (own_batches / "test_batch.bin").unlink()
-    for message in (fault(), fault(cifar10.load, "horse,bird")):
+    for message in (fault(), fault(cifar10.load, ("horse", "bird"))):
         assert "no data_batch_1.bin, test_batch.bin;" in message
         assert cifar10.DOWNLOAD in message
 
 
-def test_faults_of_classes(batches):
-    def fault(classes):
+def test_faults_of_classes():
+    def fault(names):
         with pytest.raises(UserError) as caught:
-            cifar10.load(batches, classes, cifar10.TRAIN)
+            classes.parse(names, cifar10.CLASSES)
         return str(caught.value)
 
     assert "--classes: got ''" in fault("")
     assert "--classes: got ','" in fault(",")
     assert "'horse,unicorn'" in fault("horse,unicorn")
     assert "different ones" in fault("horse,horse")
-    assert "no picture of frog" in fault("horse,frog")
+
+
+def test_a_class_without_a_picture(batches):
+    with pytest.raises(UserError, match="no picture of frog in data_batch_1.bin"):
+        cifar10.load(batches, ("horse", "frog"), cifar10.TRAIN)

@@ -45,12 +45,13 @@ def test_auto_is_cuda_where_there_is_one(monkeypatch):
 
 
 def test_mps_is_taken_where_it_is_asked_for_and_there(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(UserError, match="--device: got mps"):
         device.resolve_device("mps")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert [device.resolve_device(name) for name in ("auto", "mps")] == ["cpu", "mps"]
     assert device.fastest_precision("mps") == "float32"
-    assert device.sum_dtype("mps") == torch.float32  # it has no float64
+    assert device.widest_float("mps") == torch.float32  # it has no float64
     assert not device.has_graphs("mps")
 
 

@@ -15,6 +15,7 @@ from pegasus.data import cifar10, datasets, synthetic
 from pegasus.drawing import sampler
 from pegasus.training import config as training_config
 from pegasus.training import progress, signals, stages
+from pegasus.training.adam import SkippingAdam
 from pegasus.training.config import TrainConfig
 
 import pytest
@@ -65,7 +66,7 @@ def test_a_runs_folder(run, batches):
 def test_the_logged_test_loss_is_that_of_the_checkpoint(run, batches):
     """Computed again from the file, one image at a time."""
     model = sampler.load(run / "last.pt").model
-    images, _ = cifar10.load(batches, "horse,bird", cifar10.TEST)
+    images, _ = cifar10.load(batches, ("horse", "bird"), cifar10.TEST)
     seed = torch.tensor(reparam.derive_seed(0, 0, stages.TEST))
     sse = []
     with torch.no_grad():
@@ -514,6 +515,25 @@ def test_gradients_are_divided_by_their_scale():
     torch.testing.assert_close(square, 0.001 * gradient.square())
     wanted = before - 0.01 * gradient / (gradient.abs() + 1e-8)
     torch.testing.assert_close(weight.detach(), wanted)
+
+
+def test_adam_without_a_kernel_of_its_own_skips_and_clips_like_torchs():
+    networks = [nn.Linear(3, 2) for _ in range(2)]
+    networks[1].load_state_dict(networks[0].state_dict())
+    parameters = [list(network.parameters()) for network in networks]
+    optimizers = [Adam(parameters[0], fused=True), SkippingAdam(parameters[1])]
+    for number in range(5):
+        x = torch.randn(4, 3, generator=torch.Generator().manual_seed(number))
+        steps = []
+        for network, optimizer in zip(networks, optimizers, strict=True):
+            network.zero_grad()
+            network(x).square().sum().backward()
+            skip = torch.tensor(float(number % 2 == 0))  # the first one, too
+            divisor = torch.tensor(3.0) if number < 4 else None
+            steps.append(train.update_weights([optimizer], torch.tensor(0.1), skip, divisor))
+        assert steps[0] == steps[1] == (number + 1) // 2
+        for one, other in zip(*parameters, strict=True):
+            torch.testing.assert_close(one, other)
 
 
 def test_how_far_gradients_are_clipped():

@@ -18,6 +18,11 @@ inline std::string name(ScalarType type) {  // as Python prints it
     case ScalarType::BFloat16: return "torch.bfloat16";
     case ScalarType::Half: return "torch.float16";
     case ScalarType::Long: return "torch.int64";
+    case ScalarType::Int: return "torch.int32";
+    case ScalarType::Short: return "torch.int16";
+    case ScalarType::Char: return "torch.int8";
+    case ScalarType::Byte: return "torch.uint8";
+    case ScalarType::Bool: return "torch.bool";
     default: return std::string("torch.") + torch::headeronly::toString(type);
   }
 }

@@ -30,7 +30,8 @@ struct Arguments {
 // Segments are numbered row by row.
 using SegmentsKernel = void (*)(const Arguments&, int64_t first, int64_t last);
 
-// Gives rows their kl from their segments' sums. Static: no other file's copy is used.
+// Gives rows their kl from their segments' sums. Static: files compiled for an instruction set
+// include this, and the linker might take their copy.
 static inline void add_segments(const Arguments& a, Dtype dtype) {
   for (int64_t row = 0; row < a.rows; ++row) {
     double sum = 0;

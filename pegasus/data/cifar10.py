@@ -23,7 +23,6 @@ FOLDER = "cifar-10-batches-bin"
 TRAIN = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
 TEST = ("test_batch.bin",)
 RECORD = 3073  # bytes
-PAIR = "horse,bird"  # the classes by default
 DOWNLOAD = "python -m pegasus.data.download data"
 
 
@@ -65,22 +64,6 @@ def write(
     records.astype(np.uint8).tofile(path)
 
 
-def class_indices(names: str, known: tuple[str, ...] = CLASSES) -> list[int]:
-    """Return the label of each class in a comma-separated list, in its order.
-
-    known: the names of labels 0, 1, ... Raises UserError for others.
-    """
-    classes = [name.strip() for name in names.split(",") if name.strip()]
-    unknown = set(classes) - set(known)
-    repeated = len(set(classes)) < len(classes)
-    if unknown or repeated or not classes:
-        raise UserError(
-            f"--classes: got {names!r}, wanted one or more different ones of "
-            f"{', '.join(known)}, separated by commas"
-        )
-    return [known.index(name) for name in classes]
-
-
 def missing_files(folder: Path) -> list[str]:
     """Return the names of the batch files that a folder lacks."""
     return [name for name in TRAIN + TEST if not (folder / name).is_file()]
@@ -107,7 +90,9 @@ def select(
     return images[kept], positions[kept]
 
 
-def check_counts(folder: Path, labels: Tensor, names: list[str], where: str) -> None:
+def check_counts(
+    folder: Path, labels: Tensor, names: tuple[str, ...], where: str
+) -> None:
     """Raise UserError for classes without a single picture. labels: positions in names."""
     counts = labels.bincount(minlength=len(names))
     empty = [name for name, n in zip(names, counts, strict=True) if n == 0]
@@ -132,15 +117,16 @@ def load_all(folder: Path, files: tuple[str, ...]) -> tuple[Tensor, Tensor]:
     return join(read(folder / name) for name in files)
 
 
-def load(folder: Path, classes: str, files: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+def load(
+    folder: Path, classes: tuple[str, ...], files: tuple[str, ...]
+) -> tuple[Tensor, Tensor]:
     """Load some classes of batch files: images, uint8 (n, 3, 32, 32), labels, (n,).
 
-    classes: names, separated by commas; a label is a position in this list.
-    Raises UserError for missing or damaged files, unknown classes and classes
-    without a single image.
+    A label is a position in `classes`. Raises UserError for missing or damaged files and
+    for classes without a single image.
     """
-    indices = class_indices(classes)
+    indices = [CLASSES.index(name) for name in classes]
     check_files(folder)
     images, labels = join(select(*read(folder / name), indices) for name in files)
-    check_counts(folder, labels, [CLASSES[i] for i in indices], "in " + ", ".join(files))
+    check_counts(folder, labels, classes, "in " + ", ".join(files))
     return images, labels

@@ -1,20 +1,21 @@
 """What --data means: a folder of batches or of pictures, the download, the synthetic set."""
 import hashlib
 import os
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import vae
+from pegasus import streams
 from pegasus.cli import UserError
-from pegasus.data import cifar10, download, pictures, synthetic
+from pegasus.data import cifar10, classes, download, pictures, synthetic
 from pegasus.data.pictures import Labelled
 
 import torch
 from torch import Tensor
 
 DATA = Path("data")
+KEYWORDS = ("auto", "cifar10", "synthetic")  # that --data takes
 BANNER = """
 **********************************************************************
   SYNTHETIC DATA: CIFAR-10 can't be had here, so this run uses horses
@@ -42,17 +43,12 @@ class Dataset:
     digest: str  # SHA-256 of the four tensors
 
 
-def say(text: str) -> None:
-    """Print a line on stderr at once."""
-    print(text, file=sys.stderr, flush=True)
-
-
 def synthetic_folder() -> Path:
     """Return data/synthetic, drawn if there is none. Raises UserError."""
     folder = DATA / "synthetic"
     if folder.exists():
         return folder
-    say(
+    streams.say(
         "drawing 12,000 pictures, 2,000 of them to test, "
         f"into {folder}: a minute or less"
     )
@@ -74,7 +70,7 @@ def automatic_folder() -> Path:
         folder = DATA / cifar10.FOLDER
         if folder.is_dir():  # begun by hand: let `load` say which files it lacks
             return folder
-        say(BANNER.format(reason=reason))
+        streams.say(BANNER.format(reason=reason))
         return synthetic_folder()
 
 
@@ -94,7 +90,7 @@ def locate(data: str) -> Path:
     folder = Path(data)
     if not folder.is_dir():
         raise UserError(
-            f"--data: no folder {data}; wanted auto, cifar10, synthetic, a folder of "
+            f"--data: no folder {data}; wanted {', '.join(KEYWORDS)}, a folder of "
             "CIFAR-10's binary batches, or one with a folder of pictures for each class"
         )
     return folder
@@ -122,9 +118,9 @@ def sha256(tensors: Iterable[Tensor]) -> str:
 def has_pictures(data: str) -> bool:
     """Return whether `--data` is a folder with folders in it, and no batch file."""
     folder = Path(data)
-    if not folder.is_dir() or len(cifar10.missing_files(folder)) < 6:
+    if data in ("", *KEYWORDS) or not folder.is_dir():
         return False
-    return any(path.is_dir() for path in pictures.visible(folder))
+    return len(cifar10.missing_files(folder)) == 6 and bool(pictures.folders(folder))
 
 
 def resize(images: Tensor, size: int) -> Tensor:
@@ -136,37 +132,36 @@ def resize(images: Tensor, size: int) -> Tensor:
 
 
 def load_parts(
-    data: str, classes: str | None, size: int
-) -> tuple[Path, str, Labelled, Labelled]:
+    data: str, names: str | None, size: int
+) -> tuple[Path, tuple[str, ...], Labelled, Labelled]:
     """Return the folder that `--data` means, its classes, and what is to train and test on."""
     if has_pictures(data):
-        return Path(data), *pictures.load(Path(data), classes, size)
-    classes = cifar10.PAIR if classes is None else classes
-    cifar10.class_indices(classes)  # before anything is downloaded
+        return Path(data), *pictures.load(Path(data), names, size)
+    chosen = classes.parse(classes.PAIR if names is None else names, cifar10.CLASSES)
     folder = locate(data)
     parts = []
     for files in (cifar10.TRAIN, cifar10.TEST):
-        images, labels = cifar10.load(folder, classes, files)
+        images, labels = cifar10.load(folder, chosen, files)
         parts.append((resize(images, size), labels))
-    return folder, classes, *parts
+    return folder, chosen, *parts
 
 
 def load(
     data: str,
-    classes: str | None,
+    names: str | None,
     expected: dict[str, str] | None = None,
     size: int = 32,
 ) -> Dataset:
     """Load all pictures of some classes.
 
-    data: what `--data` says. classes: names, separated by commas; by default horse,bird,
+    data: what `--data` says. names: of classes, separated by commas; by default horse,bird,
     or all of a folder of pictures without these. expected: a checkpoint's `folder`, which
     "auto" then means, and `digest`, which must be the same. size: pixels of a side. Raises
     UserError for whatever is wrong with them.
     """
     if expected and data == "auto":
         data = resolve_auto(expected["folder"])
-    folder, classes, train, test = load_parts(data, classes, size)
+    folder, chosen, train, test = load_parts(data, names, size)
     digest = sha256((*train, *test))
     folder = folder.resolve()
     if expected and digest != expected["digest"]:
@@ -174,6 +169,5 @@ def load(
             f"--data: {folder} is not what the checkpoint was trained on "
             f"({expected['folder']}); give that folder, or begin another run"
         )
-    names = tuple(name.strip() for name in classes.split(",") if name.strip())
     name = folder.name.encode(errors="replace").decode()  # logs are UTF-8
-    return Dataset(*train, *test, names, str(folder), name, digest)
+    return Dataset(*train, *test, chosen, str(folder), name, digest)

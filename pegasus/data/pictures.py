@@ -7,18 +7,18 @@ A picture is whatever Pillow reads: turned as its EXIF data say, what is transpa
 white, its middle square made as large as asked for. A folder is read once: `pegasus-32.npz`
 in it, for 32 pixels a side, keeps the pixels until a file is added, removed or changed.
 """
+import functools
 import hashlib
+import itertools
 import json
 import os
-import sys
 import warnings
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 from pegasus import cli, files, streams
 from pegasus.cli import UserError
-from pegasus.data import cifar10
+from pegasus.data import cifar10, classes
 
 import numpy as np
 import torch
@@ -29,7 +29,6 @@ CACHE = "pegasus-{size}.npz"
 SPLITS = {"train", "test"}
 TESTED = 10  # one of so many pictures of a class is kept to test
 SHOWN = 5  # of the files left out that are named
-TAKEN = {"any", "morph", "pegasus", "prior"}  # names that mean something else
 TURNS = {  # of EXIF's orientations
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -72,23 +71,41 @@ def crop_square(image: Image.Image, size: int) -> Image.Image:
     return ImageOps.fit(image.convert("RGB"), (size, size))
 
 
+class NoPicture(UserError):
+    """A file whose content is no picture that can be used."""
+
+
+@functools.cache
+def formats() -> list[str]:
+    """Return what Pillow reads without starting another program on a file."""
+    Image.init()
+    return [name for name in Image.ID if name != "EPS"]
+
+
 def read(path: Path, size: int = 32) -> Tensor:
-    """Read a picture's middle square as bytes (3, size, size). Raises UserError."""
+    """Read a picture's middle square as bytes (3, size, size).
+
+    Raises NoPicture, and UserError for a file that can't be read at all.
+    """
     try:
         with warnings.catch_warnings(action="ignore"):  # of a large picture
-            with Image.open(path) as image:
+            with Image.open(path, formats=formats()) as image:
                 image.draft("RGB", (4 * size, 4 * size))  # of a JPEG no more detail
                 square = crop_square(image, size)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; wanted a picture") from None
+    except MemoryError:
+        raise
     except Image.DecompressionBombError:
         most = 2 * Image.MAX_IMAGE_PIXELS
-        raise UserError(
+        raise NoPicture(
             f"{path}: wanted at most {most:,} pixels; make it smaller"
         ) from None
     except Exception as error:  # a file can hold anything, and readers raise as much
+        if isinstance(error, OSError) and error.errno:  # the system's, not Pillow's
+            raise UserError(f"{path}: can't be read ({error.strerror})") from None
         reason = cli.brief(error)
-        raise UserError(f"{path}: not a picture that can be read ({reason})") from None
+        raise NoPicture(f"{path}: not a picture that can be read ({reason})") from None
     return torch.from_numpy(np.asarray(square).copy()).permute(2, 0, 1)
 
 
@@ -98,10 +115,10 @@ Labelled = tuple[Tensor, Tensor]  # images and labels
 
 
 class File(NamedTuple):
-    """A file of a class, and whether it is kept to test."""
+    """A file of a class. part: "train", "test", or "" where it is to be decided."""
     path: Path
     name: str
-    is_test: bool
+    part: str
 
 
 class Pictures(NamedTuple):
@@ -115,69 +132,64 @@ class Pictures(NamedTuple):
     left_out: np.ndarray
 
 
-def is_class_name(name: object) -> bool:
-    """Return whether a class may have a name: it stands in lists, options and captions."""
-    if not isinstance(name, str) or not name.isprintable() or name.strip() != name:
-        return False
-    coat = name.startswith(("white ", "dark "))
-    return bool(name) and "," not in name and name not in TAKEN and not coat
-
-
-def visible(folder: Path) -> list[Path]:
-    """Return what is in a folder, by name, without hidden things. Raises UserError."""
+def folders(folder: Path) -> dict[str, Path]:
+    """Return the folders in a folder by name, without hidden ones. Raises UserError."""
     try:
-        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+        found = [path for path in sorted(folder.iterdir()) if path.is_dir()]
     except OSError as error:
         raise UserError(f"{folder}: can't be read ({error.strerror})") from None
+    return {path.name: path for path in found if not path.name.startswith(".")}
 
 
-def class_folders(folder: Path) -> list[Path]:
-    """Return the folders in a folder. Raises UserError where one can't be a class."""
-    folders = [path for path in visible(folder) if path.is_dir()]
-    for path in folders:
-        if not is_class_name(path.name):
-            raise UserError(f"{path}: no class can have this name; rename the folder")
-    return folders
+def parts(folder: Path) -> dict[str, dict[str, Path]]:
+    """Return the folders of classes by name, of each part of the data.
 
-
-def files_below(folder: Path) -> list[Path]:
-    """Return all files in a folder and in folders there."""
-    found = []
-    for path in visible(folder):
-        if path.is_dir():
-            found += files_below(path)
-        elif path.is_file():
-            found.append(path)
+    Raises UserError for one that can't be a class.
+    """
+    found = {"": folders(folder)}
+    if set(found[""]) == SPLITS:
+        found = {part: folders(place) for part, place in found[""].items()}
+    for path in [place for part in found.values() for place in part.values()]:
+        if not classes.is_name(path.name):
+            raise UserError(
+                f"{path}: this can't be a class's name; rename the folder to something "
+                f"without commas that is none of {', '.join(sorted(classes.TAKEN))}"
+            )
     return found
 
 
-def chance(path: Path) -> bytes:
-    """Return what decides whether a file is kept to test, of its name alone."""
-    return hashlib.sha256(os.fsencode(path.name)).digest()
-
-
-def split(folder: Path) -> list[File]:
-    """Return a class's files, a tenth of them kept to test."""
-    paths = files_below(folder)
-    kept = set(sorted(paths, key=chance)[: max(1, len(paths) // TESTED)])
-    return [File(path, folder.name, path in kept) for path in paths]
-
-
-def list_files(folder: Path) -> list[File]:
-    """Return the files of all classes in a folder. Raises UserError."""
-    places = {path.name: path for path in visible(folder) if path.is_dir()}
-    if set(places) != SPLITS:
-        return [file for place in class_folders(folder) for file in split(place)]
+def list_files(found: dict[str, dict[str, Path]], names: tuple[str, ...]) -> list[File]:
+    """Return all files of some classes, hidden ones left out."""
     listed = []
-    for part, place in places.items():
-        for inner in class_folders(place):
-            paths = files_below(inner)
-            listed += [File(path, inner.name, part == "test") for path in paths]
+    for part, name in itertools.product(found, names):
+        for place, inner, files_there in os.walk(found[part].get(name, "")):
+            inner[:] = sorted(folder for folder in inner if not folder.startswith("."))
+            paths = [Path(place, file) for file in sorted(files_there) if file[0] != "."]
+            listed += [File(path, name, part) for path in paths if path.is_file()]
     return listed
 
 
+def chance(file: File) -> bytes:
+    """Return what decides whether a file is kept to test, of its name alone."""
+    return hashlib.sha256(os.fsencode(file.path.name)).digest()
+
+
+def is_test(kept: list[File]) -> list[bool]:
+    """Return which files are kept to test: as their folders say, else a tenth a class."""
+    tested = {file for file in kept if file.part == "test"}
+    for name in {file.name for file in kept if not file.part}:
+        of_class = sorted((file for file in kept if file.name == name), key=chance)
+        tested |= set(of_class[: max(1, len(of_class) // TESTED)])
+    return [file in tested for file in kept]
+
+
+def printable(text: str) -> str:
+    """Return text in which nothing moves a terminal's cursor."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 def read_all(listed: list[File], size: int) -> Pictures:
-    """Read files; what is no picture is left out."""
+    """Read files; what is no picture is left out. Raises UserError."""
     images = np.empty((len(listed), 3, size, size), np.uint8)
     kept = []
     left_out = []
@@ -187,12 +199,30 @@ def read_all(listed: list[File], size: int) -> Pictures:
         try:
             images[len(kept)] = read(file.path, size).numpy()
             kept.append(file)
-        except UserError as error:
-            left_out.append(str(error))
+        except NoPicture as error:
+            left_out.append(printable(str(error)))
     streams.show("")
     names = np.array([file.name for file in kept], dtype=str)
-    is_test = np.array([file.is_test for file in kept], dtype=bool)
-    return Pictures(images[: len(kept)], names, is_test, np.array(left_out, dtype=str))
+    tested = np.array(is_test(kept), dtype=bool)
+    return Pictures(images[: len(kept)], names, tested, np.array(left_out, dtype=str))
+
+
+def report(folder: Path, pictures: Pictures) -> None:
+    """Say what was left out. Raises UserError where that is more than half, or all."""
+    count = len(pictures.left_out)
+    total = len(pictures.images) + count
+    if not total:
+        raise UserError(f"{folder}: no file in its folders; wanted one of pictures for each class")
+    if count > total / 2:
+        raise UserError(
+            f"{folder}: {count:,} of {total:,} files are no pictures, as "
+            f"{pictures.left_out[0]}; wanted a folder of pictures for each class"
+        )
+    if count:
+        some = [f"left out of {folder}, {count:,} of {total:,} files:"]
+        some += [f"  {text}" for text in pictures.left_out[:SHOWN]]
+        some += [f"  and {count - SHOWN:,} more"] if count > SHOWN else []
+        streams.say("\n".join(some))
 
 
 # ---- what was read, kept in one file ----
@@ -201,10 +231,10 @@ def read_all(listed: list[File], size: int) -> Pictures:
 def fingerprint(folder: Path, listed: list[File]) -> str:
     """Return a digest of the names, sizes and times of change of a folder's files."""
     digest = hashlib.sha256()
-    for path, name, is_test in listed:
+    for path, name, part in listed:
         stat = path.stat()
         inside = os.fsencode(path.relative_to(folder)).hex()
-        line = [inside, name, is_test, stat.st_size, stat.st_mtime_ns]
+        line = [inside, name, part, stat.st_size, stat.st_mtime_ns]
         digest.update(json.dumps(line).encode())
     return digest.hexdigest()
 
@@ -215,74 +245,53 @@ def load_cache(path: Path, key: str) -> Pictures | None:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as kept:
             if str(kept["key"]) == key:
                 return Pictures(*(kept[name] for name in Pictures._fields))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except Exception:  # a damaged file can raise anything
         pass
     return None
 
 
 def save_cache(path: Path, key: str, pictures: Pictures) -> None:
     """Keep what was read, where the folder can be written to."""
+    advice = "its pictures are read again at each start"
     try:
-        with files.replace_file(path) as temporary, open(temporary, "wb") as file:
+        with files.replace_file(path, advice) as temporary, open(temporary, "wb") as file:
             np.savez(file, key=np.array(key), **pictures._asdict())
     except UserError as error:
-        print(f"{error}; its pictures are read again at each start", file=sys.stderr)
+        streams.say(str(error))
 
 
-def report(folder: Path, pictures: Pictures) -> None:
-    """Say what was left out. Raises UserError where that is more than half, or all."""
-    count = len(pictures.left_out)
-    total = len(pictures.images) + count
-    if not total or count > total / 2:
-        first = f", as {pictures.left_out[0]}" if count else ""
-        raise UserError(
-            f"{folder}: {count:,} of {total:,} files are no pictures{first}; wanted CIFAR-10's "
-            "six binary batches, or a folder of pictures for each class"
-        )
-    if count:
-        print(f"left out of {folder}, {count:,} of {total:,} files:", file=sys.stderr)
-        for text in pictures.left_out[:SHOWN]:
-            print(f"  {text}", file=sys.stderr)
-        if count > SHOWN:
-            print(f"  and {count - SHOWN:,} more", file=sys.stderr)
-
-
-def read_folder(folder: Path, size: int) -> Pictures:
+def read_folder(folder: Path, listed: list[File], size: int) -> Pictures:
     """Return a folder's pictures, from what was kept of them if nothing has changed."""
-    listed = list_files(folder)
     path = folder / CACHE.format(size=size)
     key = fingerprint(folder, listed)
-    pictures = load_cache(path, key)
-    if pictures is None:
-        pictures = read_all(listed, size)
-        report(folder, pictures)
+    kept = load_cache(path, key)
+    pictures = read_all(listed, size) if kept is None else kept
+    report(folder, pictures)
+    if kept is None:
+        files.sweep(folder)
         save_cache(path, key, pictures)
-    else:
-        report(folder, pictures)
     return pictures
 
 
 def load(
-    folder: Path, classes: str | None, size: int = 32
-) -> tuple[str, Labelled, Labelled]:
+    folder: Path, names: str | None, size: int = 32
+) -> tuple[tuple[str, ...], Labelled, Labelled]:
     """Load some classes of a folder of pictures, to train on and to test.
 
-    classes: names, separated by commas; by default horse,bird, or all where these are not
-    there. Returns the names, and twice images, uint8 (n, 3, size, size), with labels, (n,),
-    positions among the names. Raises UserError.
+    names: of classes, separated by commas; by default horse,bird, or all where these are
+    not there. Returns the names, and twice images, uint8 (n, 3, size, size), with labels,
+    (n,), positions among the names. Raises UserError.
     """
-    pictures = read_folder(folder, size)
-    known = tuple(str(name) for name in np.unique(pictures.names))
-    if classes is None:
-        classes = cifar10.PAIR if {"horse", "bird"} <= set(known) else ",".join(known)
-    indices = cifar10.class_indices(classes, known)
+    found = parts(folder)
+    known = tuple(sorted({name for part in found.values() for name in part}))
+    if names is None:
+        names = classes.PAIR if {"horse", "bird"} <= set(known) else ",".join(known)
+    chosen = classes.parse(names, known)
+    pictures = read_folder(folder, list_files(found, chosen), size)
     images = torch.from_numpy(pictures.images)
-    labels = torch.from_numpy(np.searchsorted(known, pictures.names))
-    parts = []
-    for is_test in (False, True):
-        rows = torch.from_numpy(pictures.is_test == is_test)
-        part = cifar10.select(images[rows], labels[rows], indices)
-        names = [known[i] for i in indices]
-        cifar10.check_counts(folder, part[1], names, "to test" if is_test else "to train on")
-        parts.append(part)
-    return classes, *parts
+    labels = torch.tensor([chosen.index(name) for name in pictures.names], dtype=torch.int64)
+    for_test = torch.from_numpy(pictures.is_test)
+    for rows, purpose in ((~for_test, "to train on"), (for_test, "to test")):
+        cifar10.check_counts(folder, labels[rows], chosen, purpose)
+    train = (images[~for_test], labels[~for_test])
+    return chosen, train, (images[for_test], labels[for_test])

@@ -1,6 +1,7 @@
 """Sheets of images and curves of numbers, drawn with Pillow."""
 import math
 import tempfile
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +10,7 @@ import vae
 from pegasus import files
 from pegasus.cli import UserError
 
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, features
+from PIL import ExifTags, Image, ImageDraw, ImageFont, PngImagePlugin, features
 from torch import Tensor
 
 INK = (40, 40, 40)
@@ -62,37 +63,45 @@ def save(image: Image.Image, path: Path, text: dict[str, object]) -> None:
         image.save(temporary, "PNG", pnginfo=info)
 
 
+def one_palette(frames: list[Image.Image]) -> list[Image.Image]:
+    """Return pictures of one size with the same 256 colors: other ones would flicker."""
+    width, height = frames[0].size
+    strip = Image.new("RGB", (width, height * len(frames)))
+    for number, frame in enumerate(frames):
+        strip.paste(frame, (0, number * height))
+    strip = strip.quantize(256, dither=Image.Dither.NONE)
+    tops = range(0, strip.height, height)
+    return [strip.crop((0, top, width, top + height)) for top in tops]
+
+
 def save_moving(frames: list[Image.Image], path: Path, text: dict[str, object]) -> None:
     """Write pictures as one that moves, for ever, whole or not at all.
 
-    Its format is that of the name's ending. A GIF has text as a comment, and one palette,
-    without which colors would flicker. Raises UserError.
+    Its format is that of the name's ending. A GIF has text as a comment, a WebP as EXIF's
+    description. Raises UserError.
     """
-    format_ = path.suffix[1:].upper()
-    settings = {"save_all": True, "append_images": frames[1:], "duration": FRAME, "loop": 0}
+    settings = {"save_all": True, "duration": FRAME, "loop": 0}
+    description = "; ".join(f"{key}: {value}" for key, value in text.items())
+    if path.suffix.lower() == ".gif":
+        frames = one_palette(frames)
+        settings |= {"format": "GIF", "comment": description.encode()}
+    else:
+        exif = Image.Exif()
+        exif[ExifTags.Base.ImageDescription] = description
+        settings |= {"format": "WEBP", "quality": 90, "exif": exif}
     with files.replace_file(path) as temporary:
-        if format_ == "WEBP":
-            frames[0].save(temporary, format_, quality=90, **settings)
-            return
-        strip = Image.new("RGB", (frames[0].width, frames[0].height * len(frames)))
-        for number, frame in enumerate(frames):
-            strip.paste(frame, (0, number * frame.height))
-        palette = strip.quantize(256)
-        plain = Image.Dither.NONE
-        frames = [frame.quantize(palette=palette, dither=plain) for frame in frames]
-        comment = "; ".join(f"{key}: {value}" for key, value in text.items())
-        settings["append_images"] = frames[1:]
-        frames[0].save(temporary, format_, comment=comment.encode(), **settings)
+        frames[0].save(temporary, append_images=frames[1:], **settings)
 
 
 def caption(image: Image.Image, text: str) -> Image.Image:
-    """Return the image with a line of text below it."""
+    """Return the image with text below it, in as many lines as it needs."""
     font = ImageFont.load_default(max(10, min(20, image.width // 28)))
-    height = image.height + 2 * font.size
+    lines = textwrap.wrap(text, max(10, int(1.9 * image.width / font.size)))
+    height = image.height + (1 + len(lines)) * font.size
     page = Image.new("RGB", (image.width, height), PAPER)
     page.paste(image)
-    middle = (image.width // 2, height - font.size)
-    ImageDraw.Draw(page).text(middle, text, INK, font, "mm")
+    place = (image.width // 2, image.height + font.size / 2)
+    ImageDraw.Draw(page).text(place, "\n".join(lines), INK, font, "ma", 0, "center")
     return page
 
 

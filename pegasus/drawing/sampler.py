@@ -233,7 +233,9 @@ def check(sampler: Sampler, config: SampleConfig) -> None:
     if sampler.has_pegasi and config.blend != DEFAULTS.blend:
         raise UserError("--blend: Pegasi are a class of this model; leave it out")
     if config.best and is_walk(config):
-        raise UserError("--best: a walk shows all of its pictures; leave it out")
+        raise UserError("--best: a walk and a moving picture show all; leave it out")
+    if is_walk(config) and sampler.model.latent_size < 2:
+        raise UserError("--mode walk: there is no circle in one latent dimension")
     if config.best:
         check_judged(sampler, config)
         classifier.load(classifier.CHOOSING)  # before minutes of drawing
@@ -277,7 +279,7 @@ def morph_share(config: SampleConfig, turns: Tensor | None) -> Tensor:
 def circle_noise(turns: Tensor, size: int, seed: int) -> Tensor:
     """Return standard normals on a circle, (n, size). turns: how far around, 0 to 1, (n,).
 
-    It is as far from zero everywhere, as draws of so many numbers are.
+    All have the same length.
     """
     first, second = vae.sampling_noise(2, size, seed)
     second = second - first * (first @ second) / (first @ first)
@@ -494,6 +496,8 @@ def even_turns(turns: Tensor, images: Tensor) -> Tensor:
     Pictures of evenly spaced noise hardly change for a while, then all at once.
     """
     step = (images - images.roll(-1, 0)).square().mean((1, 2, 3)).sqrt().double()
+    if step.sum() == 0:  # one picture, or all alike
+        return turns
     step = step + step.mean() / 4  # a careful way: what is between pictures is not known
     way = functional.pad(step.cumsum(0), (1, 0)).numpy()
     around = functional.pad(turns.double(), (0, 1), value=1.0).numpy()

@@ -364,7 +364,7 @@ def head_contrast(images: Tensor, masks: Tensor, geometry: Geometry) -> Tensor:
     """Return how heads and necks stand out, summed over pixels, (n,).
 
     Each of their pixels is compared with the mean of what is around it and no body. They
-    are what of bodies is before the wings and above the back. images, masks: at 32 x 32.
+    are the parts of bodies left of the wings and above the back. images, masks: at 32 x 32.
     """
     x, y = pixel_centers(SMALL)
     before = geometry.root_x + geometry.right - 0.2
@@ -399,6 +399,7 @@ def compose(
     bare = darken_sky(bare, body, sky)
     images, contrast = add_wings(bare, body, wings[pairs[0]], wings[pairs[1]], geometry)
     head = head_contrast(shrink(images), shrink(body), geometry)
+    # as much as the judge's log probability, which is -7 to 0, and no more of what is clear
     return images, bare, 0.05 * contrast.clamp(max=20) + 0.2 * head.clamp(max=14)
 
 

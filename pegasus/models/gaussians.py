@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import vae
 from pegasus.cli import UserError
-from pegasus.data import pictures
+from pegasus.data.classes import is_name
 from pegasus.models import labels
 from vae import VAE
 
@@ -49,7 +49,7 @@ def check(
     coats = {labels.with_coat(classes[0], coat) for coat in labels.COATS}
     complete = set(gaussians) == {*classes, *coats}
     absent = optional and not gaussians
-    named = all(map(pictures.is_class_name, classes)) and len(set(classes)) == len(classes)
+    named = all(map(is_name, classes)) and len(set(classes)) == len(classes)
     if not named or not (complete or absent):
         raise ValueError(f"classes {', '.join(classes)}, Gaussians {', '.join(gaussians)}")
     for name, (mean, covariance) in gaussians.items():

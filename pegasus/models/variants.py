@@ -206,8 +206,9 @@ def gumbel(rows: int, columns: int, seed: Tensor, row_offset: int = 0) -> Tensor
     """
     groups = (columns + 3) // 4
     words = reparam.words(rows, groups, seed, CODES + row_offset)
-    words = words.flatten(1)[:, :columns].to(device.sum_dtype(words.device.type))
-    uniform = (words + 0.5) * 2.0**-32
+    dtype = device.widest_float(words.device.type)
+    uniform = (words.flatten(1)[:, :columns].to(dtype) + 0.5) * 2.0**-32
+    uniform = uniform.clamp(max=1 - torch.finfo(dtype).eps / 2)  # float32 would round to 1
     return -(-uniform.log()).log().float()
 
 

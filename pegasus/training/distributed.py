@@ -8,6 +8,7 @@ uneven shares of a batch too, follows the same curve up to float rounding.
 """
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TypeVar
 
 from pegasus.cli import UserError
@@ -18,6 +19,7 @@ import torch.distributed.nn  # unused; imported later its defaults would hold a 
 from torch import Tensor
 
 T = TypeVar("T")
+PATIENCE = timedelta(hours=1)  # the others wait while the first one reads the data
 # what torchrun tells each process
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -65,7 +67,12 @@ class Workers:
         store, rank, size = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(f"start {self.restarts}", store)
         dist.init_process_group(
-            backend, store=store, rank=rank, world_size=size, device_id=gpu
+            backend,
+            store=store,
+            rank=rank,
+            world_size=size,
+            device_id=gpu,
+            timeout=PATIENCE,
         )
 
     def share(self, n: int) -> slice:

@@ -19,7 +19,7 @@ class StepGuard:
     """
 
     def __init__(self, where: str):
-        self.totals = torch.zeros(SUMS, dtype=device.sum_dtype(where), device=where)
+        self.totals = torch.zeros(SUMS, dtype=device.widest_float(where), device=where)
         # skipped steps, their images, and skipped steps in a row
         self.skipped = torch.zeros(3, dtype=torch.int64, device=where)
 

@@ -1,6 +1,5 @@
 """The state of a run: how far it is, what it has learned, when it is saved."""
 import math
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -144,7 +143,8 @@ class Run:
         if self.in_prior and len(made.images) != self.composites:
             raise UserError(
                 f"{self.folder}: it was begun with {self.composites} composites, and here "
-                f"the same photographs give {len(made.images)}; go on where it was begun"
+                f"the same photographs give {len(made.images)}; go on with the version that "
+                "began it, or --overwrite"
             )
         self.in_prior = True
         self.composites = len(made.images)
@@ -160,10 +160,9 @@ class Run:
         if len(data.classes) < 2:
             return composites.none(data.images)
         if not classifier.knows(data.classes[0]):
-            print(
+            streams.say(
                 f"no judge knows {data.classes[0]}, to choose what the prior learns Pegasi "
-                "from; they will follow both classes instead",
-                file=sys.stderr,
+                "from; they will follow both classes instead"
             )
             return composites.none(data.images)
         streams.show("making Pegasi of photographs, for the prior to learn from")

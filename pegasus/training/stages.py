@@ -161,7 +161,7 @@ class AutoencoderStage:
         where = self.config.device
         seed = derived_seeds(0, 0, (TEST,), where)
         share = self.workers.share(len(self.test_images))
-        totals = torch.zeros(2, dtype=device.sum_dtype(where), device=where)
+        totals = torch.zeros(2, dtype=device.widest_float(where), device=where)
         # convolutions take 64 KB an image and layer
         size = device.inference_batch(where, 500 if self.config.arch == "mlp" else 128)
         for first in range(share.start, share.stop, size):
@@ -281,7 +281,7 @@ class PriorStage:
         where = self.config.device
         n = self.test_posteriors.shape[1]
         share = self.workers.share(n)
-        total = torch.zeros(1, dtype=device.sum_dtype(where), device=where)
+        total = torch.zeros(1, dtype=device.widest_float(where), device=where)
         noise_seed, time_seed = derived_seeds(0, 0, (NOISE, TIME), where)
         size = device.inference_batch(where, 100)
         for first in range(share.start, share.stop, size):
