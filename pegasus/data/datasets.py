@@ -1,4 +1,4 @@
-"""What --data means: a folder of batches or of pictures, the download, the synthetic set."""
+"""What --data means: a folder of one of three kinds, a download, the synthetic set."""
 import hashlib
 import os
 from collections.abc import Iterable
@@ -8,14 +8,14 @@ from pathlib import Path
 import vae
 from pegasus import streams
 from pegasus.cli import UserError
-from pegasus.data import cifar10, classes, download, pictures, synthetic
+from pegasus.data import cifar10, classes, download, pictures, stl10, synthetic
 from pegasus.data.pictures import Labelled
 
 import torch
 from torch import Tensor
 
 DATA = Path("data")
-KEYWORDS = ("auto", "cifar10", "synthetic")  # that --data takes
+KEYWORDS = ("auto", "cifar10", "stl10", "synthetic")  # that --data takes
 BANNER = """
 **********************************************************************
   SYNTHETIC DATA: CIFAR-10 can't be had here, so this run uses horses
@@ -77,7 +77,7 @@ def automatic_folder() -> Path:
 def locate(data: str) -> Path:
     """Return the folder of batches that `--data` means. Raises UserError.
 
-    data: "cifar10", "synthetic", a folder, or "auto": $CIFAR10_DIR, else
+    data: "cifar10", "stl10", "synthetic", a folder, or "auto": $CIFAR10_DIR, else
     data/cifar-10-batches-bin, else the download, else, where nothing answers,
     the synthetic set.
     """
@@ -85,13 +85,16 @@ def locate(data: str) -> Path:
         return automatic_folder()
     if data == "cifar10":
         return download.complete_folder(DATA)
+    if data == "stl10":
+        return stl10.complete_folder(DATA)
     if data == "synthetic":
         return synthetic_folder()
     folder = Path(data)
     if not folder.is_dir():
         raise UserError(
             f"--data: no folder {data}; wanted {', '.join(KEYWORDS)}, a folder of "
-            "CIFAR-10's binary batches, or one with a folder of pictures for each class"
+            "CIFAR-10's or STL-10's binary files, or one with a folder of pictures for each "
+            "class"
         )
     return folder
 
@@ -137,13 +140,16 @@ def load_parts(
     """Return the folder that `--data` means, its classes, and what is to train and test on."""
     if has_pictures(data):
         return Path(data), *pictures.load(Path(data), names, size)
-    chosen = classes.parse(classes.PAIR if names is None else names, cifar10.CLASSES)
-    folder = locate(data)
-    parts = []
-    for files in (cifar10.TRAIN, cifar10.TEST):
-        images, labels = cifar10.load(folder, chosen, files)
-        parts.append((resize(images, size), labels))
-    return folder, chosen, *parts
+    source, parts = cifar10, (cifar10.TRAIN, cifar10.TEST)
+    if data == "stl10" or len(stl10.missing_files(Path(data))) < 4:
+        source, parts = stl10, ("train", "test")
+    chosen = classes.parse(classes.PAIR if names is None else names, source.CLASSES)
+    folder = locate(data)  # may download
+    loaded = []
+    for part in parts:
+        images, labels = source.load(folder, chosen, part)
+        loaded.append((resize(images, size), labels))
+    return folder, chosen, *loaded
 
 
 def load(

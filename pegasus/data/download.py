@@ -43,10 +43,12 @@ def reason(error: Exception) -> str:
     return cli.brief(getattr(error, "reason", error) or "no answer")
 
 
-def connect(url: str, timeout: float) -> http.client.HTTPResponse:
+def connect(
+    url: str, timeout: float, by_hand: str = BY_HAND
+) -> http.client.HTTPResponse:
     """Ask for an address. Raises Unreachable where no answer in HTTP arrives.
 
-    Raises UserError for an answer other than "200 OK".
+    Raises UserError for an answer other than "200 OK". by_hand: what to do instead.
     """
     try:
         return urllib.request.urlopen(url, timeout=timeout)
@@ -54,11 +56,11 @@ def connect(url: str, timeout: float) -> http.client.HTTPResponse:
         error.close()
         answer = f"{error.code} {cli.brief(error.reason)}"
         raise UserError(
-            f"{url}: the server answered {answer}; try again later, or {BY_HAND}"
+            f"{url}: the server answered {answer}; try again later, or {by_hand}"
         ) from None
     except NETWORK_ERRORS as error:
         raise Unreachable(
-            f"{url}: can't be reached ({reason(error)}); try again, or {BY_HAND}"
+            f"{url}: can't be reached ({reason(error)}); try again, or {by_hand}"
         ) from None
 
 

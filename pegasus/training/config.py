@@ -33,8 +33,9 @@ class TrainConfig:
     data: str = option(
         "auto",
         "auto ($CIFAR10_DIR, data/cifar-10-batches-bin, the download, else synthetic), "
-        "cifar10 (the second or third), synthetic (pictures that a program draws), a "
-        "folder of CIFAR-10's binary batches, or one with a folder of pictures for each class",
+        "cifar10 (the second or third), stl10 (its folder or the download), synthetic "
+        "(pictures that a program draws), a folder of CIFAR-10's or STL-10's binary files, or "
+        "one with a folder of pictures for each class",
     )
     classes: str | None = option(
         None,
