@@ -550,7 +550,7 @@ def table(figures: dict) -> str:
     rows = [heads + [f"called {name}" for name in settings["judges_accuracy"]]]
     rows += [set_cells(name, values) for name, values in figures["sets"].items()]
     notes = describe_table(figures)
-    if settings["data"] == sampling.SYNTHETIC_NAME:
+    if datasets.is_synthetic(settings["data"]):
         notes += "\nThe judges learned from photographs and know synthetic pictures less well."
     likelihood = likelihoods.describe(figures["likelihood"])
     return "\n".join([model, "", *likelihood, "", *align_cells(rows), notes])

@@ -29,7 +29,9 @@ def test_faults_are_one_sentence(own_batches, complaint, tmp_path):
     (own_batches / "test_batch.bin").unlink()
     assert "no test_batch.bin;" in complaint(load, own_batches, "horse,bird")
     assert "--data: no folder" in complaint(load, tmp_path / "nowhere", "horse,bird")
-    assert "--classes: got ''" in complaint(load, tmp_path / "nowhere", "")
+    assert "--data: no folder" in complaint(load, "", "horse,bird")
+    for data in (own_batches, "cifar10"):
+        assert "--classes: got ''" in complaint(load, data, "")
 
 
 def test_a_checkpoints_folder_is_what_auto_means(batches, tmp_path, monkeypatch):
@@ -68,7 +70,7 @@ def test_auto_takes_the_environments_folder_then_the_data_folder(
 
 def test_auto_draws_only_where_nothing_answers(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(synthetic, "write", lambda folder: folder.mkdir(parents=True))
+    monkeypatch.setattr(synthetic, "write", lambda folder, side: folder.mkdir(parents=True))
     assert datasets.locate("auto") == Path("data/synthetic")
     assert "SYNTHETIC DATA" in capsys.readouterr().err
     with pytest.raises(download.Unreachable, match="can't be reached.*yourself"):
@@ -80,7 +82,7 @@ def test_auto_draws_only_where_nothing_answers(tmp_path, monkeypatch, capsys):
 
 def test_synthetic_is_drawn_once(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(synthetic.write, "__defaults__", (10, 5, 0))
+    monkeypatch.setattr(synthetic.write, "__defaults__", (10, 5, 0, 32))
     data = datasets.load("synthetic", "horse,bird")
     assert data.name == "synthetic"
     assert "drawing 12,000 pictures" in capsys.readouterr().err
@@ -92,7 +94,7 @@ def test_synthetic_is_drawn_once(tmp_path, monkeypatch, capsys):
 def test_another_process_may_draw_meanwhile(batches, tmp_path, monkeypatch, whole):
     monkeypatch.chdir(tmp_path)
 
-    def write(folder):
+    def write(folder, side):
         folder.parent.mkdir(parents=True)
         if whole:
             folder.symlink_to(batches)

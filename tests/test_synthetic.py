@@ -1,10 +1,11 @@
 """The same seed gives the same pictures; no half a folder is ever left behind."""
 from pegasus.cli import UserError
-from pegasus.data import cifar10, synthetic
+from pegasus.data import cifar10, datasets, synthetic
 from pegasus.data.cifar10 import RECORD
 
 import numpy as np
 import pytest
+from PIL import Image
 
 FILES = [*cifar10.TRAIN, *cifar10.TEST]
 
@@ -46,6 +47,28 @@ def test_files_have_cifar10s_layout_and_the_promised_shares(tmp_path):
         assert labels.bincount()[[7, 2, 0]].tolist() == [4, 4, 2]
         orders.add(tuple(labels.tolist()))
     assert len(orders) > 1  # no one fixed order
+
+
+def test_larger_pictures_are_the_same_ones_in_more_detail(tmp_path, monkeypatch):
+    monkeypatch.setattr(synthetic, "photograph", lambda view, rng: Image.fromarray(
+        view.clip(0, 255).astype(np.uint8)))  # no grain
+    for index in range(10):
+        large, small = (synthetic.picture(3, 0, index, side)[0] for side in (96, 32))
+        assert large.size == (96, 96)
+        away = np.asarray(large.reduce(3), float) - np.asarray(small, float)
+        assert abs(away).mean() < 8
+        edges = [abs(np.diff(np.asarray(image, float), axis=0)).max() for image in (large, small)]
+        assert edges[0] > 0.6 * edges[1]  # not merely enlarged
+
+
+def test_other_sizes_are_folders_of_pictures(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(synthetic.write, "__defaults__", (20, 10, 0, 32))
+    data = datasets.load("synthetic", None, size=64)
+    assert data.images.shape == (16, 3, 64, 64)  # without airplanes
+    assert data.test_images.shape == (8, 3, 64, 64)
+    assert data.classes == ("horse", "bird")
+    assert datasets.is_synthetic(data.name)
 
 
 def coarse_features(pictures):

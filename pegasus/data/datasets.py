@@ -43,24 +43,32 @@ class Dataset:
     digest: str  # SHA-256 of the four tensors
 
 
-def synthetic_folder() -> Path:
-    """Return data/synthetic, drawn if there is none. Raises UserError."""
-    folder = DATA / "synthetic"
+def is_synthetic(name: str) -> bool:
+    """Return whether a folder's name is one of drawn pictures."""
+    return name.split("-")[0] == "synthetic"
+
+
+def synthetic_folder(size: int) -> Path:
+    """Return data/synthetic, or synthetic-64 and the like, drawn if there is none.
+
+    Raises UserError.
+    """
+    folder = DATA / ("synthetic" if size == 32 else f"synthetic-{size}")
     if folder.exists():
         return folder
     streams.say(
         "drawing 12,000 pictures, 2,000 of them to test, "
-        f"into {folder}: a minute or less"
+        f"into {folder}: a minute, or some where they are large"
     )
     try:
-        synthetic.write(folder)
+        synthetic.write(folder, side=size)
     except UserError:
-        if cifar10.missing_files(folder):  # else another process drew it meanwhile
+        if not folder.exists():  # else another process drew it meanwhile
             raise
     return folder
 
 
-def automatic_folder() -> Path:
+def automatic_folder(size: int) -> Path:
     """Return the first that there is: see `locate` for "auto"."""
     if os.environ.get("CIFAR10_DIR"):
         return Path(os.environ["CIFAR10_DIR"])
@@ -71,26 +79,26 @@ def automatic_folder() -> Path:
         if folder.is_dir():  # begun by hand: let `load` say which files it lacks
             return folder
         streams.say(BANNER.format(reason=reason))
-        return synthetic_folder()
+        return synthetic_folder(size)
 
 
-def locate(data: str) -> Path:
-    """Return the folder of batches that `--data` means. Raises UserError.
+def locate(data: str, size: int = 32) -> Path:
+    """Return the folder that `--data` means. Raises UserError.
 
     data: "cifar10", "stl10", "synthetic", a folder, or "auto": $CIFAR10_DIR, else
     data/cifar-10-batches-bin, else the download, else, where nothing answers,
-    the synthetic set.
+    the synthetic set. size: pixels of a side, of the latter.
     """
     if data == "auto":
-        return automatic_folder()
+        return automatic_folder(size)
     if data == "cifar10":
         return download.complete_folder(DATA)
     if data == "stl10":
         return stl10.complete_folder(DATA)
     if data == "synthetic":
-        return synthetic_folder()
+        return synthetic_folder(size)
     folder = Path(data)
-    if not folder.is_dir():
+    if not data or not folder.is_dir():
         raise UserError(
             f"--data: no folder {data}; wanted {', '.join(KEYWORDS)}, a folder of "
             "CIFAR-10's or STL-10's binary files, or one with a folder of pictures for each "
@@ -118,11 +126,8 @@ def sha256(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
-def has_pictures(data: str) -> bool:
-    """Return whether `--data` is a folder with folders in it, and no batch file."""
-    folder = Path(data)
-    if data in ("", *KEYWORDS) or not folder.is_dir():
-        return False
+def has_pictures(folder: Path) -> bool:
+    """Return whether a folder has folders in it, and no batch file."""
     return len(cifar10.missing_files(folder)) == 6 and bool(pictures.folders(folder))
 
 
@@ -138,13 +143,15 @@ def load_parts(
     data: str, names: str | None, size: int
 ) -> tuple[Path, tuple[str, ...], Labelled, Labelled]:
     """Return the folder that `--data` means, its classes, and what is to train and test on."""
-    if has_pictures(data):
-        return Path(data), *pictures.load(Path(data), names, size)
+    if names is not None and data in KEYWORDS:  # before a download
+        classes.parse(names, stl10.CLASSES if data == "stl10" else cifar10.CLASSES)
+    folder = locate(data, size)
+    if has_pictures(folder):
+        return folder, *pictures.load(folder, names, size)
     source, parts = cifar10, (cifar10.TRAIN, cifar10.TEST)
-    if data == "stl10" or len(stl10.missing_files(Path(data))) < 4:
+    if len(stl10.missing_files(folder)) < 4:
         source, parts = stl10, ("train", "test")
     chosen = classes.parse(classes.PAIR if names is None else names, source.CLASSES)
-    folder = locate(data)  # may download
     loaded = []
     for part in parts:
         images, labels = source.load(folder, chosen, part)

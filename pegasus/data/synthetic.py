@@ -23,9 +23,9 @@ from pegasus.files import writing
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw
 
-SIDE = 32  # pixels of a picture's side
+SIDE = 32  # pixels of a picture's side, unless another is asked for
 FINE = 4  # a figure is painted so many times finer
-CANVAS = SIDE * FINE  # fine pixels
+CANVAS = SIDE * FINE  # fine pixels of a picture of 32
 # What every five pictures hold, each five in an order of their own.
 MIX = ("horse", "horse", "bird", "bird", "airplane")
 
@@ -380,13 +380,15 @@ def painting_order(pose: Pose, tubes: np.ndarray) -> Iterator[tuple[Tone, int]]:
                     yield tone, part
 
 
-def paint(pose: Pose, tubes: np.ndarray, colors: dict[str, np.ndarray]) -> np.ndarray:
-    """Paint a figure on a transparent ground: floats (32, 32, 4), from 0 to 255."""
-    canvas = Image.new("RGBA", (CANVAS, CANVAS))
+def paint(
+    pose: Pose, tubes: np.ndarray, colors: dict[str, np.ndarray], side: int
+) -> np.ndarray:
+    """Paint a figure on a transparent ground: floats (side, side, 4), from 0 to 255."""
+    canvas = Image.new("RGBA", (FINE * side, FINE * side))
     pen = ImageDraw.Draw(canvas)
     base = fills(pose, colors)
     lit = {tone: np.clip(base * tone.light, 0, 255).astype(int) for tone in TONES}
-    shapes = {tone: tone_outlines(tubes, tone) for tone in TONES}
+    shapes = {tone: tone_outlines(tubes, tone) * (side / SIDE) for tone in TONES}
     for tone, part in painting_order(pose, tubes):
         shape = shapes[tone][part]
         color, tip_color = lit[tone][part].tolist()
@@ -395,20 +397,27 @@ def paint(pose: Pose, tubes: np.ndarray, colors: dict[str, np.ndarray]) -> np.nd
     return np.asarray(canvas.reduce(FINE), float)
 
 
-def noise(columns: int, rows: int, rng: np.random.Generator) -> np.ndarray:
-    """Return smooth noise, (32, 32, 1), between normal numbers on a grid."""
+def noise(columns: int, rows: int, rng: np.random.Generator, side: int) -> np.ndarray:
+    """Return smooth noise, (side, side, 1), between normal numbers on a grid."""
     grid = rng.normal(0, 1, (rows, columns))
-    down = interpolation(SIDE, rows)
-    across = interpolation(SIDE, columns)
+    down = interpolation(side, rows)
+    across = interpolation(side, columns)
     return (down @ grid @ across.T)[..., None]
 
 
-def fade(name: str, rng: np.random.Generator, first: float = 0) -> np.ndarray:
-    """Return a row of a palette that fades downwards from a row on, (32, 1, 3)."""
+def row_numbers(side: int) -> np.ndarray:
+    """Return the rows of a picture as numbers of 32, (side,)."""
+    return (np.arange(side) + 0.5) * SIDE / side - 0.5
+
+
+def fade(
+    name: str, rng: np.random.Generator, side: int, first: float = 0
+) -> np.ndarray:
+    """Return a row of a palette that fades downwards from a row on, (side, 1, 3)."""
     colors = choose(COLORS[name], rng)
     light = rng.uniform(0.75, 1.08)
     top, bottom = colors * light + rng.normal(0, 5, 3)
-    depth = (np.arange(SIDE) - first) / (SIDE - first)
+    depth = (row_numbers(side) - first) / (SIDE - first)
     return top + (bottom - top) * np.clip(depth, 0, 1)[:, None, None]
 
 
@@ -417,30 +426,31 @@ def blend(view: np.ndarray, top: np.ndarray, share: np.ndarray) -> np.ndarray:
     return view + (top - view) * np.clip(share, 0, 1)
 
 
-def sky(setting: str, rng: np.random.Generator) -> np.ndarray:
-    """Return a sky, or leaves out of focus, (32, 32, 3)."""
+def sky(setting: str, rng: np.random.Generator, side: int) -> np.ndarray:
+    """Return a sky, or leaves out of focus, (side, side, 3)."""
     name = "sky"
     if setting == "leaf" and rng.random() < 0.8:
         name = "leaf"
-    colors = fade(name, rng)
-    clouds = noise(5, 5, rng)
+    colors = fade(name, rng, side)
+    clouds = noise(5, 5, rng, side)
     return colors + clouds * rng.uniform(4, 24)
 
 
 def add_land(view: np.ndarray, foot: float, rng: np.random.Generator) -> np.ndarray:
-    """Return a sky with trees and ground, (32, 32, 3); foot: row of the lowest knot."""
+    """Return a sky with trees and ground, (side, side, 3); foot: row of the lowest knot."""
+    side = len(view)
     horizon = rng.uniform(2, max(3, foot - 3))
-    hills = noise(5, 5, rng)[:1]
+    hills = noise(5, 5, rng, side)[:1]
     hills = hills * rng.uniform(0, 1.2)
-    below = np.arange(SIDE)[:, None, None] - horizon - hills  # rows
+    below = row_numbers(side)[:, None, None] - horizon - hills
     height = rng.uniform(-4, 7)
-    crowns = noise(12, 5, rng)[:1] * 1.2
-    trees = fade("leaf", rng) * 0.75
-    trees = trees + noise(12, 12, rng) * 10
+    crowns = noise(12, 5, rng, side)[:1] * 1.2
+    trees = fade("leaf", rng, side) * 0.75
+    trees = trees + noise(12, 12, rng, side) * 10
     view = blend(view, trees, below + height + crowns)
-    ground = fade("land", rng, foot / 3)
-    ground = ground + noise(5, 12, rng) * 7
-    ground = ground + rng.normal(0, 5, (SIDE, SIDE, 1))
+    ground = fade("land", rng, side, foot / 3)
+    ground = ground + noise(5, 12, rng, side) * 7
+    ground = ground + rng.normal(0, 5, (side, side, 1))
     return blend(view, ground, below)
 
 
@@ -464,7 +474,7 @@ def figure_colors(label: str, rng: np.random.Generator) -> dict[str, np.ndarray]
 
 
 def photograph(view: np.ndarray, rng: np.random.Generator) -> Image.Image:
-    """Vary contrast and light of a picture, (32, 32, 3), and add a camera's noise."""
+    """Vary contrast and light of a picture, (side, side, 3), and add a camera's noise."""
     contrast = rng.uniform(0.9, 1.2)
     light = rng.normal(118, 12)
     grain = rng.uniform(1, 5)
@@ -472,39 +482,53 @@ def photograph(view: np.ndarray, rng: np.random.Generator) -> Image.Image:
     return Image.fromarray(view.clip(0, 255).astype(np.uint8))
 
 
-def draw(label: str, rng: np.random.Generator) -> Image.Image:
-    """Draw one 32x32 RGB picture of a "horse", "bird" or "airplane".
+def draw(label: str, rng: np.random.Generator, side: int = SIDE) -> Image.Image:
+    """Draw an RGB picture, side x side, of a "horse", "bird" or "airplane".
 
     Raises KeyError for another label.
     """
     pose = choose(POSES[label], rng)
     tubes = vary(label, pose, rng)
     tubes = fit_to_canvas(pose, tubes, rng)
-    figure = paint(pose, tubes, figure_colors(label, rng))
-    view = sky(pose.setting, rng)
+    figure = paint(pose, tubes, figure_colors(label, rng), side)
+    view = sky(pose.setting, rng, side)
     if pose.setting == "land":
         view = add_land(view, tubes[..., 1].max() / FINE, rng)
     view = blend(view, figure[..., :3], figure[..., 3:] / 255)
     return photograph(view, rng)
 
 
-def picture(seed: int, split: int, index: int) -> tuple[np.ndarray, int]:
-    """Draw picture `index` of a split: uint8 (3, 32, 32) and CIFAR-10's label.
+def picture(
+    seed: int, split: int, index: int, side: int = SIDE
+) -> tuple[Image.Image, str]:
+    """Draw picture `index` of a split, side x side; return its class, too.
 
     split: 0 to train on, 1 to test.
     """
     five = np.random.default_rng([seed, split, index // 5, 1])
     label = MIX[five.permutation(5)[index % 5]]
-    image = draw(label, np.random.default_rng([seed, split, index]))
-    pixels = np.asarray(image).transpose(2, 0, 1)
-    return pixels, cifar10.CLASSES.index(label)
+    return draw(label, np.random.default_rng([seed, split, index]), side), label
 
 
 def write_file(path: Path, seed: int, split: int, rows: range) -> None:
     """Draw some pictures of a split and write them as a batch file."""
     pictures = [picture(seed, split, index) for index in rows]
-    images, labels = zip(*pictures, strict=True)
-    cifar10.write(path, np.stack(images), np.array(labels))
+    images = np.stack([np.asarray(image).transpose(2, 0, 1) for image, _ in pictures])
+    labels = [cifar10.CLASSES.index(label) for _, label in pictures]
+    cifar10.write(path, images, np.array(labels))
+
+
+def write_pictures(folder: Path, train: int, test: int, seed: int, side: int) -> None:
+    """Write PNGs of another size into train and test, a folder for each class."""
+    for split, (part, count) in enumerate((("train", train), ("test", test))):
+        for label in set(MIX):
+            (folder / part / label).mkdir(parents=True)
+        for index in range(count):
+            image, label = picture(seed, split, index, side)
+            image.save(folder / part / label / f"{index:05}.png")
+            if index % 100 == 0:
+                streams.show(f"drawn: {index:,} of {count:,} to {part}")
+    streams.show("drawn", last=True)
 
 
 def write_files(folder: Path, train: int, test: int, seed: int) -> None:
@@ -520,12 +544,16 @@ def write_files(folder: Path, train: int, test: int, seed: int) -> None:
 
 
 def write(
-    folder: Path | str, train: int = 10_000, test: int = 2_000, seed: int = 0
+    folder: Path | str,
+    train: int = 10_000,
+    test: int = 2_000,
+    seed: int = 0,
+    side: int = SIDE,
 ) -> None:
-    """Fill `folder`, whole or not at all, with six batch files of drawn pictures.
+    """Fill `folder`, whole or not at all, with drawn pictures.
 
-    train, test: numbers of pictures, at least 5 and 1. Raises UserError if the
-    folder holds anything.
+    In six batch files; where side, in pixels, is not 32, in folders of PNGs. train, test:
+    numbers of pictures, at least 5 and 1. Raises UserError if the folder holds anything.
     """
     folder = Path(folder).resolve()
     if folder.exists() and any(folder.iterdir()):
@@ -536,5 +564,8 @@ def write(
         with tempfile.TemporaryDirectory(prefix=prefix, dir=folder.parent) as temporary:
             finished = Path(temporary, "finished")
             finished.mkdir()
-            write_files(finished, train, test, seed)
+            if side == SIDE:
+                write_files(finished, train, test, seed)
+            else:
+                write_pictures(finished, train, test, seed, side)
             finished.rename(folder)

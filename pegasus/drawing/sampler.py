@@ -12,7 +12,7 @@ import reparam
 import vae
 from pegasus import checkpoint, device, streams
 from pegasus.cli import UserError, option
-from pegasus.data import pictures
+from pegasus.data import datasets, pictures
 from pegasus.drawing import plots
 from pegasus.models import classifier, composites, gaussians, labels, variants
 from pegasus.models.flow_prior import FlowPrior, sample_ode
@@ -31,7 +31,6 @@ WALK = "walk"  # the mode of pictures that turn into each other
 ROUNDS = 4  # in which a walk's steps are made even
 UNTRAINED = "drawn from the aggregate posterior: the learned prior is not trained yet"
 PREVIEW = "training pictures joined, and rebuilt: the prior learns Pegasi from such"
-SYNTHETIC_NAME = "synthetic"  # of data
 
 
 @dataclass(frozen=True)
@@ -548,6 +547,6 @@ def page(
     sheet = plots.sheet(images, columns, scale)
     if about.get("prior") in (UNTRAINED, PREVIEW):
         sheet = plots.caption(sheet, about["prior"])
-    if about["data"] == SYNTHETIC_NAME:
+    if datasets.is_synthetic(about["data"]):
         sheet = plots.caption(sheet, plots.SYNTHETIC)
     return sheet

@@ -14,6 +14,7 @@ from typing import BinaryIO
 import vae
 from pegasus import checkpoint, files
 from pegasus.cli import UserError
+from pegasus.data import datasets
 from pegasus.data.datasets import Dataset
 from pegasus.drawing import plots, sampler
 from pegasus.drawing.sampler import SampleConfig, Sampler
@@ -180,7 +181,7 @@ def draw_pictures(
     source = sampler.from_state(state, model, prior)
     about = source.about | {"seed": 0}
     if state["history"]:
-        name = plots.SYNTHETIC if preview.name == sampler.SYNTHETIC_NAME else preview.name
+        name = plots.SYNTHETIC if datasets.is_synthetic(preview.name) else preview.name
         caption = f"{name}: {', '.join(preview.classes)}"
         plots.save(plots.curves(state["history"], caption), folder / "curves.png", about)
     # reconstructions do not come from the prior: no caption about it
