@@ -56,12 +56,14 @@ def check_sheet(config: SampleConfig) -> None:
         )
 
 
-def check_pixels(config: SampleConfig, side: int) -> None:
-    """Raise UserError for a sheet that is too large. side: pixels of each picture's."""
+def check_pixels(config: SampleConfig, size: int, scale: int) -> None:
+    """Raise UserError for a sheet, or pictures of a size, that are too large."""
+    side = size * scale
     shown = config.best if config.best else config.n
     if not plots.is_moving(config.out):
         shown = math.ceil(shown / config.columns) * config.columns
     pixels = shown * (side + plots.GAP) ** 2
+    pixels = max(pixels, config.n * size**2)
     if pixels > MOST_PIXELS:
         raise UserError(
             f"--n, --columns, --scale: got a sheet of {pixels:,} pixels; "
@@ -107,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     moving = plots.is_moving(config.out)
     enlarged = 2 if moving or config.best else 1
     scale = config.scale or enlarged * default_scale(size)
-    check_pixels(config, size * scale)
+    check_pixels(config, size, scale)
     for network in (sampler.model, sampler.prior):
         if network is not None:
             accelerate(network)

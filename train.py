@@ -115,7 +115,8 @@ def update_weights(
         optimizer.step()
     adam = optimizers[0]
     first = adam.param_groups[0]["params"][0]
-    return adam.state[first].get("step", skip.new_zeros(()))
+    steps = adam.state.get(first, {}).get("step", skip.new_zeros(()))
+    return steps.to(skip.device)
 
 
 def show_step(run: Run, stage: Stage, display: Progress) -> None:

@@ -84,7 +84,7 @@ class EvaluateConfig:
 
 class ImageSet(NamedTuple):
     """Pictures to compare with photographs."""
-    images: Tensor  # (n, 3, 32, 32) in [0, 1]
+    images: Tensor  # (n, 3, h, w) in [0, 1]
     label: int | None = None  # of the photographs to compare with; None: all classes
 
 
@@ -146,7 +146,7 @@ def draw_classes(sampler: Sampler, n: int, seed: int) -> Tensor:
 
 @torch.no_grad()
 def rebuild(model: vae.VAE, images: Tensor) -> Tensor:
-    """Encode images (n, 3, 32, 32) and decode their posterior means."""
+    """Encode images (n, 3, h, w) and decode their posterior means."""
     return torch.cat([model.reconstruct(x) for x in images.split(100)])
 
 
@@ -196,7 +196,7 @@ def judge(images: Tensor) -> list[Judgement]:
 @dataclass(frozen=True)
 class Reference:
     """Photographs to compare with, and what judges say of them: the same for all models."""
-    images: Tensor  # test photographs, of the classes in turn, (n, 3, 32, 32) in [0, 1]
+    images: Tensor  # test photographs, of the classes in turn, (n, 3, h, w) in [0, 1]
     labels: Tensor  # of these, (n,)
     judgements: list[Judgement]
     training: list[Tensor]  # each judge's features of the training photographs
@@ -444,6 +444,7 @@ def report(
         "model": sampler.about,
         "data": data.name,
         "classes": list(data.classes),
+        "size": data.images.shape[-1],
         "seed": config.seed,
         "torch": torch.__version__,
         "judges": list(classifier.REPORTING),
@@ -479,6 +480,7 @@ Columns
            {first}: wings alone make it large.
   fine     power of waves that fit 8 to 12 times into a picture, in percent of the
            photographs'; finest: 12 to 16 times. Less is blur, more noise or hard edges.
+           Larger pictures are made smaller first, to 32 x 32, for all but bits/dim.
   alike    median correlation of two pictures' upper parts. 0: unrelated; 1: one stamp.
   near     share nearer to some training photograph than {far:.0%} of the test photographs
            are, in the judges' features. More than {near:.0%}: copies. Odd pictures: none.
@@ -557,7 +559,7 @@ def table(figures: dict) -> str:
 
 
 def export(sampler: Sampler, config: EvaluateConfig) -> str:
-    """Write N PNGs of 32 x 32 pixels; return a sentence about it. Raises UserError."""
+    """Write N PNGs of the model's size; return a sentence about it. Raises UserError."""
     count, name = config.export
     folder = Path(name)
     try:
@@ -582,7 +584,8 @@ def main(argv: list[str] | None = None) -> None:
     if config.export:
         print(export(sampler, config))
         return
-    data = datasets.load(config.data, ",".join(sampler.classes), sampler.data)
+    size = sampler.model.image_shape[1]
+    data = datasets.load(config.data, ",".join(sampler.classes), sampler.data, size)
     figures = report(sampler, data, make_reference(data), config)
     print(json.dumps(figures, indent=2) if config.json else table(figures))
 

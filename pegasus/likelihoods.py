@@ -46,7 +46,7 @@ class Samples(NamedTuple):
 
 @torch.no_grad()
 def posterior_samples(model: vae.VAE, x: Tensor, k: int, seed: int = 0) -> Samples:
-    """Take k posterior samples of images (B, 3, 32, 32) in [0, 1].
+    """Take k posterior samples of images (B, 3, h, w) in [0, 1].
 
     Their noise depends on (seed, number, row) alone. p(z) is N(0, I), or p(c) = 1/K and
     p(z|c) a Gaussian. Then codes are summed out:
@@ -79,7 +79,7 @@ def importance_weighted(log_weight: Tensor) -> Tensor:
 def autoencoder_terms(model: vae.VAE, x: Tensor, k: int, seed: int) -> Tensor:
     """Return -ELBO, -log P(x) importance-weighted, rate and squared error, (4, B).
 
-    Of images (B, 3, 32, 32) in [0, 1]; nats, but the squared error; float64.
+    Of images (B, 3, h, w) in [0, 1]; nats, but the squared error; float64.
     """
     samples = posterior_samples(model, x, k, seed)
     weighted = importance_weighted(samples.log_weight)
@@ -150,7 +150,7 @@ def mean_terms(
 ) -> tuple[list[float], list[float] | None]:
     """Return `autoencoder_terms` and, with a learned prior, `flow_terms`: their means.
 
-    images: bytes (n, 3, 32, 32).
+    images: bytes (n, 3, h, w).
     """
     terms = []
     flow = []
@@ -168,7 +168,7 @@ def mean_terms(
 def measure(
     sampler: Sampler, images: Tensor, k: int, monte_carlo_samples: int, seed: int
 ) -> dict[str, object]:
-    """Return how probable a model finds images, bytes (n, 3, 32, 32), in means over them.
+    """Return how probable a model finds images, bytes (n, 3, h, w), in means over them.
 
     k: posterior samples of each. monte_carlo_samples: of the prior, for all. In bits/dim
     but for the rates, in nats, the squared error, summed over an image's values in [0, 1],

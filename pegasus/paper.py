@@ -71,7 +71,8 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_flush_denormal(True)
     history = read_history(folder / "last.pt")
     sampler = evaluate.load_sampler(folder / "last.pt")
-    data = datasets.load(config.data, ",".join(sampler.classes), sampler.data)
+    size = sampler.model.image_shape[1]
+    data = datasets.load(config.data, ",".join(sampler.classes), sampler.data, size)
     known = all(map(classifier.knows, sampler.classes))
     if known:
         draw_best(sampler, folder)

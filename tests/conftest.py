@@ -130,6 +130,7 @@ def no_data_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REAL_CIFAR10_DIR", os.environ.get("CIFAR10_DIR", ""))
     monkeypatch.delenv("CIFAR10_DIR", raising=False)
     monkeypatch.setenv("PEGASUS_CIFAR10_URL", "http://127.0.0.1:9/nothing-listens-here")
+    monkeypatch.setenv("PEGASUS_STL10_URL", "http://127.0.0.1:9/nothing-listens-here")
     monkeypatch.setenv("no_proxy", "*")
 
 

@@ -118,7 +118,7 @@ def command(data: bytes) -> None:
         config, _ = cli.parse(sampler.SampleConfig, words, "")
         cli.check(config)
         sample.check_sheet(config)
-        sample.check_pixels(config, 32 * (config.scale or 4))
+        sample.check_pixels(config, 32, config.scale or 4)
     assert "Traceback" not in output.getvalue()
 
 

@@ -2,6 +2,7 @@
 import copy
 import math
 
+import vae
 from pegasus.training import muon
 from pegasus.training.muon import Muon
 
@@ -108,7 +109,10 @@ def test_a_weight_is_trained_alike_alone_and_beside_others():
 def test_which_weights_are_hidden():
     assert muon.is_hidden(torch.empty(64, 64, 3, 3))
     assert not muon.is_hidden(torch.empty(192, 128))  # of time and class
-    assert not muon.is_hidden(torch.empty(64, 12, 3, 3))  # from an image
+    for size in vae.SIZES:  # from an image, and to one
+        colors = 3 * (size // 16) ** 2
+        assert not muon.is_hidden(torch.empty(64, colors, 3, 3))
+        assert not muon.is_hidden(torch.empty(colors, 64, 3, 3))
     assert not muon.is_hidden(torch.empty(16, 64, 1, 1))  # to the latents
     assert not muon.is_hidden(torch.empty(6, 128))  # names of classes
     assert not muon.is_hidden(torch.empty(640))

@@ -283,7 +283,8 @@ def test_what_does_not_move_is_refused(last, tmp_path, complaint):
     out = tmp_path / "out.gif"
     assert "--mode horse does not move" in complaint(sample.main, last, out, "--mode", "horse")
     walk = (last, tmp_path / "out.png", "--mode", "walk")
-    assert "--best: a walk shows all" in complaint(sample.main, *walk, "--best", 2)
+    said = complaint(sample.main, *walk, "--best", 2)
+    assert "--best: a walk and a moving picture show all" in said
     said = complaint(sample.main, last, tmp_path / "out.jpg")
     assert "end the name in .png, .gif or .webp" in said
     assert not list(tmp_path.iterdir())

@@ -2,7 +2,7 @@
 import sample
 import train
 import vae
-from pegasus import checkpoint
+from pegasus import checkpoint, evaluate
 from pegasus.data import datasets
 from pegasus.drawing import sampler
 from pegasus.models import classifier, composites, labels
@@ -89,6 +89,25 @@ def test_a_run_of_a_size(small_network, batches, tmp_path, size):
     sample.main([str(run / "last.pt"), str(out), "--from", str(photo), "--n", "2", "--steps", "2"])
     with Image.open(out) as image:
         assert image.height == size * scale + 8
+    source = sampler.load(run / "last.pt")
+    data = datasets.load("auto", ",".join(source.classes), source.data, size)
+    config = evaluate.EvaluateConfig(images=4, k=2, monte_carlo=5)
+    likelihood = evaluate.measure_likelihoods(source, data, config)
+    assert likelihood["bits_per_dim"] == pytest.approx(
+        checkpoint.load(run / "last.pt")["history"][0]["bits_per_dim"], abs=1
+    )
+    assert evaluate.make_reference(data).images.shape[1:] == (3, size, size)
+
+
+def test_a_forged_size_is_refused(small_network, batches, tmp_path, complaint):
+    arguments = ["--data", str(batches), "--run", str(tmp_path / "run"), "--threads", "1"]
+    assert train.main([*arguments, "--epochs", "1", "--arch", "mlp"]) == 0
+    last = tmp_path / "run" / "last.pt"
+    state = checkpoint.load(last)
+    for size in (-32, 33, "32", None):
+        state["config"]["size"] = size
+        checkpoint.save(last, state)
+        assert "size" in complaint(sample.main, last, tmp_path / "out.png")
 
 
 def test_another_size_is_refused_on_resume(small_network, batches, tmp_path, complaint):

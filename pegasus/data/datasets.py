@@ -1,6 +1,7 @@
 """What --data means: a folder of one of three kinds, a download, the synthetic set."""
 import hashlib
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ class Dataset:
 
 def is_synthetic(name: str) -> bool:
     """Return whether a folder's name is one of drawn pictures."""
-    return name.split("-")[0] == "synthetic"
+    return re.fullmatch(r"synthetic(-\d+)?", name) is not None
 
 
 def synthetic_folder(size: int) -> Path:
@@ -127,8 +128,9 @@ def sha256(tensors: Iterable[Tensor]) -> str:
 
 
 def has_pictures(folder: Path) -> bool:
-    """Return whether a folder has folders in it, and no batch file."""
-    return len(cifar10.missing_files(folder)) == 6 and bool(pictures.folders(folder))
+    """Return whether a folder has folders in it, and no binary file that is known."""
+    known = len(cifar10.missing_files(folder)) < 6 or len(stl10.missing_files(folder)) < 4
+    return not known and bool(pictures.folders(folder))
 
 
 def resize(images: Tensor, size: int) -> Tensor:
@@ -143,7 +145,8 @@ def load_parts(
     data: str, names: str | None, size: int
 ) -> tuple[Path, tuple[str, ...], Labelled, Labelled]:
     """Return the folder that `--data` means, its classes, and what is to train and test on."""
-    if names is not None and data in KEYWORDS:  # before a download
+    own = data == "auto" and os.environ.get("CIFAR10_DIR")  # of whatever kind
+    if names is not None and data in KEYWORDS and not own:  # before a download
         classes.parse(names, stl10.CLASSES if data == "stl10" else cifar10.CLASSES)
     folder = locate(data, size)
     if has_pictures(folder):

@@ -26,6 +26,7 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 CACHE = "pegasus-{size}.npz"
+VERSION = b"1"  # of how a picture is read
 SPLITS = {"train", "test"}
 TESTED = 10  # one of so many pictures of a class is kept to test
 SHOWN = 5  # of the files left out that are named
@@ -158,11 +159,18 @@ def parts(folder: Path) -> dict[str, dict[str, Path]]:
     return found
 
 
+def refuse(error: OSError) -> None:
+    """Raise UserError for a folder that can't be read."""
+    if error.filename:
+        raise UserError(f"{error.filename}: can't be read ({error.strerror})")
+
+
 def list_files(found: dict[str, dict[str, Path]], names: tuple[str, ...]) -> list[File]:
     """Return all files of some classes, hidden ones left out."""
     listed = []
     for part, name in itertools.product(found, names):
-        for place, inner, files_there in os.walk(found[part].get(name, "")):
+        top = found[part].get(name)
+        for place, inner, files_there in os.walk(top or "", onerror=refuse):
             inner[:] = sorted(folder for folder in inner if not folder.startswith("."))
             paths = [Path(place, file) for file in sorted(files_there) if file[0] != "."]
             listed += [File(path, name, part) for path in paths if path.is_file()]
@@ -230,7 +238,7 @@ def report(folder: Path, pictures: Pictures) -> None:
 
 def fingerprint(folder: Path, listed: list[File]) -> str:
     """Return a digest of the names, sizes and times of change of a folder's files."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(VERSION)
     for path, name, part in listed:
         stat = path.stat()
         inside = os.fsencode(path.relative_to(folder)).hex()

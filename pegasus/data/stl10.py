@@ -9,11 +9,13 @@ images without labels behind these, which are not downloaded.
 Coates, Lee and Ng, An Analysis of Single Layer Networks in Unsupervised Feature Learning
 (2011). $PEGASUS_STL10_URL names another address; sizes and MD5 sums stay.
 """
+import contextlib
 import hashlib
 import os
 import tarfile
 import tempfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -92,35 +94,73 @@ def load(folder: Path, names: tuple[str, ...], part: str) -> tuple[Tensor, Tenso
 # ---- the download ----
 
 
-def extract(tar: tarfile.TarFile, member: tarfile.TarInfo, file: BinaryIO, url: str) -> None:
+class Archive:
+    """STL-10's archive as it arrives from a server."""
+
+    def __init__(self, response: BinaryIO, url: str):
+        self.url = url
+        with self.arriving():
+            self.tar = tarfile.open(fileobj=response, mode="r|gz")
+
+    @contextlib.contextmanager
+    def arriving(self) -> Iterator[None]:
+        """Turn what goes wrong while bytes arrive into a UserError."""
+        try:
+            yield
+        except (*NETWORK_ERRORS, tarfile.TarError, EOFError, zlib.error) as error:
+            raise UserError(
+                f"{self.url}: broke off ({reason(error)}); nothing was kept; try again, or "
+                f"{BY_HAND}"
+            ) from None
+
+    def next_member(self) -> tarfile.TarInfo | None:
+        with self.arriving():
+            return self.tar.next()
+
+    def chunks(self, member: tarfile.TarInfo) -> Iterator[bytes]:
+        """Iterate over a member's bytes."""
+        source = self.tar.extractfile(member)
+        while True:
+            with self.arriving():
+                chunk = source.read(CHUNK)
+            if not chunk:
+                return
+            yield chunk
+
+
+def extract(archive: Archive, member: tarfile.TarInfo, path: Path) -> None:
     """Write a member of the archive to a file. Raises UserError where it is another one."""
-    name = Path(member.name).name
-    size, digest = FILES[name]
-    md5 = hashlib.md5(usedforsecurity=False)
-    source = tar.extractfile(member) if member.isfile() and member.size == size else None
-    while source and (chunk := source.read(CHUNK)):
-        md5.update(chunk)
-        file.write(chunk)
-        streams.show(f"{name} {file.tell() / 1e6:6.1f} of {size / 1e6:.1f} MB")
-    if source is None or md5.hexdigest() != digest:
+    size, digest = FILES[path.name]
+    if not member.isfile() or member.size != size:
         raise UserError(
-            f"{url}: {member.name} is another file, of {member.size:,} bytes and MD5 "
-            f"{md5.hexdigest()}, wanted {size:,} and {digest}; nothing was kept; {BY_HAND}"
+            f"{archive.url}: {path.name} is no file of {size:,} bytes, but of "
+            f"{member.size:,}; nothing was kept; {BY_HAND}"
+        )
+    md5 = hashlib.md5(usedforsecurity=False)
+    with open(path, "wb") as file:
+        for chunk in archive.chunks(member):
+            md5.update(chunk)
+            file.write(chunk)
+            streams.show(f"{path.name} {file.tell() / 1e6:6.1f} of {size / 1e6:.1f} MB")
+    if md5.hexdigest() != digest:
+        raise UserError(
+            f"{archive.url}: {path.name} has MD5 {md5.hexdigest()}, wanted {digest}; nothing "
+            f"was kept; {BY_HAND}"
         )
 
 
-def extract_all(tar: tarfile.TarFile, folder: Path, url: str) -> None:
+def extract_all(archive: Archive, folder: Path) -> None:
     """Write the four files of an archive into a folder, and read no further."""
     wanted = set(FILES)
-    for member in tar:
+    while wanted:
+        member = archive.next_member()
+        if member is None:
+            missing = ", ".join(sorted(wanted))
+            raise UserError(f"{archive.url}: no {missing} in it; nothing was kept; {BY_HAND}")
         name = Path(member.name).name
         if name in wanted:
-            with open(folder / name, "wb") as file:
-                extract(tar, member, file, url)
+            extract(archive, member, folder / name)
             wanted.remove(name)
-        if not wanted:
-            return
-    raise UserError(f"{url}: no {', '.join(sorted(wanted))} in it; {BY_HAND}")
 
 
 def download(parent: Path, timeout: float = 8.0) -> Path:
@@ -131,19 +171,12 @@ def download(parent: Path, timeout: float = 8.0) -> Path:
     """
     url = os.environ.get("PEGASUS_STL10_URL", URL)
     folder = parent / FOLDER
-    streams.say(f"downloading about 300 MB from {url} to {folder}")
+    streams.say(f"downloading 360 MB, less as they are packed, from {url} to {folder}")
     parent.mkdir(parents=True, exist_ok=True)
     with writing(folder, "choose another place"):
         with tempfile.TemporaryDirectory(dir=parent, prefix="stl-10-") as temporary:
             with connect(url, timeout, BY_HAND) as response:
-                try:
-                    with tarfile.open(fileobj=response, mode="r|gz") as tar:
-                        extract_all(tar, Path(temporary), url)
-                except (*NETWORK_ERRORS, tarfile.TarError, EOFError, zlib.error) as error:
-                    raise UserError(
-                        f"{url}: broke off ({reason(error)}); nothing was kept; try again, "
-                        f"or {BY_HAND}"
-                    ) from None
+                extract_all(Archive(response, url), Path(temporary))
             streams.show("")
             folder.mkdir(exist_ok=True)
             for name in FILES:

@@ -87,7 +87,8 @@ class SampleConfig:
     columns: int = option(8, "pictures in a row", least=1, most=65_536)
     scale: int | None = option(
         None,
-        "pixels for each pixel of a picture; by default about 128 for its side",
+        "pixels for each pixel of a picture; by default about 128 for its side, twice as many "
+        "with --best and where it moves",
         least=1,
         most=64,
     )
@@ -148,7 +149,7 @@ def from_state(state: dict, model: VAE, prior: FlowPrior | None) -> Sampler:
         "Software": "Pegasus VAE",
         "model": digest(state, model, fitted, prior),
         "epochs": f"{state['epoch']:g}",
-        "data": state["data"]["name"],
+        "data": str(state["data"]["name"]),
     }
     if prior is not None or prior_state == UNTRAINED:
         about["prior"] = prior_state
@@ -453,7 +454,7 @@ def latents(
 
 
 def decode(sampler: Sampler, z: Tensor, codes: Tensor | None) -> Tensor:
-    """Decode latents (n, d), of codes (n, K) if known, to images (n, 3, 32, 32)."""
+    """Decode latents (n, d), of codes (n, K) if known, to images (n, 3, h, w)."""
     images = []
     for rows in torch.arange(len(z)).split(500):
         batch = z[rows].to(sampler.device)
@@ -505,7 +506,7 @@ def even_turns(turns: Tensor, images: Tensor) -> Tensor:
 
 
 def walk(sampler: Sampler, config: SampleConfig) -> Tensor:
-    """Sample images (n, 3, 32, 32) of a closed walk, in steps that look alike."""
+    """Sample images (n, 3, h, w) of a closed walk, in steps that look alike."""
     turns = torch.arange(config.n) / config.n
     for _ in range(ROUNDS):
         images = decode(sampler, latents(sampler, config, turns), None)
@@ -515,7 +516,7 @@ def walk(sampler: Sampler, config: SampleConfig) -> Tensor:
 
 @torch.no_grad()
 def sample(sampler: Sampler, config: SampleConfig = DEFAULTS) -> Tensor:
-    """Sample images (n, 3, 32, 32) in [0, 1]; with `best` that many, the best first.
+    """Sample images (n, 3, h, w) in [0, 1]; with `best` that many, the best first.
 
     Raises UserError for options that this model can't serve.
     """

@@ -225,7 +225,7 @@ def stand(bodies: Tensor, masks: Tensor, geometry: Geometry) -> tuple[Tensor, Te
     moved = functional.grid_sample(both, grid, align_corners=False, padding_mode="border")
     images, masks = moved.split([3, 1], 1)
     edge = grid.abs().amax(3)[:, None]
-    fade = (5 * (edge - 0.85)).clamp(0, 1)  # over three pixels
+    fade = (5 * (edge - 0.85)).clamp(0, 1)  # over three of 32 pixels
     return torch.lerp(images, smooth(images), fade), masks * (edge < 1)
 
 
@@ -408,7 +408,7 @@ def coat_scores(images: Tensor) -> Tensor:
 
     A body is what is below BACK_ROW in the middle.
     """
-    small = shrink(images.float())
+    small = torch.cat([shrink(batch.float()) for batch in images.split(500)])
     center = small[:, :, BACK_ROW + 1 : BACK_ROW + 7, 11:21]
     return torch.stack([center.amin(1).mean((1, 2)), -center.amax(1).mean((1, 2))])
 

@@ -68,7 +68,7 @@ def fit_classes(
 ) -> dict[str, list[Tensor]]:
     """Return mean and covariance, float32, of each class and of the first one's coats.
 
-    images: bytes (n, 3, 32, 32). positions: of their classes in `classes`, (n,).
+    images: bytes (n, 3, h, w). positions: of their classes in `classes`, (n,).
     """
     fitted = {}
     for name, rows in labels.class_rows(images, positions, classes).items():

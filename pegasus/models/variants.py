@@ -52,6 +52,8 @@ def build(config: dict) -> VAE:
     shape = latent_shape(config["latent"])
     arguments = (config["arch"], config["likelihood"], shape, config["center"])
     size = config.get("size", 32)  # runs of before have no other
+    if size not in vae.SIZES:  # of a checkpoint
+        raise ValueError(f"size: got {size}, wanted one of {vae.SIZES}")
     is_grid = len(shape) > 1
     if is_grid and config["arch"] == "mlp":
         raise UserError(

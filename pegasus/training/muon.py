@@ -19,9 +19,12 @@ RATE = 10  # times Adam's learning rate
 def is_hidden(weight: Tensor) -> bool:
     """Return whether a weight is one for Muon: of a convolution of hidden channels.
 
-    Not of one from or to an image or latents, which have few channels.
+    Not of one from or to an image or latents, which have few channels, or 108 for 96 pixels:
+    hidden ones are multiples of 16.
     """
-    return weight.ndim == 4 and min(weight.shape[:2]) >= LEAST
+    channels = weight.shape[:2]
+    few = min(channels) < LEAST or any(number % 16 for number in channels)
+    return weight.ndim == 4 and not few
 
 
 def as_matrix(weight: Tensor) -> Tensor:

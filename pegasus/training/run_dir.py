@@ -146,8 +146,9 @@ def describe(config: TrainConfig, data: Dataset, images: int, epochs_done: int) 
     if epochs_done:
         where += f", where {epochs_done} epochs are done"
     lines.append(
-        f"{images:,} pictures ({', '.join(data.classes)}) from {data.name}, {config.arch}, "
-        f"{config.precision}, {config.threads} threads, {config.device}; {where}"
+        f"{images:,} pictures ({', '.join(data.classes)}) from {data.name}, "
+        f"{config.size} x {config.size}, {config.arch}, {config.precision}, "
+        f"{config.threads} threads, {config.device}; {where}"
     )
     return "\n".join(lines)
 
