@@ -126,5 +126,6 @@ def test_what_a_checkpoint_must_hold():
             gaussians.check(fitted, CLASSES, 3, optional)
     with pytest.raises(ValueError, match="shapes"):
         gaussians.check(whole, CLASSES, 4, optional=False)
-    with pytest.raises(ValueError, match="unicorn"):
-        gaussians.check({}, ("horse", "unicorn"), 3, optional=True)
+    for classes in (("horse", "a,b"), ("horse", "prior"), ("horse", "horse")):
+        with pytest.raises(ValueError, match="classes horse, "):
+            gaussians.check({}, classes, 3, optional=True)
