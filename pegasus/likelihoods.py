@@ -4,6 +4,7 @@ By the ELBO and the importance-weighted bound under the autoencoder's own prior,
 learned prior by the ELBO with its flow's likelihood, and by the paper's equation (1).
 """
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import reparam
@@ -116,30 +117,34 @@ class MonteCarlo(NamedTuple):
     effective_samples: Tensor  # that count: (sum w)^2 / sum w^2, at most all
 
 
-def monte_carlo(x: Tensor, xhat: Tensor, variance: Tensor) -> MonteCarlo:
+def log_densities(x: Tensor, xhat: Tensor, variance: Tensor) -> Tensor:
+    """Return log p(x|z) of images (B, ...) under decoded samples (K, ...), float64 (K, B)."""
+    sse = torch.cdist(xhat.flatten(1).double(), x.flatten(1).double()).square()
+    return -vae.gaussian_nll(sse, variance.double(), x[0].numel())
+
+
+def monte_carlo(log_p: Tensor) -> MonteCarlo:
     """Estimate P(x) = E p(x|z) over z ~ p(z): the paper's equation (1).
 
-    x: images (B, ...). xhat: decoded samples of the prior, (K, ...).
+    log_p: log p(x|z) of B images under K samples of the prior, (K, B).
     """
-    sse = torch.cdist(xhat.flatten(1).double(), x.flatten(1).double()).square()
-    log_p = -vae.gaussian_nll(sse, variance.double(), x[0].numel())  # (K, B)
     mean = importance_weighted(log_p)
     weight = (log_p - mean).exp()  # p(x|z) over its mean
-    error = weight.std(0) / math.sqrt(len(xhat))
+    error = weight.std(0) / math.sqrt(len(log_p))
     effective = weight.sum(0).square() / weight.square().sum(0)
     return MonteCarlo(mean, error, effective)
 
 
 @torch.no_grad()
-def prior_images(sampler: Sampler, n: int, seed: int) -> Tensor:
-    """Decode n samples of the autoencoder's own prior, N(0, I) or K Gaussians."""
+def prior_images(sampler: Sampler, n: int, seed: int) -> Iterator[Tensor]:
+    """Decode n samples of the autoencoder's own prior, N(0, I) or K Gaussians, in parts."""
     model = sampler.model
     z = vae.sampling_noise(n, model.latent_size, seed)
     codes = None
     if isinstance(model, ConditionalVAE):
         codes = model.sample_codes(n, seed)
         z = model.sample_latents(z, codes)
-    return sampling.decode(sampler, z, codes)
+    yield from sampling.decoded(sampler, z, codes)
 
 
 # ---- all of them ----
@@ -176,10 +181,11 @@ def measure(
     """
     (elbo, weighted, rate, sse), flow = mean_terms(sampler, images, k, seed)
     streams.show("bits/dim by equation (1)")
-    xhat = prior_images(sampler, monte_carlo_samples, seed)
     variance = sampler.model.variance
     values = sampler.model.image_values
-    estimate = monte_carlo(vae.from_bytes(images), xhat, variance)
+    x = vae.from_bytes(images)
+    decoded = prior_images(sampler, monte_carlo_samples, seed)
+    estimate = monte_carlo(torch.cat([log_densities(x, xhat, variance) for xhat in decoded]))
     streams.show("")
     figures = {
         "images": len(images),

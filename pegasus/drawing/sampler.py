@@ -5,6 +5,7 @@ a flow prior they come from Gaussians fitted to the latents of each class, and P
 the product of two.
 """
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -453,17 +454,20 @@ def latents(
     return gaussian_latents(sampler, config, turns)
 
 
-def decode(sampler: Sampler, z: Tensor, codes: Tensor | None) -> Tensor:
-    """Decode latents (n, d), of codes (n, K) if known, to images (n, 3, h, w)."""
-    images = []
+def decoded(sampler: Sampler, z: Tensor, codes: Tensor | None) -> Iterator[Tensor]:
+    """Decode latents (n, d), of codes (n, K) if known, to images, 500 at a time."""
     for rows in torch.arange(len(z)).split(500):
         batch = z[rows].to(sampler.device)
         if codes is None:
             x = sampler.model.decode(batch)
         else:
             x = sampler.model.decode(batch, codes[rows])
-        images.append(x.cpu())
-    return torch.cat(images)
+        yield x.cpu()
+
+
+def decode(sampler: Sampler, z: Tensor, codes: Tensor | None) -> Tensor:
+    """Decode latents (n, d), of codes (n, K) if known, to images (n, 3, h, w)."""
+    return torch.cat(list(decoded(sampler, z, codes)))
 
 
 def rank(values: Tensor) -> Tensor:
