@@ -25,6 +25,7 @@ SMALL = 32  # pixels of a side at which pictures are looked at
 BODIES = 0.16  # share of the first class's photographs that are used
 WINGS = 150  # photographs of the second class that are used
 TRIES = 24  # composites of each body; the best sixth of all are kept
+AT_ONCE = 400  # bodies that are dressed together, of 32 x 32
 TYPICAL = 300  # bodies whose mean is the silhouette that others are compared with
 RECOGNIZED = 0.25  # median probability of the first class that composites need
 BACK_ROW = 17  # where backs are moved to, about: half of the picture is for wings
@@ -385,22 +386,38 @@ def log_probability(judge: Classifier, images: Tensor, name: str) -> Tensor:
     return probability_of(probabilities, (name,)).clamp(min=1e-3).log()
 
 
+def dress(
+    bodies: Tensor, masks: Tensor, wings: Tensor, sky: Tensor, geometry: Geometry
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Give bodies wings (2, n, 4, h, w), and light skies colors (n, 3).
+
+    Returns pictures, bodies without wings, and how clear pictures are, (n,).
+    """
+    bare, body = stand(bodies, masks, geometry)
+    bare = darken_sky(bare, body, sky)
+    images, contrast = add_wings(bare, body, *wings, geometry)
+    head = head_contrast(shrink(images), shrink(body), geometry)
+    # as much as the judge's log probability, which is -7 to 0, and no more of what is clear
+    return images, bare, 0.05 * contrast.clamp(max=20) + 0.2 * head.clamp(max=14)
+
+
 def compose(
     bodies: Tensor, masks: Tensor, wings: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Give each body wings; return pictures, bodies without, and how clear they are, (n,)."""
+    """Dress each body by chance; return what `dress` does."""
     n = len(bodies)
     darkest = torch.tensor([0.22, 0.42, 0.62])
     width = torch.tensor([0.2, 0.2, 0.3])
     sky = darkest + width * torch.rand(n, 3, generator=generator)
     pairs = torch.randint(len(wings), (2, n), generator=generator)
     geometry = random_geometry(n, generator)
-    bare, body = stand(bodies, masks, geometry)
-    bare = darken_sky(bare, body, sky)
-    images, contrast = add_wings(bare, body, wings[pairs[0]], wings[pairs[1]], geometry)
-    head = head_contrast(shrink(images), shrink(body), geometry)
-    # as much as the judge's log probability, which is -7 to 0, and no more of what is clear
-    return images, bare, 0.05 * contrast.clamp(max=20) + 0.2 * head.clamp(max=14)
+    at_once = AT_ONCE * SMALL**2 // masks[0].numel()  # a picture of 32 x 32 takes 300 KB
+    dressed = []
+    for rows in torch.arange(n).split(max(1, at_once)):
+        held = Geometry(*(value[rows] for value in geometry))
+        pair = wings[pairs[:, rows]]
+        dressed.append(dress(bodies[rows], masks[rows], pair, sky[rows], held))
+    return tuple(map(torch.cat, zip(*dressed, strict=True)))
 
 
 def coat_scores(images: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 A stage gives the loss of a batch and tests what was trained; train.py owns the loop.
 """
+import itertools
 from typing import NamedTuple
 
 import reparam
@@ -206,14 +207,14 @@ class PriorStage:
         self.workers = workers
         self.first_epoch = first_stage_epochs(config)
         self.last_epoch = config.epochs
-        images = torch.cat([data.images, composites.images])
+        images = (data.images, composites.images)
         choices = [
             labels.of_photographs(data.images, data.labels, data.classes),
             labels.of_composites(composites.coats, data.classes),
         ]
-        self.image_count = len(images)
+        self.image_count = sum(map(len, images))
         self.posteriors = encode_all(model, images, config, config.flip)
-        self.test_posteriors = encode_all(model, data.test_images, config)
+        self.test_posteriors = encode_all(model, (data.test_images,), config)
         self.choices = torch.cat(choices).to(config.device)
         self.test_labels = data.test_labels.to(config.device)  # without coats
         if not prior.is_measured():  # else as it was when the stage began
@@ -309,21 +310,24 @@ Stage = AutoencoderStage | PriorStage
 
 @torch.no_grad()
 def encode_all(
-    model: VAE, images: Tensor, config: TrainConfig, flip: bool = False
+    model: VAE, parts: tuple[Tensor, ...], config: TrainConfig, flip: bool = False
 ) -> Tensor:
     """Return mu and logvar of images of bytes, float16 (2, n, d), on the run's device.
 
-    With `flip` (2, 2 n, d): mirror images in the second half. Written in place: 60,000
-    images would take a gigabyte otherwise.
+    parts: the images, some behind others, each (m, 3, h, w). With `flip` (2, 2 n, d): mirror
+    images in the second half. Written in place: 60,000 images would take a gigabyte
+    otherwise.
     """
     where = config.device
-    shape = (2, 1 + flip, len(images), model.latent_size)
+    shape = (2, 1 + flip, sum(map(len, parts)), model.latent_size)
     result = torch.empty(shape, dtype=torch.half, device=where)
     size = device.inference_batch(where, 100)
-    for first in range(0, len(images), size):
-        x = vae.from_bytes(images[first : first + size].to(where))
+    first = 0
+    for batch in itertools.chain(*(images.split(size) for images in parts if len(images))):
+        x = vae.from_bytes(batch.to(where))
         for view in range(1 + flip):
             with device.autocast(where, config.precision):
                 posterior = model.encode(x.flip(3) if view else x)
-            result[:, view, first : first + size] = torch.stack(posterior)
+            result[:, view, first : first + len(batch)] = torch.stack(posterior)
+        first += len(batch)
     return result.flatten(1, 2)
