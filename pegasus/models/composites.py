@@ -94,11 +94,11 @@ def shrink(images: Tensor) -> Tensor:
     return functional.adaptive_avg_pool2d(images, SMALL) if images.shape[-1] > SMALL else images
 
 
-def enlarge(masks: Tensor, size: int) -> Tensor:
-    """Return masks of another size."""
-    if masks.shape[-1] == size:
-        return masks
-    return functional.interpolate(masks, (size, size), mode="bilinear")
+def enlarge(images: Tensor, size: int) -> Tensor:
+    """Return smooth images or masks of another size."""
+    if images.shape[-1] == size:
+        return images
+    return functional.interpolate(images, (size, size), mode="bilinear")
 
 
 def top_rows(score: Tensor, n: int) -> Tensor:
@@ -197,10 +197,10 @@ def back_heights(masks: Tensor) -> Tensor:
 
 def smooth(images: Tensor) -> Tensor:
     """Return images without detail."""
-    k = kernel(7, images)
+    small = shrink(images)
     for _ in range(3):
-        images = functional.avg_pool2d(images, k, 1, k // 2, count_include_pad=False)
-    return images
+        small = functional.avg_pool2d(small, 7, 1, 3, count_include_pad=False)
+    return enlarge(small, images.shape[-1])
 
 
 def soften(images: Tensor) -> Tensor:
