@@ -308,7 +308,8 @@ def test_an_old_package_is_told_in_one_sentence(monkeypatch, capsys, package):
 @pytest.mark.parametrize("left", ["python", "python that lacks torch", ""])
 def test_make_sets_up_anew_where_the_environment_is_dead(tmp_path, left, monkeypatch):
     """Its Python is gone, is another one, or all is well."""
-    monkeypatch.delenv("MAKEFLAGS", raising=False)  # of `make test PYTHON=...`
+    for name in ("MAKEFLAGS", "PYTHON"):  # of `make test PYTHON=...`
+        monkeypatch.delenv(name, raising=False)
     for name in ("Makefile", "requirements.txt", "requirements-dev.txt"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     python = tmp_path / ".venv" / "bin" / "python"
