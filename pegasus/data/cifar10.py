@@ -22,6 +22,7 @@ CLASSES = (
 FOLDER = "cifar-10-batches-bin"
 TRAIN = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
 TEST = ("test_batch.bin",)
+PARTS = (TRAIN, TEST)
 RECORD = 3073  # bytes
 DOWNLOAD = "python -m pegasus.data.download data"
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import vae
 from pegasus import streams
@@ -127,10 +128,12 @@ def sha256(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
-def has_pictures(folder: Path) -> bool:
-    """Return whether a folder has folders in it, and no binary file that is known."""
-    known = len(cifar10.missing_files(folder)) < 6 or len(stl10.missing_files(folder)) < 4
-    return not known and bool(pictures.folders(folder))
+def reader(folder: Path) -> ModuleType:
+    """Return the module that reads a folder, by the files and folders in it."""
+    if len(stl10.missing_files(folder)) < 4:
+        return stl10
+    is_cifar10 = len(cifar10.missing_files(folder)) < 6
+    return pictures if not is_cifar10 and pictures.folders(folder) else cifar10
 
 
 def resize(images: Tensor, size: int) -> Tensor:
@@ -149,14 +152,12 @@ def load_parts(
     if names is not None and data in KEYWORDS and not own:  # before a download
         classes.parse(names, stl10.CLASSES if data == "stl10" else cifar10.CLASSES)
     folder = locate(data, size)
-    if has_pictures(folder):
+    source = reader(folder)
+    if source is pictures:
         return folder, *pictures.load(folder, names, size)
-    source, parts = cifar10, (cifar10.TRAIN, cifar10.TEST)
-    if len(stl10.missing_files(folder)) < 4:
-        source, parts = stl10, ("train", "test")
     chosen = classes.parse(classes.PAIR if names is None else names, source.CLASSES)
     loaded = []
-    for part in parts:
+    for part in source.PARTS:
         images, labels = source.load(folder, chosen, part)
         loaded.append((resize(images, size), labels))
     return folder, chosen, *loaded

@@ -7,7 +7,6 @@ $PEGASUS_CIFAR10_URL names another address; size and SHA-256 stay.
 import hashlib
 import http.client
 import os
-import sys
 import tarfile
 import tempfile
 import urllib.error
@@ -152,7 +151,7 @@ def download(parent: Path, timeout: float = 8.0) -> Path:
     url = os.environ.get("PEGASUS_CIFAR10_URL", URL)
     folder = parent / cifar10.FOLDER
     message = f"downloading {SIZE / 1e6:.0f} MB from {url} to {folder}"
-    print(message, file=sys.stderr, flush=True)
+    streams.say(message)
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(
         dir=parent, prefix="cifar-10-", suffix=".part"

@@ -33,6 +33,7 @@ CLASSES = (
     "airplane", "bird", "car", "cat", "deer",
     "dog", "horse", "monkey", "ship", "truck",
 )
+PARTS = ("train", "test")
 SIDE = 96
 FOLDER = "stl10_binary"
 URL = "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz"

@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import vae
-from pegasus import checkpoint, files
+from pegasus import checkpoint, files, streams
 from pegasus.cli import UserError
 from pegasus.data import datasets
 from pegasus.data.datasets import Dataset
@@ -81,7 +80,7 @@ def take_lock(folder: Path, file: BinaryIO) -> None:
         if error.errno not in NO_LOCKS:
             raise
         warning = "no locks on this file system; start no second run there"
-        print(f"{folder}: {warning}", file=sys.stderr)
+        streams.say(f"{folder}: {warning}")
 
 
 def read_state(config: TrainConfig) -> dict | None:
