@@ -257,8 +257,9 @@ def label_weights(labels: Tensor, choices: Tensor) -> Tensor:
     Such rows get that label less often than those without a coat, and samples of the
     class would have few coats.
     """
-    name, coat, _ = choices.unbind(1)
-    return 1 + (labels == name) * (name != coat) * COATED / (1 - COATED)
+    name, coat, hidden = choices.unbind(1)
+    share = (1 - COATED) * torch.where(hidden == coat, 1 - DROPPED, 1.0)
+    return torch.where((labels == name) & (name != coat), 1 / share, 1.0)
 
 
 def integrate(field: Field, z: Tensor, times: Sequence[float]) -> Tensor:
