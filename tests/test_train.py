@@ -546,8 +546,8 @@ def test_how_far_gradients_are_clipped():
 def test_adam_stays_on_the_gpu_where_steps_are_captured():
     stage = stages.AutoencoderStage.__new__(stages.AutoencoderStage)
     stage.network = nn.Linear(2, 2)
-    for device, capturable in (("cpu", False), ("cuda", True)):
-        stage.config = TrainConfig(device=device)
+    for where, capturable in (("cpu", False), ("cuda", True)):
+        stage.config = TrainConfig(device=where)
         (adam,) = train.make_optimizers(stage)  # no weight is large enough for Muon
         group = adam.param_groups[0]
         assert (group["fused"], group["capturable"]) == (True, capturable)
