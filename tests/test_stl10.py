@@ -18,22 +18,24 @@ from test_download import Server, flip_bit
 HORSE, BIRD = CLASSES.index("horse"), CLASSES.index("bird")
 
 
+def part_files(part: str, labels: np.ndarray) -> dict[str, bytes]:
+    """Files of pictures with labels from 0: one color a class, a white bar at the top and a
+    black one at the left.
+    """
+    numbers = labels.astype(np.uint8) + 1
+    images = np.empty((len(labels), 3, SIDE, SIDE), np.uint8)
+    images[:] = (numbers * 20).reshape(-1, 1, 1, 1)
+    images[:, 0] += 5
+    images[:, :, :10] = 255
+    images[:, :, :, :10] = 0
+    columns = images.transpose(0, 1, 3, 2)
+    return {f"{part}_y.bin": numbers.tobytes(), f"{part}_X.bin": columns.tobytes()}
+
+
 @pytest.fixture(scope="module")
 def files() -> dict[str, bytes]:
-    """Twelve pictures of each class to train on, four to test: one color a class, a white
-    bar at the top and a black one at the left.
-    """
-    content = {}
-    for part, n in (("train", 12), ("test", 4)):
-        labels = np.arange(10 * n, dtype=np.uint8) % 10 + 1
-        images = np.empty((len(labels), 3, SIDE, SIDE), np.uint8)
-        images[:] = (labels * 20).reshape(-1, 1, 1, 1)
-        images[:, 0] += 5
-        images[:, :, :10] = 255
-        images[:, :, :, :10] = 0
-        content[f"{part}_y.bin"] = labels.tobytes()
-        content[f"{part}_X.bin"] = images.transpose(0, 1, 3, 2).tobytes()
-    return content
+    """Twelve pictures of each class to train on, four to test."""
+    return part_files("train", np.arange(120) % 10) | part_files("test", np.arange(40) % 10)
 
 
 @pytest.fixture
@@ -61,14 +63,34 @@ def test_columns_become_rows(folder):
         assert middle.tolist() == [20 * (BIRD + 1) + 5, *[20 * (BIRD + 1)] * 2]
 
 
-def test_a_run_on_it(small_network, folder, tmp_path, capsys):
+def test_a_class_as_large_as_in_the_original(tmp_path):
+    """500 horses to train on and 800 to test, in any order among others."""
+    rng = np.random.default_rng(0)
+    for part, n in (("train", 500), ("test", 800)):
+        labels = rng.permutation([HORSE] * n + list(range(10)))
+        for name, content in part_files(part, labels).items():
+            (tmp_path / name).write_bytes(content)
+    data = datasets.load(str(tmp_path), "horse,bird", size=96)
+    assert data.labels.bincount().tolist() == [501, 1]
+    assert data.test_labels.bincount().tolist() == [801, 1]
+    level = 20 * (HORSE + 1)
+    for images, labels in ((data.images, data.labels), (data.test_images, data.test_labels)):
+        assert (images[labels == 0, :, 50, 50] == torch.tensor([level + 5, level, level])).all()
+        assert (images[labels == 1, 1, 50, 50] == 20 * (BIRD + 1)).all()
+        assert (images[:, :, 5, 50] == 255).all() and (images[:, :, 50, 5] == 0).all()
+
+
+@pytest.mark.parametrize("size, shown", [(48, 144), (96, 96)])
+def test_a_run_on_it(size, shown, small_network, folder, tmp_path, capsys):
     run = tmp_path / "run"
-    arguments = ["--data", str(folder), "--run", str(run), "--threads", "1", "--size", "48"]
-    assert train.main([*arguments, "--epochs", "2", "--batch-size", "12"]) == 0
+    arguments = ["--data", str(folder), "--run", str(run), "--threads", "1"]
+    arguments += ["--size", str(size), "--epochs", "2", "--batch-size", "12"]
+    assert train.main(arguments) == 0
     assert checkpoint.load(run / "last.pt")["classes"] == ["horse", "bird"]
     with Image.open(run / "reconstructions.png") as image:
-        first = np.asarray(image)[4 : 4 + 3 * 48, 4 : 4 + 3 * 48]
-    assert first[6, 100].tolist() == [255] * 3 and first[100, 6].tolist() == [0] * 3
+        first = image.crop((4, 4, 4 + shown, 4 + shown))
+    assert first.getpixel((shown // 2, 5)) == (255, 255, 255)  # the bar at the top
+    assert first.getpixel((5, shown // 2)) == (0, 0, 0)
 
 
 def fault(folder, names=("horse", "bird")):

@@ -2,7 +2,7 @@
 
 In float32, 3 x 3 convolutions take Winograd's filtering. A group norm and the SiLU after
 it are one pass, for images with channels innermost, the layout in which convolutions are
-fastest. docs/notes.md has what each brings. Without the extension `pegasus_step`, or on
+fastest. docs/machines.md has what each brings. Without the extension `pegasus_step`, or on
 a GPU, networks stay as they are.
 """
 import os
