@@ -47,7 +47,7 @@ class EvaluateConfig:
     )
     data: str = option(
         "auto",
-        "the data it was trained on, as for train.py; auto is the folder used then",
+        "the data to compare with, as for train.py; auto is the folder it was trained on",
     )
     n: int = option(
         2000,
@@ -585,7 +585,8 @@ def main(argv: list[str] | None = None) -> None:
         print(export(sampler, config))
         return
     size = sampler.model.image_shape[1]
-    data = datasets.load(config.data, ",".join(sampler.classes), sampler.data, size)
+    names = ",".join(sampler.classes)
+    data = datasets.load(config.data, names, sampler.data, size, must_match=False)
     figures = report(sampler, data, make_reference(data), config)
     print(json.dumps(figures, indent=2) if config.json else table(figures))
 

@@ -34,13 +34,16 @@ def test_faults_are_one_sentence(own_batches, complaint, tmp_path):
         assert "--classes: got ''" in complaint(load, data, "")
 
 
-def test_a_checkpoints_folder_is_what_auto_means(batches, tmp_path, monkeypatch):
+def test_a_checkpoints_folder_is_what_auto_means(batches, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     data = datasets.load(str(batches), "horse,bird")
     expected = {"folder": data.folder, "digest": data.digest}
     assert datasets.load("auto", "horse,bird", expected).digest == data.digest
     with pytest.raises(UserError, match="is not what the checkpoint was trained on"):
         datasets.load("auto", "bird,horse", expected)
+    other = datasets.load("auto", "bird,horse", expected, must_match=False)
+    assert other.digest != data.digest
+    assert "is not what the checkpoint was trained on" in capsys.readouterr().err
     gone = {"folder": str(tmp_path / "gone"), "digest": data.digest}
     with pytest.raises(UserError, match="--data: no folder .*gone"):
         datasets.load("auto", "horse,bird", gone)

@@ -197,10 +197,17 @@ def test_what_export_refuses(last, tmp_path, complaint):
     assert "file" in complaint(evaluate.main, last, "--export", 3, tmp_path / "file")
 
 
-def test_other_data_and_another_version_are_refused(last, tmp_path, complaint):
+def test_other_data_are_told(last, tmp_path, capsys, monkeypatch):
+    """As where CIFAR-10 was packed anew, of which the program's own checkpoint is."""
     synthetic.write(tmp_path / "other", train=50, test=20, seed=5)
-    said = complaint(evaluate.main, last, "--data", tmp_path / "other")
-    assert "is not what" in said
+    monkeypatch.setattr(evaluate, "report", lambda _, data, *rest: {"data": data.name})
+    evaluate.main([str(last), "--data", str(tmp_path / "other"), "--json"])
+    said = capsys.readouterr()
+    assert "is not what the checkpoint was trained on" in said.err
+    assert json.loads(said.out) == {"data": "other"}
+
+
+def test_another_version_is_refused(last, tmp_path, complaint):
     state = checkpoint.load(last)
     del state["data"]["folder"]
     checkpoint.save(tmp_path / "misfit.pt", state)

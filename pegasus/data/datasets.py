@@ -168,13 +168,15 @@ def load(
     names: str | None,
     expected: dict[str, str] | None = None,
     size: int = 32,
+    must_match: bool = True,
 ) -> Dataset:
     """Load all pictures of some classes.
 
     data: what `--data` says. names: of classes, separated by commas; by default horse,bird,
     or all of a folder of pictures without these. expected: a checkpoint's `folder`, which
-    "auto" then means, and `digest`, which must be the same. size: pixels of a side. Raises
-    UserError for whatever is wrong with them.
+    "auto" then means, and `digest`, which must be the same; without must_match a
+    difference is only told. size: pixels of a side. Raises UserError for whatever is wrong
+    with them.
     """
     if expected and data == "auto":
         data = resolve_auto(expected["folder"])
@@ -182,9 +184,12 @@ def load(
     digest = sha256((*train, *test))
     folder = folder.resolve()
     if expected and digest != expected["digest"]:
-        raise UserError(
-            f"--data: {folder} is not what the checkpoint was trained on "
-            f"({expected['folder']}); give that folder, or begin another run"
-        )
+        differs = f"{folder} is not what the checkpoint was trained on"
+        if must_match:
+            raise UserError(
+                f"--data: {differs} ({expected['folder']}); give that folder, or begin "
+                "another run"
+            )
+        streams.say(f"{differs}, as where CIFAR-10 was packed anew; figures are of this one")
     name = folder.name.encode(errors="replace").decode()  # logs are UTF-8
     return Dataset(*train, *test, chosen, str(folder), name, digest)
