@@ -28,7 +28,7 @@ FUZZ ?= 100000
 KILLS ?= 30
 FLIPS ?= 200
 
-.PHONY: help build train paper sample evaluate study test faults fuzz soak lint sanitize cuda-check package-check arm-check clean distclean
+.PHONY: help build train paper sample demo evaluate study test faults fuzz soak lint sanitize cuda-check package-check arm-check clean distclean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -57,8 +57,18 @@ paper: build  ## the paper in one command: its recipe in runs/paper, its figures
 # before there is a run: the checkpoint that comes along
 CHECKPOINT = $(if $(shell test -e "$(RUN)/last.pt" && echo yes),$(RUN)/last.pt,pegasus.pt)
 # Drawing is quick without the extension: where it is not built, none is built for this.
+DRAW = $(if $(wildcard pegasus_op*.so),,PEGASUS_EXTENSION=0) "$(PYTHON)" sample.py "$(CHECKPOINT)"
 sample: $(READY)  ## draw a sheet from the run in RUN, else from pegasus.pt, to OUT
-	$(if $(wildcard pegasus_op*.so),,PEGASUS_EXTENSION=0) "$(PYTHON)" sample.py "$(CHECKPOINT)" "$(OUT)" $(ARGS)
+	$(DRAW) "$(OUT)" $(ARGS)
+
+# pegasus.pt alone decides what these pictures are
+demo: CHECKPOINT = pegasus.pt
+demo: $(READY)  ## draw a sheet, the best eight, white ones and a walk from pegasus.pt, to demo/
+	@mkdir -p demo
+	$(DRAW) demo/pegasus.png
+	$(DRAW) demo/best.png --best 8
+	$(DRAW) demo/white.png --coat white
+	$(DRAW) demo/walk.gif --mode walk
 
 evaluate: build  ## how probable the run in RUN finds photographs, how its pictures compare with them
 	"$(PYTHON)" -m pegasus.evaluate "$(RUN)/last.pt" $(ARGS)

@@ -320,7 +320,7 @@ def extension(name: str) -> Extension:
 
 setup(
     name="pegasus-op",
-    version="0.2.0",
+    version="1.0.0",
     py_modules=["reparam"],
     install_requires=["torch>=2.10"],
     cmdclass={"build_ext": BuildExtensions},
