@@ -2,6 +2,7 @@
 import dataclasses
 import errno
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -159,6 +160,13 @@ def test_make_leaves_epochs_and_seed_to_the_run_where_they_are_not_given():
     assert '--epochs "5" --seed "3" ' in commands("train", "EPOCHS=5", "SEED=3")
     assert '--run "runs/paper" --arch mlp' in commands("paper")
     assert '--run "mine" --arch mlp' in commands("paper", "RUN=mine")
+
+
+def test_make_demo_draws_from_the_checkpoint_that_comes_along():
+    lines = [line for line in commands("demo").splitlines() if "sample.py" in line]
+    assert all('sample.py "pegasus.pt" demo/' in line for line in lines)
+    names = [re.search(r"demo/(\S+)", line)[1] for line in lines]
+    assert names == ["pegasus.png", "best.png", "white.png", "walk.gif"]
 
 
 def test_make_paper_names_every_option_of_the_papers_recipe():

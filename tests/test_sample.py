@@ -13,7 +13,7 @@ import vae
 from pegasus import measures
 from pegasus.cli import UserError
 from pegasus.data import cifar10, pictures
-from pegasus.drawing import plots, sampler
+from pegasus.drawing import overview, plots, sampler
 from pegasus.drawing.sampler import SampleConfig, Sampler
 from pegasus.models import classifier, composites, flow_prior, gaussians
 from pegasus.models.classifier import pegasus_score
@@ -433,6 +433,21 @@ def test_what_a_picture_by_a_flow_prior_says(flow, tmp_path, monkeypatch, capsys
     about = png(out)[1]
     assert about["guidance"] == "1.9"
     assert "2 pictures between horse and bird, hardly with wings" in capsys.readouterr().out
+
+
+def test_the_overview_ends_with_a_draw(flow, tmp_path, monkeypatch, complaint):
+    config = SampleConfig(n=1, seed=overview.SEED, guidance=2.0, steps=40)
+    with torch.no_grad():
+        states = overview.on_the_way(flow)
+    assert len(states) == len(overview.TIMES)
+    torch.testing.assert_close(states[-1:], sampler.sample(flow, config), rtol=0, atol=0.02)
+    monkeypatch.setattr(sampler, "load", lambda path: flow)
+    overview.main(["x.pt", str(tmp_path / "o.png")])
+    size, about = png(tmp_path / "o.png")
+    assert size == (overview.WIDTH, 3 * overview.ROW)
+    assert about["model"] == "0" * 16
+    monkeypatch.setattr(sampler, "load", lambda path: replace(flow, has_pegasi=False))
+    assert "no class of a learned prior" in complaint(overview.main, "x.pt", tmp_path / "p.png")
 
 
 @pytest.mark.parametrize(
