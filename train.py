@@ -101,6 +101,13 @@ def clip_divisor(norm: Tensor, max_norm: float | None) -> Tensor | None:
     return None if max_norm is None else (norm / max_norm).clamp(min=1.0)
 
 
+def steps_taken(adam: Optimizer) -> Tensor:
+    """Return how many steps Adam took; skipped ones do not count."""
+    first = adam.param_groups[0]["params"][0]
+    none = torch.zeros((), device=first.device)
+    return adam.state.get(first, {}).get("step", none).to(first.device)
+
+
 def update_weights(
     optimizers: list[Optimizer], lr: Tensor, skip: Tensor, divisor: Tensor | None
 ) -> Tensor:
@@ -113,10 +120,7 @@ def update_weights(
         optimizer.found_inf = skip  # torch's fused Adam has these names
         optimizer.grad_scale = divisor
         optimizer.step()
-    adam = optimizers[0]
-    first = adam.param_groups[0]["params"][0]
-    steps = adam.state.get(first, {}).get("step", skip.new_zeros(()))
-    return steps.to(skip.device)
+    return steps_taken(optimizers[0])
 
 
 def show_step(run: Run, stage: Stage, display: Progress) -> None:
@@ -253,16 +257,16 @@ def main(argv: list[str] | None = None) -> int:
     if workers.restarts and run_dir.same_job(folder):  # a lost process was replaced
         config = replace(config, resume=True, overwrite=False)
     stop = StopSignal()
-    with run_dir.lock(folder) if workers.leads else contextlib.nullcontext():
-        try:  # leave the group on errors too: its abort would hide them
+    try:  # leave the group on errors too: its abort would hide them
+        with run_dir.lock(folder) if workers.leads else contextlib.nullcontext():
             run, state = open_run(config, given, workers)
             train(run, state, workers, stop)
-        finally:
-            workers.leave()
-            stop.release()
-        if workers.leads:
-            stopped = ", then stopped; --resume goes on" if stop.agreed else ""
-            print(f"{run.epoch} epochs done{stopped}: {folder}/last.pt and pictures")
+    finally:
+        workers.leave()
+        stop.release()
+    if workers.leads:
+        stopped = ", then stopped; --resume goes on" if stop.agreed else ""
+        print(f"{run.epoch} epochs done{stopped}: {folder}/last.pt and pictures")
     return (128 + stop.agreed) if stop.agreed else 0  # as a shell reports a signal
 
 

@@ -217,8 +217,3 @@ def resize(images: Tensor, size: int) -> Tensor:
         return images
     settings = {"mode": "bicubic", "antialias": True}
     return functional.interpolate(images, (size, size), **settings).clamp(0, 1)
-
-
-def sampling_noise(n: int, size: int, seed: int) -> Tensor:
-    """Return standard normals (n, size); row i is a function of (seed, i) alone."""
-    return reparam.normals(n, size, seed)

@@ -1,8 +1,9 @@
 """What the scripts of the top level are made of.
 
-    cli, files, device       command lines, files written whole, where to compute
+    cli, streams             command lines, what is said in the terminal
+    files, device            files written whole, where to compute
     checkpoint               save and load a run
-    data/                    CIFAR-10's format, its download, the synthetic set
+    data/                    CIFAR-10, STL-10, folders of pictures, the synthetic set
     models/                  variants of the VAE, flow prior, Gaussians, classifier,
                              the Pegasi that a prior learns from
     drawing/                 pictures from a checkpoint, sheets and curves

@@ -1,56 +1,31 @@
-"""Time the fused op and whole epochs of training against what people would use instead.
+"""Time the fused op against what people would use instead.
 
     python -m pegasus.bench op                                     # all sizes
     python -m pegasus.bench op --shapes 128x128 --dtypes float32   # a quick look
     python -m pegasus.bench op --device cuda
-    python -m pegasus.bench train                                  # all networks
-    python -m pegasus.bench train --arch mlp --rounds 5
 
-op: medians, once the op agrees with the reference. "eager" is the op as people write it
+Medians, once the op agrees with the reference. "eager" is the op as people write it
 (randn_like, exp, mul, sum), "compiled" the same under torch.compile, "clone" a copy of
 one input: memory's own speed. THP_MEM_ALLOC_ENABLE=1 lets torch take huge pages for large
 tensors, for all alike: fresh memory otherwise costs more than the arithmetic.
-
-train: images a second, medians of rounds that take turns. "ours" is the last of three
-epochs of train.py. "usual" is the loop that people copy: the same network in float32,
-torch's default Adam, and a DataLoader that converts image by image as torchvision does,
-without workers and with two. The learned prior has no usual loop.
 """
 import argparse
-import csv
 import os
 import platform
 import re
-import statistics
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import reparam
-import vae
 from pegasus import cli
-from pegasus.cli import UserError
-from pegasus.data import datasets
 from pegasus.device import resolve_device
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils import benchmark
-from torch.utils.data import DataLoader, Dataset
 
-TRAIN = Path(__file__).parents[1] / "train.py"
 SHAPES = ((128, 128), (128, 512), (1024, 128), (8192, 128), (65536, 128))
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12, "bfloat16": 1.6e-2, "float16": 2e-3}
-NETWORKS = {  # options of train.py; what the usual loop trains
-    "mlp": ("--arch mlp", ("mlp", "mse")),
-    "conv": ("--prior normal --latent 8x8x16", ("conv", "gaussian", (16, 8, 8))),
-    "prior": ("--prior learned --autoencoder-epochs 1", None),
-}
 
 
 def machine(device: str) -> str:
@@ -67,9 +42,6 @@ def machine(device: str) -> str:
     if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1":
         hardware += ", huge pages"
     return f"{hardware}; torch {torch.__version__}; SIMD level {simd}"
-
-
-# ---- op ----
 
 
 def shape(text: str) -> tuple[int, int]:
@@ -163,97 +135,8 @@ def bench_op(config: argparse.Namespace) -> None:
     benchmark.Compare(measured).print()
 
 
-# ---- train ----
-
-
-class UsualDataset(Dataset):
-    """Images converted one by one, as torchvision's CIFAR10 and its ToTensor do."""
-
-    def __init__(self, images: Tensor):
-        self.images = images.permute(0, 2, 3, 1).contiguous().numpy()
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, i: int) -> Tensor:
-        pixels = np.array(Image.fromarray(self.images[i]))
-        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float().div(255)
-
-
-def usual_epoch(
-    model: vae.VAE, optimizer: torch.optim.Optimizer, loader: DataLoader
-) -> float:
-    """Train an epoch as people write it; return images a second."""
-    start = time.perf_counter()
-    for x in loader:
-        x = x.to(model.variance.device)
-        mu, logvar = model.encode(x)
-        z, kl = eager(mu, logvar, None)
-        sse = (x - model.decode(z)).pow(2).flatten(1).sum(1)
-        variance = sse.detach().mean() / vae.IMAGE_VALUES
-        loss = (model.distortion(sse, variance) + kl).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    loss.item()  # waits for a GPU
-    return len(loader.dataset) / (time.perf_counter() - start)
-
-
-def our_speed(arguments: str, config: argparse.Namespace, folder: str) -> float:
-    """Return images a second in the last of three epochs of train.py."""
-    command = [sys.executable, str(TRAIN), *arguments.split(), "--epochs", "3"]
-    command += ["--data", config.data, "--device", config.device]
-    command += ["--threads", str(config.threads), "--save-seconds", "1e9"]
-    command += ["--run", folder, "--overwrite"]
-    status = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
-    if status:
-        raise UserError(f"train.py ended with status {status}; see what it said above")
-    with open(Path(folder) / "speed.csv") as file:
-        *_, last = csv.DictReader(file)
-    return float(last["images_per_second"])
-
-
-def time_network(
-    name: str, images: Tensor, config: argparse.Namespace
-) -> dict[str, float]:
-    """Return images a second of train.py and, of an autoencoder, of the usual loop."""
-    train_arguments, vae_arguments = NETWORKS[name]
-    loaders = {}
-    if vae_arguments:
-        model = vae.VAE(*vae_arguments).to(config.device)
-        optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-        dataset = UsualDataset(images)
-        for workers in (0, 2):
-            label = f"usual, {workers} workers"
-            loaders[label] = DataLoader(dataset, 128, shuffle=True, num_workers=workers)
-            usual_epoch(model, optimizer, loaders[label])  # warms up
-    speeds = {label: [] for label in ("ours", *loaders)}
-    with tempfile.TemporaryDirectory() as folder:
-        for _ in range(config.rounds):
-            speeds["ours"].append(our_speed(train_arguments, config, folder))
-            for label, loader in loaders.items():
-                speeds[label].append(usual_epoch(model, optimizer, loader))
-    return {label: statistics.median(values) for label, values in speeds.items()}
-
-
-def bench_train(config: argparse.Namespace) -> None:
-    """Time the epochs of some networks."""
-    torch.set_flush_denormal(True)  # as train.py does
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    images = datasets.load(config.data, "horse,bird").images
-    for name in config.arch:
-        speeds = time_network(name, images, config)
-        text = ", ".join(f"{label} {speed:,.0f}" for label, speed in speeds.items())
-        print(f"{name}, images a second: {text}", flush=True)
-        ours = speeds.pop("ours")
-        if speeds:
-            usual = max(speeds.values())
-            print(f"  {ours / usual:.2f} times the usual loop's speed", flush=True)
-
-
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of both subcommands."""
+    """Return the parser of the one subcommand."""
     whole = cli.number(int, least=1)
     raw = argparse.RawDescriptionHelpFormatter
     parser = cli.Parser(description=__doc__, formatter_class=raw)
@@ -271,21 +154,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=0.5,
         help="of each figure (default: 0.5)",
     )
-    train = commands.add_parser("train", help="whole epochs against the usual loop")
-    train.set_defaults(run=bench_train)
-    train.add_argument("--data", default="auto", help="as for train.py")
-    train.add_argument(
-        "--arch", nargs="+", default=tuple(NETWORKS), choices=tuple(NETWORKS)
-    )
-    train.add_argument("--rounds", type=whole, default=3, help="of each (default: 3)")
-    train.add_argument(
-        "--threads",
-        type=cli.number(int, least=0, most=1024),
-        default=0,
-        help="0 is torch's default, one a core",
-    )
-    for command in (op, train):
-        command.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    op.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     return parser
 
 

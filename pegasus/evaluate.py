@@ -4,8 +4,8 @@
     python -m pegasus.evaluate runs/pegasus/last.pt --json
     python -m pegasus.evaluate runs/pegasus/last.pt --export 2000 folder
 
---json has the settings beside the figures; --export writes PNGs of 32 x 32 for other
-people's measures. Three judges report (pegasus/models/classifier.py) that never chose
+--json has the settings beside the figures; --export writes PNGs for other people's
+measures. Three judges report (pegasus/models/classifier.py) that never chose
 anything. Photographs spoiled on purpose show what each measure is worth.
 """
 import argparse
@@ -13,7 +13,6 @@ import functools
 import json
 import math
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -311,9 +310,8 @@ def make_detector(sampler: Sampler, data: Dataset) -> Detector | None:
 # ---- figures of a set ----
 
 
-def over_judges(distance: Callable[[int], float]) -> dict[str, float]:
-    """Return mean and standard deviation of what a function gives for each judge."""
-    values = [distance(number) for number in range(len(classifier.REPORTING))]
+def spread(values: list[float]) -> dict[str, float]:
+    """Return mean and standard deviation over judges."""
     return {"mean": statistics.mean(values), "deviation": statistics.stdev(values)}
 
 
@@ -322,23 +320,17 @@ def frechet_figures(
 ) -> dict[str, float]:
     """Return a set's Frechet distance to the photographs of its classes."""
     rows = reference.rows(label)
-
-    def distance(number: int) -> float:
-        photographs = reference.judgements[number].features[rows]
-        return measures.frechet_at_infinity(judgements[number].features, photographs)
-
-    return over_judges(distance)
+    pairs = zip(judgements, reference.judgements, strict=True)
+    distance = measures.frechet_at_infinity
+    return spread([distance(drawn.features, of.features[rows]) for drawn, of in pairs])
 
 
 def halves_figures(reference: Reference) -> dict[str, float]:
     """Return the Frechet distance between the two halves of the photographs."""
-
-    def distance(number: int) -> float:
-        features = reference.judgements[number].features
-        first, second = features.split(len(features) // 2)[:2]
-        return measures.frechet_at_infinity(first, second)
-
-    return over_judges(distance)
+    half = len(reference.images) // 2
+    features = [judgement.features for judgement in reference.judgements]
+    distance = measures.frechet_at_infinity
+    return spread([distance(f[:half], f[half : 2 * half]) for f in features])
 
 
 def near_share(reference: Reference, judgements: list[Judgement]) -> float:

@@ -61,7 +61,7 @@ def posterior_samples(model: vae.VAE, x: Tensor, k: int, seed: int = 0) -> Sampl
     rows = []
     for i in range(k):
         noise_seed = reparam.derive_seed(seed, i, NOISE)
-        eps = vae.sampling_noise(len(x), parts[0].mu.shape[1], noise_seed)
+        eps = reparam.normals(len(x), parts[0].mu.shape[1], noise_seed)
         weights = [log_weight(part, x, eps, model.variance) for part in parts]
         weights = torch.stack(weights)
         elbo = (share * (weights - log_share)).sum(0) - log_codes
@@ -98,7 +98,7 @@ def flow_terms(sampler: Sampler, x: Tensor, seed: int) -> Tensor:
     model = sampler.model
     with torch.no_grad():
         mu, logvar = model.encode(x)
-        eps = vae.sampling_noise(len(x), model.latent_size, seed)
+        eps = reparam.normals(len(x), model.latent_size, seed)
         z = mu + (logvar / 2).exp() * eps
         log_x = log_likelihood(x, model.decode(z), model.variance).double()
     log_q = -(eps.square() + logvar + math.log(2 * math.pi)).double().sum(1) / 2
@@ -139,7 +139,7 @@ def monte_carlo(log_p: Tensor) -> MonteCarlo:
 def prior_images(sampler: Sampler, n: int, seed: int) -> Iterator[Tensor]:
     """Decode n samples of the autoencoder's own prior, N(0, I) or K Gaussians, in parts."""
     model = sampler.model
-    z = vae.sampling_noise(n, model.latent_size, seed)
+    z = reparam.normals(n, model.latent_size, seed)
     codes = None
     if isinstance(model, ConditionalVAE):
         codes = model.sample_codes(n, seed)

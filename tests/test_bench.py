@@ -11,8 +11,6 @@ import torch
         ("op", "--shapes", "axb"),
         ("op", "--threads", 0),
         ("op", "--seconds", 0),
-        ("train", "--rounds", -1),
-        ("train", "--threads", -1),
     ],
 )
 def test_what_bench_refuses(complaint, arguments):
@@ -35,18 +33,3 @@ def test_the_op_is_checked_and_timed(monkeypatch, capsys):
     monkeypatch.setattr(bench.reparam, "reparameterize_kl", wrong)
     with pytest.raises(AssertionError):
         bench.main(["op", *arguments])
-
-
-@pytest.mark.filterwarnings("ignore")  # of fewer cores than workers, of forks
-def test_epochs_are_timed_against_the_usual_loop(batches, capsys):
-    arguments = ["--data", str(batches), "--rounds", "1", "--threads", "1"]
-    bench.main(["train", *arguments, "--arch", "mlp"])
-    said = capsys.readouterr().out
-    assert "mlp, images a second: ours " in said
-    assert "usual, 2 workers" in said
-    assert "times the usual loop's speed" in said
-
-
-def test_a_failed_run_is_told(tmp_path, complaint):
-    arguments = ["train", "--data", tmp_path / "none", "--arch", "prior"]
-    assert "no folder" in complaint(bench.main, *arguments)

@@ -156,6 +156,8 @@ NOT_RESUMED = {
     "a row of another log": (lambda s: s["history"][0].update(novelty=1), "novelty"),
     "a row without a rate": (lambda s: s["history"][0].pop("test_rate"), "columns"),
     "a row of text": (lambda s: s["history"][0].update(test_loss="x"), "test_loss"),
+    "no options": (lambda s: s.update(config=None), "config"),
+    "no classes": (lambda s: s.update(classes=[]), "class"),
     "other totals": (lambda s: s.update(totals=torch.zeros(5)), "size"),
     "words for composites": (lambda s: s.update(composites="many"), "'many'"),
     "no birds": (lambda s: s["densities"].pop("bird"), "horse, white horse, dark horse"),

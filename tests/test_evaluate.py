@@ -1,4 +1,6 @@
+import contextlib
 import dataclasses
+import io
 import json
 from types import SimpleNamespace
 
@@ -34,17 +36,14 @@ def last(batches, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def figures(last):
+    """What --json prints."""
     arguments = [str(last), "--n", "500", "--images", "20", "--k", "4"]
-    config, _ = evaluate.cli.parse(EvaluateConfig, [*arguments, "--monte-carlo", "50"], "")
-    model = evaluate.load_sampler(last)
-    data = datasets.load("auto", ",".join(model.classes), model.data)
-    return evaluate.report(model, data, evaluate.make_reference(data), config)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        evaluate.main([*arguments, "--monte-carlo", "50", "--json"])
+    return json.loads(out.getvalue())
 
 
-def test_json_has_the_figures_and_their_settings(last, capsys):
-    arguments = [str(last), "--n", "500", "--images", "20", "--k", "4"]
-    evaluate.main([*arguments, "--monte-carlo", "50", "--json"])
-    figures = json.loads(capsys.readouterr().out)
+def test_figures_have_their_settings(figures):
     assert figures.keys() == {"settings", "likelihood", "sets"}
     assert figures["settings"]["judges"] == [1, 2, 3]
     assert figures["settings"]["classes"] == ["horse", "bird"]

@@ -1,4 +1,5 @@
 """The Gaussians of classes' latents: their fit, their products, their samples."""
+import reparam
 import vae
 from pegasus.cli import UserError
 from pegasus.models import gaussians
@@ -99,7 +100,7 @@ def test_product_is_the_product_of_the_densities(blend):
 
 def test_samples_have_the_moments_and_rows_their_own_noise():
     gaussian = random_gaussian(4, 3)
-    eps = vae.sampling_noise(200_000, 4, seed=1)
+    eps = reparam.normals(200_000, 4, seed=1)
     for temperature in (1.0, 0.5):
         z = gaussians.sample(gaussian, eps, temperature).double()
         wanted = gaussian.covariance * temperature**2

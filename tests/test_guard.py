@@ -210,11 +210,6 @@ def test_after_ten_bad_steps_none_is_taken_until_somebody_looks():
     assert resumed.skipped.tolist() == [11, 110, 0]
 
 
-def test_sums_that_do_not_fit_are_refused():
-    with pytest.raises(checkpoint.MISMATCHES):
-        StepGuard("cpu").load(torch.zeros(7), torch.zeros(3))
-
-
 # ---- when to save ----
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import reparam
 import sample
 import train
 import vae
@@ -148,13 +149,6 @@ def test_modes_are_of_their_gaussians(plain):
     assert latents(plain, "prior", 500).std().item() == pytest.approx(1, abs=0.02)
 
 
-def test_before_the_prior_is_trained_classes_take_turns(plain):
-    waiting = replace(plain, about=plain.about | {"prior": sampler.UNTRAINED})
-    z = latents(waiting, "prior", 6, temperature=0.0)
-    assert z[::2].allclose(plain.gaussians["horse"].mean)
-    assert z[1::2].allclose(plain.gaussians["bird"].mean)
-
-
 def test_morph_goes_from_one_class_to_the_other(plain):
     horse = plain.gaussians["horse"]
     bird = plain.gaussians["bird"]
@@ -226,7 +220,7 @@ def test_guidance_and_coat_change_the_flow(flow):
 def test_noise_of_a_walk_goes_in_a_circle():
     turns = torch.arange(12) / 12
     eps = sampler.circle_noise(turns, 1000, seed=1)
-    assert eps[0].equal(vae.sampling_noise(1, 1000, 1)[0])
+    assert eps[0].equal(reparam.normals(1, 1000, 1)[0])
     lengths = eps.norm(dim=1)
     torch.testing.assert_close(lengths, lengths[:1].expand(12))
     steps = (eps - eps.roll(-1, 0)).norm(dim=1)  # the last one leads back to the first

@@ -108,10 +108,3 @@ def test_a_forged_size_is_refused(small_network, batches, tmp_path, complaint):
         state["config"]["size"] = size
         checkpoint.save(last, state)
         assert "size" in complaint(sample.main, last, tmp_path / "out.png")
-
-
-def test_another_size_is_refused_on_resume(small_network, batches, tmp_path, complaint):
-    arguments = ["--data", str(batches), "--run", str(tmp_path / "run"), "--threads", "1"]
-    assert train.main([*arguments, "--epochs", "1", "--arch", "mlp"]) == 0
-    said = complaint(train.main, *arguments, "--resume", "--size", 64)
-    assert "--size: got 64, but the run in" in said

@@ -20,7 +20,7 @@ from pegasus.training.config import TrainConfig
 
 import pytest
 import torch
-from conftest import PICTURES, ROOT, SMALL, equal, png, rows, same
+from conftest import PICTURES, ROOT, SMALL, png, rows, same
 from torch import nn
 from torch.optim import Adam
 
@@ -273,42 +273,6 @@ def test_what_a_resume_refuses(run, batches, tmp_path, complaint):
     assert contents(run) == before
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"config": {"epochs": 0}},
-        {"config": {"lr": "fast"}},
-        {"config": {"arch": "transformer"}},
-        {"config": {"warmup": 3}},
-        {"config": None},
-        {"epochs_done": 3, "step": 99},
-        {"epochs_done": 3},
-        {"history": [{"unicorns": 3}] * 4},
-        {"totals": torch.zeros(7)},
-        {"classes": []},
-    ],
-)
-def test_a_checkpoint_that_does_not_fit_is_told_in_one_sentence(
-    run, tmp_path, complaint, change
-):
-    state = checkpoint.load(run / "last.pt")
-    for key, value in change.items():
-        if isinstance(value, dict):
-            value = state[key] | value
-        state[key] = value
-    checkpoint.save(tmp_path / "last.pt", state)
-    sentence = complaint(train.main, "--run", tmp_path, "--resume")
-    assert f"{tmp_path / 'last.pt'}: a checkpoint of another version" in sentence
-
-
-def test_a_checkpoint_of_another_format(run, tmp_path, complaint):
-    state = checkpoint.load(run / "last.pt")
-    for number in (8, 10):
-        torch.save(state | {"format": number}, tmp_path / "last.pt")
-        sentence = complaint(train.main, "--run", tmp_path, "--resume")
-        assert f"checkpoint format {number}, this program reads 9" in sentence
-
-
 def test_few_test_pictures(tmp_path):
     """Fewer than a sheet of reconstructions shows."""
     synthetic.write(tmp_path / "few", train=50, test=5)
@@ -479,27 +443,6 @@ def test_moments_of_another_network_are_refused():
         train.restore_optimizers([fused_adam(make_network())], [state])
 
 
-def test_moments_that_do_not_fit_are_told_in_one_sentence(run, tmp_path, complaint):
-    state = checkpoint.load(run / "last.pt")
-    state["optimizers"][0][0]["exp_avg"] = torch.zeros(3)
-    checkpoint.save(tmp_path / "last.pt", state)
-    sentence = complaint(train.main, "--run", tmp_path, "--resume", "--epochs", 5)
-    assert "another version (optimizer and model differ in shape)" in sentence
-
-
-def test_a_skipped_step_changes_nothing():
-    network = make_network()
-    optimizer = fused_adam(network)
-    step(network, optimizer, 0)
-    weights = [p.detach().clone() for p in network.parameters()]
-    state = moments(optimizer)
-    backward(network, 1)
-    optimizer.found_inf = torch.ones(())
-    optimizer.step()
-    assert equal([p.detach() for p in network.parameters()], weights)
-    assert equal(moments(optimizer), state)
-
-
 def test_gradients_are_divided_by_their_scale():
     """Adam (Kingma and Ba 2015) written out, from gradients a quarter as long."""
     network = make_network()
@@ -530,7 +473,7 @@ def test_adam_without_a_kernel_of_its_own_skips_and_clips_like_torchs():
             network.zero_grad()
             network(x).square().sum().backward()
             skip = torch.tensor(float(number % 2 == 0))  # the first one, too
-            divisor = torch.tensor(3.0) if number < 4 else None
+            divisor = torch.tensor(3.0) if number < 2 else None
             steps.append(train.update_weights([optimizer], torch.tensor(0.1), skip, divisor))
         assert steps[0] == steps[1] == (number + 1) // 2
         for one, other in zip(*parameters, strict=True):

@@ -113,7 +113,7 @@ def test_a_centered_encoder_gets_pictures_less_a_half(arch, latent, x):
     assert logvar.equal(wanted_logvar)
     assert not mu.allclose(plain.encode(x)[0], atol=1e-3)
     assert centered.reconstruct(x).equal(plain.decode(mu))
-    eps = vae.sampling_noise(6, centered.latent_size, 4)
+    eps = reparam.normals(6, centered.latent_size, 4)
     xhat = plain.decode(mu + (logvar / 2).exp() * eps)
     sse = (x - xhat).square().sum((1, 2, 3))
     torch.testing.assert_close(centered(x, torch.tensor(4)).sse, sse)
@@ -156,12 +156,3 @@ def test_bytes_become_numbers_between_0_and_1():
     assert x.dtype == torch.float32
     torch.testing.assert_close(x.double() * 255, torch.arange(256).double())
     assert images.equal(torch.arange(256, dtype=torch.uint8))
-
-
-def test_a_rows_noise_is_a_function_of_seed_and_row():
-    noise = vae.sampling_noise(1000, 5, 3)
-    assert noise.shape == (1000, 5)
-    assert vae.sampling_noise(10, 5, 3).equal(noise[:10])
-    assert not vae.sampling_noise(10, 5, 4).allclose(noise[:10])
-    assert abs(noise.mean()) < 0.05
-    assert noise.std().item() == pytest.approx(1, abs=0.05)

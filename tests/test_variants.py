@@ -201,7 +201,7 @@ def test_a_householder_model(arch, latent):
     prior = MultivariateNormal(torch.zeros(d), torch.eye(d))
     rate = kl_divergence(posterior, prior)
     torch.testing.assert_close(terms.rate, rate, rtol=1e-3, atol=1e-3)
-    eps = vae.sampling_noise(2, d, 2)
+    eps = reparam.normals(2, d, 2)
     z = (h @ (mu + (logvar / 2).exp() * eps)[:, :, None])[:, :, 0]
     sse = (x - model.decode(z)).square().sum((1, 2, 3))
     torch.testing.assert_close(terms.sse, sse, rtol=1e-4, atol=1e-3)
@@ -302,7 +302,7 @@ def test_the_sum_over_codes(arch):
     log_share, posteriors, priors = by_hand(model, x)
     share = Categorical(logits=log_share)
     rate = kl_divergence(share, Categorical(torch.ones(3, 4)))
-    eps = vae.sampling_noise(3, 6, 5)
+    eps = reparam.normals(3, 6, 5)
     sse = 0
     for k in range(4):
         divergence = kl_divergence(posteriors[k], priors[k]).sum(1)
@@ -328,7 +328,7 @@ def test_a_relaxed_code(arch):
     torch.testing.assert_close(terms.rate, rate, rtol=1e-4, atol=1e-4)
     code = ((log_share + variants.gumbel(3, 4, seed)) / 0.85).softmax(1)
     joint = model.encoder(x) + code @ model.conditional.shift
-    z = joint[:, :6] + (joint[:, 6:] / 2).exp() * vae.sampling_noise(3, 6, 5)
+    z = joint[:, :6] + (joint[:, 6:] / 2).exp() * reparam.normals(3, 6, 5)
     sse = (x - model.decode(z, code)).square().flatten(1).sum(1)
     torch.testing.assert_close(terms.sse, sse, rtol=1e-4, atol=1e-4)
 
@@ -343,7 +343,7 @@ def test_one_code_is_a_plain_model_with_a_learned_diagonal_prior(progress):
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     _, (posterior,), (prior,) = by_hand(model, x)
-    z = posterior.mean + posterior.stddev * vae.sampling_noise(5, 6, 3)
+    z = posterior.mean + posterior.stddev * reparam.normals(5, 6, 3)
     xhat = model.decoder(torch.cat([z, torch.ones(5, 1)], 1)).sigmoid()
     divergence = kl_divergence(posterior, prior).sum(1)
     loss = (x - xhat).square().flatten(1).sum(1) + divergence
@@ -417,7 +417,7 @@ def test_gumbel_draws_codes_from_their_probabilities():
     share = torch.tensor([0.5, 0.3, 0.15, 0.05])
     counts = (share.log() + noise).argmax(1).bincount() / n
     torch.testing.assert_close(counts, share, rtol=0, atol=0.005)
-    both = torch.cat([noise, vae.sampling_noise(n, 4, 1)], 1)
+    both = torch.cat([noise, reparam.normals(n, 4, 1)], 1)
     assert both.T.corrcoef()[:4, 4:].abs().max() < 0.01
     prior = variants.Conditional(4, 2, 3)
     codes = prior.relax(share.log().expand(n, -1), seed, 0, 0.01)
@@ -439,7 +439,7 @@ def test_bounds_against_brute_force(monkeypatch):
         samples = likelihoods.posterior_samples(model, x, 6, 2)
         log_share, posteriors, priors = by_hand(model, x)
     for i in range(6):
-        eps = vae.sampling_noise(5, 6, reparam.derive_seed(2, i, likelihoods.NOISE))
+        eps = reparam.normals(5, 6, reparam.derive_seed(2, i, likelihoods.NOISE))
         rows = []
         for k in range(4):
             z = posteriors[k].mean + posteriors[k].stddev * eps
@@ -481,7 +481,7 @@ def test_codes_of_latents_and_samples_of_the_prior():
     n = 30_000
     code = model.sample_codes(n, 4)
     assert model.sample_codes(5, 4).equal(code[:5])
-    z = model.sample_latents(vae.sampling_noise(n, 6, 4), code).detach()
+    z = model.sample_latents(reparam.normals(n, 6, 4), code).detach()
     assert prior.infer(z).equal(code)  # that far apart
     number = code.argmax(1)
     third = torch.ones(3) / 3

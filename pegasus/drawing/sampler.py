@@ -5,7 +5,7 @@ a flow prior they come from Gaussians fitted to the latents of each class, and P
 the product of two.
 """
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,8 @@ from torch.nn import functional
 GAUSSIAN, POSTERIOR = range(2)  # purposes of derived seeds
 CHUNK = 64  # latents that are drawn at a time
 WALK = "walk"  # the mode of pictures that turn into each other
+
+Noise = Callable[[int], Tensor]  # a seed's standard normals (n, d), one row a picture
 ROUNDS = 4  # in which a walk's steps are made even
 UNTRAINED = "drawn from the aggregate posterior: the learned prior is not trained yet"
 PREVIEW = "training pictures joined, and rebuilt: the prior learns Pegasi from such"
@@ -140,10 +142,9 @@ def from_state(state: dict, model: VAE, prior: FlowPrior | None) -> Sampler:
     Before its training begins a prior is left out: samples then come from Gaussians, and
     pictures say so. Raises ValueError where Gaussians don't fit.
     """
-    prior_state = "learned"
-    if prior is not None and state["phase"] != "prior":
+    is_untrained = prior is not None and state["phase"] != "prior"
+    if is_untrained:
         prior = None
-        prior_state = UNTRAINED
     fitted = {name: Gaussian(*pair) for name, pair in state["densities"].items()}
     gaussians.check(fitted, state["classes"], model.latent_size, prior is not None)
     about = {
@@ -152,8 +153,10 @@ def from_state(state: dict, model: VAE, prior: FlowPrior | None) -> Sampler:
         "epochs": f"{state['epoch']:g}",
         "data": str(state["data"]["name"]),
     }
-    if prior is not None or prior_state == UNTRAINED:
-        about["prior"] = prior_state
+    if is_untrained:
+        about["prior"] = UNTRAINED
+    elif prior is not None:
+        about["prior"] = "learned"
     return Sampler(
         model=model,
         gaussians=fitted,
@@ -282,7 +285,7 @@ def circle_noise(turns: Tensor, size: int, seed: int) -> Tensor:
 
     All have the same length.
     """
-    first, second = vae.sampling_noise(2, size, seed)
+    first, second = reparam.normals(2, size, seed)
     second = second - first * (first @ second) / (first @ first)
     second = second * first.norm() / second.norm()
     angle = (2 * math.pi * turns)[:, None]
@@ -301,46 +304,40 @@ def sheet_noise(
     number = torch.arange(config.n)
     if config.mode == "morph":
         number = number // config.columns
-    eps = vae.sampling_noise(int(number[-1]) + 1, sampler.model.latent_size, seed)
+    eps = reparam.normals(int(number[-1]) + 1, sampler.model.latent_size, seed)
     return eps[number]
 
 
 def centered_noise(
-    sampler: Sampler,
-    config: SampleConfig,
-    gaussian: Gaussian,
-    number: int,
-    turns: Tensor | None,
+    config: SampleConfig, gaussian: Gaussian, number: int, noise: Noise
 ) -> Tensor:
     """Sample a Gaussian moved to zero, (n, d); another number gives other noise."""
     seed = reparam.derive_seed(config.seed, number, GAUSSIAN)
     centered = Gaussian(torch.zeros_like(gaussian.mean), gaussian.covariance)
-    eps = sheet_noise(sampler, config, seed, turns)
-    return gaussians.sample(centered, eps, config.temperature)
+    return gaussians.sample(centered, noise(seed), config.temperature)
 
 
 def morph_latents(
-    sampler: Sampler, config: SampleConfig, turns: Tensor | None
+    sampler: Sampler, config: SampleConfig, share: Tensor, noise: Noise
 ) -> Tensor:
-    """Sample latents from the first class's Gaussian to the second's: see morph_share.
+    """Sample latents from the first class's Gaussian to the second's, by `morph_share`.
 
     Means move on a line, noise on an arc: a line would pass where there is less noise
     than anywhere else.
     """
-    share = morph_share(config, turns)
     angle = share * math.pi / 2
     first, second = class_pair(sampler, config.coat)
     z = torch.lerp(first.mean, second.mean, share)
-    z = z + angle.cos() * centered_noise(sampler, config, first, 0, turns)
-    return z + angle.sin() * centered_noise(sampler, config, second, 1, turns)
+    z = z + angle.cos() * centered_noise(config, first, 0, noise)
+    return z + angle.sin() * centered_noise(config, second, 1, noise)
 
 
-def prior_latents(sampler: Sampler, config: SampleConfig) -> Tensor:
+def prior_latents(sampler: Sampler, config: SampleConfig, noise: Noise) -> Tensor:
     """Sample latents from N(0, I) or the conditional prior.
 
     While a run's flow prior is untrained, from each class's Gaussian in turn.
     """
-    eps = sheet_noise(sampler, config, config.seed, None)
+    eps = noise(config.seed)
     if sampler.about.get("prior") == UNTRAINED:
         fitted = [sampler.gaussians[name] for name in sampler.classes]
         z = torch.stack([gaussians.sample(g, eps, config.temperature) for g in fitted])
@@ -352,17 +349,14 @@ def prior_latents(sampler: Sampler, config: SampleConfig) -> Tensor:
     return (config.temperature * eps.double()).float()
 
 
-def gaussian_latents(
-    sampler: Sampler, config: SampleConfig, turns: Tensor | None
-) -> Tensor:
+def gaussian_latents(sampler: Sampler, config: SampleConfig, noise: Noise) -> Tensor:
     """Sample latents from a class's Gaussian, or from the product of two."""
     if subject(config) == labels.PEGASUS:
         first, second = class_pair(sampler, config.coat)
         gaussian = gaussians.product(first, second, config.blend)
     else:
         gaussian = sampler.gaussians[labels.with_coat(config.mode, config.coat)]
-    eps = sheet_noise(sampler, config, config.seed, turns)
-    return gaussians.sample(gaussian, eps, config.temperature)
+    return gaussians.sample(gaussian, noise(config.seed), config.temperature)
 
 
 def morph_weights(share: Tensor, first: int, middle: int, last: int) -> dict[int, Tensor]:
@@ -397,7 +391,7 @@ def class_weights(
 
 
 def begin_from(
-    sampler: Sampler, config: SampleConfig, eps: Tensor, turns: Tensor | None
+    sampler: Sampler, config: SampleConfig, eps: Tensor, noise: Noise
 ) -> Tensor:
     """Return latents (n, d) on the way from noise (n, d) to a picture's.
 
@@ -409,27 +403,26 @@ def begin_from(
     with device.fast_autocast(photo):
         mu, logvar = sampler.model.encode(photo)
     seed = reparam.derive_seed(config.seed, 0, POSTERIOR)
-    noise = sheet_noise(sampler, config, seed, turns).to(mu) * config.temperature
-    z = sampler.prior.normalize(mu + (logvar / 2).exp() * noise)
+    posterior_noise = noise(seed).to(mu) * config.temperature
+    z = sampler.prior.normalize(mu + (logvar / 2).exp() * posterior_noise)
     return torch.lerp(eps, z.cpu(), config.keep)
 
 
 def flow_latents(
-    sampler: Sampler, config: SampleConfig, turns: Tensor | None
+    sampler: Sampler, config: SampleConfig, share: Tensor, noise: Noise
 ) -> Tensor:
     """Sample latents by the flow prior, from noise or from a picture."""
-    eps = sheet_noise(sampler, config, config.seed, turns) * config.temperature
-    share = morph_share(config, turns)
+    eps = noise(config.seed) * config.temperature
     start = 0.0
     if config.from_ is not None:
         start = config.keep
-        eps = begin_from(sampler, config, eps, turns)
+        eps = begin_from(sampler, config, eps, noise)
     z = []
     for rows in torch.arange(config.n).split(CHUNK):
         streams.show(f"{config.mode}: {int(rows[0]):,} of {config.n:,} sampled")
         weights = class_weights(sampler, config, share[rows].to(sampler.device))
-        noise = eps[rows].to(sampler.device)
-        end = sample_ode(sampler.prior, weights, noise, start, config.steps)
+        begin = eps[rows].to(sampler.device)
+        end = sample_ode(sampler.prior, weights, begin, start, config.steps)
         z.append(sampler.prior.denormalize(end).cpu())
     streams.show("")
     return torch.cat(z)
@@ -445,13 +438,17 @@ def latents(
     of the sheet. turns: how far around a walk pictures are, 0 to 1, (n,); rows depend on
     the seed and on these.
     """
+    def noise(seed: int) -> Tensor:
+        return sheet_noise(sampler, config, seed, turns)
+
+    share = morph_share(config, turns)
     if sampler.prior is not None:
-        return flow_latents(sampler, config, turns)
+        return flow_latents(sampler, config, share, noise)
     if config.mode == "morph":
-        return morph_latents(sampler, config, turns)
+        return morph_latents(sampler, config, share, noise)
     if config.mode == "prior":
-        return prior_latents(sampler, config)
-    return gaussian_latents(sampler, config, turns)
+        return prior_latents(sampler, config, noise)
+    return gaussian_latents(sampler, config, noise)
 
 
 def decoded(sampler: Sampler, z: Tensor, codes: Tensor | None) -> Iterator[Tensor]:

@@ -32,7 +32,7 @@ BACK_ROW = 17  # where backs are moved to, about: half of the picture is for win
 
 
 class Composites(NamedTuple):
-    """Bytes (n, 3, 32, 32) with wings and without; coats (n,), 0 for neither."""
+    """Bytes (n, 3, h, w) with wings and without; coats (n,), 0 for neither."""
     images: Tensor
     bodies: Tensor
     coats: Tensor
@@ -45,13 +45,13 @@ def none(like: Tensor) -> Composites:
 
 
 def luminance(images: Tensor) -> Tensor:
-    """Return how bright pixels are to the eye, (n, 1, 32, 32)."""
+    """Return how bright pixels are to the eye, (n, 1, h, w)."""
     weights = images.new_tensor([0.299, 0.587, 0.114])
     return (images * weights[:, None, None]).sum(1, keepdim=True)
 
 
 def mean_inside(values: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean of values (n, c, 32, 32) where a mask is, (n, c, 1, 1)."""
+    """Return the mean of values (n, c, h, w) where a mask is, (n, c, 1, 1)."""
     total = (values * mask).sum((2, 3), keepdim=True)
     return total / mask.sum((2, 3), keepdim=True).clamp(min=1e-3)
 
@@ -125,6 +125,15 @@ def standardize(masks: Tensor) -> Tensor:
     return functional.normalize(offset, dim=1)
 
 
+def clutter(masks: Tensor) -> Tensor:
+    """Return how much stands where wings will, (n,); riders, in front, count twice.
+
+    masks: of bodies with heads at the left, (n, 1, 32, 32).
+    """
+    above = masks[:, 0, 1:10, 12:31]
+    return above.mean((1, 2)) + above[..., :9].mean((1, 2))
+
+
 def choose_bodies(
     images: Tensor, certainty: Tensor, n: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,9 +155,8 @@ def choose_bodies(
         typical = standardize(mean)[0]
         likeness = torch.stack([standardize(m) @ typical for m in (masks, masks.flip(3))])
         mirrored = likeness[1] > likeness[0]
-        above = mirror(masks, mirrored)[:, 0, 1:10, 12:31]
-        clutter = above.mean((1, 2)) + above[..., :9].mean((1, 2))  # riders sit in front
-        score = 2 * certainty + 12 * likeness.amax(0) - 12 * clutter
+        in_the_way = clutter(mirror(masks, mirrored))
+        score = 2 * certainty + 12 * likeness.amax(0) - 12 * in_the_way
     best = top_rows(score, n)
     return best, mirrored[best], mirror(masks[best], mirrored[best])
 

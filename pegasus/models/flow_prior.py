@@ -258,7 +258,9 @@ def label_weights(labels: Tensor, choices: Tensor) -> Tensor:
     class would have few coats.
     """
     name, coat, hidden = choices.unbind(1)
-    share = (1 - COATED) * torch.where(hidden == coat, 1 - DROPPED, 1.0)
+    is_composite = hidden == coat  # whose class is never hidden: labels.of_composites
+    # how often a row with a coat gets its class, for once that one without does
+    share = (1 - COATED) * torch.where(is_composite, 1 - DROPPED, 1.0)
     return torch.where((labels == name) & (name != coat), 1 / share, 1.0)
 
 

@@ -27,7 +27,11 @@ def number(classes: tuple[str, ...], name: str, coat: str = "any") -> int:
 
 
 def center_brightness(images: Tensor) -> Tensor:
-    """Return the mean of the central pixels, where most bodies are, float32 (n,)."""
+    """Return the mean of the central pixels, where most bodies are, float32 (n,).
+
+    Coats of photographs go by it; those of composites, and `--best`, by
+    `composites.coat_scores`, for which yellow is not white.
+    """
     unit = images.shape[-1] / 32
     rows = slice(round(10 * unit), round(22 * unit))
     columns = slice(round(8 * unit), round(24 * unit))

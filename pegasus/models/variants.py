@@ -51,7 +51,7 @@ def build(config: dict) -> VAE:
     """Return the untrained model of a run's options. Raises UserError."""
     shape = latent_shape(config["latent"])
     arguments = (config["arch"], config["likelihood"], shape, config["center"])
-    size = config.get("size", 32)  # runs of before have no other
+    size = config.get("size", 32)  # of a checkpoint that is older than --size
     if size not in vae.SIZES:  # of a checkpoint
         raise ValueError(f"size: got {size}, wanted one of {vae.SIZES}")
     is_grid = len(shape) > 1

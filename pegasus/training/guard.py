@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 PATIENCE = 10  # steps skipped in a row before a run stops
+STEPS, IMAGES, IN_A_ROW = range(3)  # what is counted of skipped steps
 
 
 class StepGuard:
@@ -20,14 +21,13 @@ class StepGuard:
 
     def __init__(self, where: str):
         self.totals = torch.zeros(SUMS, dtype=device.widest_float(where), device=where)
-        # skipped steps, their images, and skipped steps in a row
         self.skipped = torch.zeros(3, dtype=torch.int64, device=where)
 
     def load(self, totals: Tensor, skipped: Tensor) -> None:
         """Go on from a checkpoint's sums and counts."""
         self.totals.copy_(totals)
         self.skipped.copy_(skipped)
-        self.skipped[2] %= PATIENCE  # so that a run saved as it gave up can go on
+        self.skipped[IN_A_ROW] %= PATIENCE  # so that a run saved as it gave up can go on
 
     def record(self, norm: Tensor, sums: Tensor, images: int) -> Tensor:
         """Add a step's sums; return 1.0 if the optimizer is to skip the step, else 0.0.
@@ -36,10 +36,12 @@ class StepGuard:
         taken any more, so that `check` may look late.
         """
         finite = (norm + sums.sum()).isfinite()
-        bad = ~finite | (self.skipped[2] >= PATIENCE)
+        bad = ~finite | (self.skipped[IN_A_ROW] >= PATIENCE)
         self.totals += torch.where(bad, 0, sums)
-        self.skipped[:2] += torch.stack([bad, bad * images])
-        self.skipped[2].add_(1).mul_(bad)
+        self.skipped[STEPS] += bad
+        self.skipped[IMAGES] += bad * images
+        self.skipped[IN_A_ROW] += 1
+        self.skipped[IN_A_ROW] *= bad  # 0 after a step that was taken
         return bad.float()
 
     def check(self, steps_done: int, steps_per_epoch: int, folder: Path, lr_flag: str) -> None:
@@ -50,7 +52,7 @@ class StepGuard:
         step_in_epoch = steps_done % steps_per_epoch  # 0 after the last one
         if step_in_epoch % PATIENCE:
             return
-        in_a_row = int(self.skipped[2])
+        in_a_row = int(self.skipped[IN_A_ROW])
         if in_a_row >= PATIENCE:
             epoch, step = divmod(steps_done - in_a_row, steps_per_epoch)
             raise UserError(
@@ -61,11 +63,12 @@ class StepGuard:
 
     def means(self, images: int) -> list[float]:
         """Return means over the epoch's first `images` images."""
-        return (self.totals / (images - self.skipped[1])).tolist()
+        return (self.totals / (images - self.skipped[IMAGES])).tolist()
 
     def end_epoch(self) -> int:
         """Begin another epoch; return how many steps of the last one were skipped."""
-        skipped = int(self.skipped[0])
+        skipped = int(self.skipped[STEPS])
         self.totals.zero_()
-        self.skipped[:2] = 0
+        self.skipped[STEPS] = 0
+        self.skipped[IMAGES] = 0
         return skipped
