@@ -25,6 +25,6 @@ def test_class_numbers_of_photographs():
 
 
 def test_class_numbers_of_composites():
-    """Their coat is told instead of hiding the class."""
-    wanted = [[2, 6, 6], [2, 2, 2], [2, 5, 5]]
+    """Their class is never hidden."""
+    wanted = [[2, 6, 2], [2, 2, 2], [2, 5, 2]]
     assert labels.of_composites(torch.tensor([2, 0, 1]), CLASSES).tolist() == wanted

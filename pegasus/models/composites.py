@@ -439,11 +439,11 @@ def coat_scores(images: Tensor) -> Tensor:
 
 
 def coats(bodies: Tensor) -> Tensor:
-    """Return 1 for the whitest sixth of bodies, 2 for the darkest quarter, 0 for others."""
+    """Return 1 for the whitest eighth of bodies, 2 for the darkest quarter, 0 for others."""
     white, dark = coat_scores(bodies)
     numbers = torch.zeros(len(bodies), dtype=torch.int64)
     numbers[top_rows(dark, len(bodies) // 4)] = 2
-    numbers[top_rows(white, len(bodies) // 6)] = 1
+    numbers[top_rows(white, len(bodies) // 8)] = 1
     return numbers
 
 

@@ -257,11 +257,8 @@ def label_weights(labels: Tensor, choices: Tensor) -> Tensor:
     Such rows get that label less often than those without a coat, and samples of the
     class would have few coats.
     """
-    name, coat, hidden = choices.unbind(1)
-    is_composite = hidden == coat  # whose class is never hidden: labels.of_composites
-    # how often a row with a coat gets its class, for once that one without does
-    share = (1 - COATED) * torch.where(is_composite, 1 - DROPPED, 1.0)
-    return torch.where((labels == name) & (name != coat), 1 / share, 1.0)
+    name, coat, _ = choices.unbind(1)
+    return 1 + (labels == name) * (name != coat) * COATED / (1 - COATED)
 
 
 def integrate(field: Field, z: Tensor, times: Sequence[float]) -> Tensor:

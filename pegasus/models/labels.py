@@ -72,11 +72,10 @@ def of_photographs(images: Tensor, labels: Tensor, classes: tuple[str, ...]) -> 
 def of_composites(coats: Tensor, classes: tuple[str, ...]) -> Tensor:
     """Return three class numbers a composite, as `of_photographs`.
 
-    coats: 0 for none, else behind its position in COATS, (n,). The class is never hidden,
-    since "any" stands for photographs: instead coats are told more often, for there are
-    few of each.
+    coats: 0 for none, else behind its position in COATS, (n,). The class is never hidden:
+    "any" stands for photographs.
     """
     numbers = [number(classes, PEGASUS, coat) for coat in ("any", *COATS)]
     with_coats = torch.tensor(numbers)[coats]
     name = torch.full_like(coats, numbers[0])
-    return torch.stack([name, with_coats, with_coats], 1)
+    return torch.stack([name, with_coats, name], 1)
