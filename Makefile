@@ -54,11 +54,13 @@ paper: build  ## the paper in one command: its recipe in runs/paper, its figures
 	  --batch-size 128 --beta 1 --no-flip --no-center $(ARGS)
 	@"$(PYTHON)" -m pegasus.paper "$(RUN)"
 
-# before there is a run: the checkpoint that comes along
+CHECKPOINT = $(RUN)/last.pt
+ifeq ($(origin RUN),file)  # before there is a run: the checkpoint that comes along
 CHECKPOINT = $(if $(shell test -e "$(RUN)/last.pt" && echo yes),$(RUN)/last.pt,pegasus.pt)
-# Drawing is quick without the extension: where it is not built, none is built for this.
-DRAW = $(if $(wildcard pegasus_op*.so),,PEGASUS_EXTENSION=0) "$(PYTHON)" sample.py "$(CHECKPOINT)"
-sample: $(READY)  ## draw a sheet from the run in RUN, else from pegasus.pt, to OUT
+endif
+# drawing is quick without the extension: none is built for it
+DRAW = "$(PYTHON)" sample.py "$(CHECKPOINT)"
+sample: $(READY)  ## draw a sheet from the run in RUN, by default from pegasus.pt before there is one, to OUT
 	$(DRAW) "$(OUT)" $(ARGS)
 
 # pegasus.pt alone decides what these pictures are

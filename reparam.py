@@ -54,8 +54,11 @@ def derive_seed(seed: int, step: int, purpose: int) -> int:
     """Derive a seed for one purpose at one step of a run, a signed 64-bit int.
 
     It is Philox's output for key = seed, counter = (step, purpose). With `seed + step`
-    neighbouring runs would share noise.
+    neighbouring runs would share noise. Raises TypeError for what is no whole number.
     """
+    for name, number in (("seed", seed), ("step", step), ("purpose", purpose)):
+        if not hasattr(number, "__index__"):
+            raise TypeError(f"{name}: got {number!r:.60}, wanted an int")
     counter = [step & MASK, step >> 32 & MASK, purpose, 0]
     low, high, _, _ = philox(counter, [seed & MASK, seed >> 32 & MASK])
     return (high << 32 | low) - (high >> 31 << 64)

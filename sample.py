@@ -29,6 +29,8 @@ from pegasus.models.classifier import CHOOSING
 from pegasus.models.labels import PEGASUS
 from pegasus.training.accelerate import accelerate
 
+import reparam  # isort: skip  # after pegasus, which tells of a missing package
+
 MOST_PIXELS = 2**28  # of a sheet, for memory
 
 
@@ -104,6 +106,7 @@ def summary(sampler: Sampler, config: SampleConfig, about: dict[str, object]) ->
 def main(argv: list[str] | None = None) -> None:
     config, _ = cli.parse(SampleConfig, argv, __doc__)
     check_sheet(config)
+    reparam.silent = True  # about the extension: drawing is as fast without it
     sampler = load(Path(config.checkpoint))
     size = sampler.model.image_shape[1]
     moving = plots.is_moving(config.out)

@@ -16,7 +16,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from pegasus import checkpoint, cli, device
+from pegasus import checkpoint, cli, device, streams
 from pegasus.cli import UserError
 from pegasus.data import datasets
 from pegasus.training import cuda_graph, muon, run_dir
@@ -216,6 +216,8 @@ def train(run: Run, state: dict | None, workers: Workers, stop: StopSignal) -> N
         optimizers = make_optimizers(stage)
         train_stage(run, stage, optimizers, workers, stop)
     stage.network.zero_grad()  # frees the gradients
+    if stop.agreed and workers.leads:
+        streams.say("stopping: checkpoint and pictures are saved first")
     save(run, stage, optimizers, workers)
 
 
@@ -265,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
         workers.leave()
         stop.release()
     if workers.leads:
-        stopped = ", then stopped; --resume goes on" if stop.agreed else ""
+        stopped = ", then stopped; --resume goes on, as make does" if stop.agreed else ""
         print(f"{run.epoch} epochs done{stopped}: {folder}/last.pt and pictures")
     return (128 + stop.agreed) if stop.agreed else 0  # as a shell reports a signal
 

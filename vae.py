@@ -25,7 +25,8 @@ from torch.nn import functional
 SIZES = (32, 48, 64, 96)  # pixels of a picture's side
 IMAGE_SHAPE = (3, 32, 32)  # CIFAR-10's
 IMAGE_VALUES = 3072
-CHANNELS = (64, 64)  # of the convolutional network, at 16 x 16 and at 8 x 8
+# of the convolutional network, at 16 x 16 and at 8 x 8; multiples of 16, as flow_prior.py says
+CHANNELS = (64, 64)
 
 
 class Terms(NamedTuple):

@@ -162,6 +162,12 @@ def test_make_leaves_epochs_and_seed_to_the_run_where_they_are_not_given():
     assert '--run "mine" --arch mlp' in commands("paper", "RUN=mine")
 
 
+def test_make_sample_draws_from_the_run_that_is_named():
+    assert 'sample.py "no/such/run/last.pt"' in commands("sample", "RUN=no/such/run")
+    if not (ROOT / "runs/pegasus/last.pt").exists():
+        assert 'sample.py "pegasus.pt"' in commands("sample")
+
+
 def test_make_demo_draws_from_the_checkpoint_that_comes_along():
     lines = [line for line in commands("demo").splitlines() if "sample.py" in line]
     assert all('sample.py "pegasus.pt" demo/' in line for line in lines)

@@ -78,6 +78,9 @@ def test_derived_seeds_differ_and_fit():
     assert all(-(2**63) <= seed < 2**63 for seed in seeds)
     assert min(seeds) < 0 < max(seeds)
     assert reparam.derive_seed(0, 1, 0) != reparam.derive_seed(1, 0, 0)
+    for arguments, name in (((0.5, 1, 2), "seed"), ((0, None, 2), "step"), ((0, 1, "a"), "purpose")):
+        with pytest.raises(TypeError, match=f"{name}: got"):
+            reparam.derive_seed(*arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

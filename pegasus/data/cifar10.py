@@ -74,9 +74,12 @@ def check_files(folder: Path) -> None:
     """Raise UserError where a folder lacks one of the six batch files."""
     missing = missing_files(folder)
     if missing:
+        wanted = "CIFAR-10's six binary batches"
+        if len(missing) == 6:
+            wanted += ", or a folder of pictures for each class"
         raise UserError(
-            f"{folder}: no {', '.join(missing)}; wanted CIFAR-10's six binary batches; "
-            f"give their folder as --data or CIFAR10_DIR, or get them by `{DOWNLOAD}`"
+            f"{folder}: no {', '.join(missing)}; wanted {wanted}; give their folder as "
+            f"--data or CIFAR10_DIR, or get CIFAR-10 by `{DOWNLOAD}`"
         )
 
 
