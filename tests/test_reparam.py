@@ -78,7 +78,8 @@ def test_derived_seeds_differ_and_fit():
     assert all(-(2**63) <= seed < 2**63 for seed in seeds)
     assert min(seeds) < 0 < max(seeds)
     assert reparam.derive_seed(0, 1, 0) != reparam.derive_seed(1, 0, 0)
-    for arguments, name in (((0.5, 1, 2), "seed"), ((0, None, 2), "step"), ((0, 1, "a"), "purpose")):
+    wrong = {"seed": (0.5, 1, 2), "step": (0, None, 2), "purpose": (0, 1, "a")}
+    for name, arguments in wrong.items():
         with pytest.raises(TypeError, match=f"{name}: got"):
             reparam.derive_seed(*arguments)
 
