@@ -16,7 +16,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from pegasus import checkpoint, cli, device, streams
+from pegasus import checkpoint, cli, device
 from pegasus.cli import UserError
 from pegasus.data import datasets
 from pegasus.training import cuda_graph, muon, run_dir
@@ -216,8 +216,6 @@ def train(run: Run, state: dict | None, workers: Workers, stop: StopSignal) -> N
         optimizers = make_optimizers(stage)
         train_stage(run, stage, optimizers, workers, stop)
     stage.network.zero_grad()  # frees the gradients
-    if stop.agreed and workers.leads:
-        streams.say("stopping: checkpoint and pictures are saved first")
     save(run, stage, optimizers, workers)
 
 
