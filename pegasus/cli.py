@@ -201,6 +201,9 @@ def parse(
     for field in dataclasses.fields(config_class):
         add_option(parser, field)
     given = vars(parser.parse_args(argv))
+    empty = [name for name, value in given.items() if value == []]  # of several "--"
+    if empty:
+        parser.error(f"argument {empty[0]}: got nothing, wanted a value")
     return config_class(**given), set(given)
 
 

@@ -162,6 +162,10 @@ def test_make_leaves_epochs_and_seed_to_the_run_where_they_are_not_given():
     assert '--run "mine" --arch mlp' in commands("paper", "RUN=mine")
 
 
+def test_dashes_are_no_positional_options(complaint):
+    assert "out: got nothing" in complaint(sample.main, "--", "--", "--")
+
+
 def test_make_sample_draws_from_the_run_that_is_named():
     assert 'sample.py "no/such/run/last.pt"' in commands("sample", "RUN=no/such/run")
     if not (ROOT / "runs/pegasus/last.pt").exists():
