@@ -297,3 +297,13 @@ def test_best_is_refused_where_no_judge_knows_the_class(
     assert train.main([*arguments, "--epochs", "1", "--arch", "mlp"]) == 0
     said = complaint(sample.main, run / "last.pt", tmp_path / "out.png", "--best", 4)
     assert "--best: judge 0 knows CIFAR-10's classes, not tabby, whippet" in said
+
+
+def test_a_run_notices_that_a_picture_has_changed(
+    small_network, own_photos, tmp_path, complaint
+):
+    arguments = ["--data", str(own_photos), "--run", str(tmp_path / "run"), "--threads", "1"]
+    assert train.main([*arguments, "--epochs", "1", "--arch", "mlp"]) == 0
+    Image.new("RGB", (40, 40), "red").save(own_photos / "tabby" / "more" / "001.png")
+    said = complaint(train.main, *arguments, "--resume", "--epochs", 2)
+    assert "is not what the checkpoint was trained on" in said
