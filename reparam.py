@@ -339,7 +339,7 @@ def sample(
         return reference(mu, logvar, seed, row_offset)
     if is_transformed(mu, logvar):
         return reference(mu, logvar, seed, row_offset)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # graphs want the op itself
         return forward_op(mu, logvar, seed, row_offset, with_kl)
     if torch.is_grad_enabled() and (mu.requires_grad or logvar.requires_grad):
         return Fused.apply(mu, logvar, seed, row_offset, with_kl)

@@ -31,7 +31,8 @@ def prepare() -> None:
 
 def say(text: str) -> None:
     """Print a line on stderr at once, in the first of several processes."""
-    if os.environ.get("RANK", "0") in ("", "0"):
+    several = os.environ.get("WORLD_SIZE", "")  # by torchrun; others set RANK alone
+    if not several or os.environ.get("RANK", "0") in ("", "0"):
         print(text, file=sys.stderr, flush=True)
 
 

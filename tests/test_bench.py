@@ -2,6 +2,7 @@ from pegasus import bench
 
 import pytest
 import torch
+from conftest import ROOT
 
 
 @pytest.mark.parametrize(
@@ -15,6 +16,14 @@ import torch
 )
 def test_what_bench_refuses(complaint, arguments):
     assert f"argument {arguments[1]}: got" in complaint(bench.main, *arguments)
+
+
+@pytest.mark.parametrize("value", ["0", "1"])
+def test_huge_pages_are_told_beside_the_figures(monkeypatch, value):
+    """They are torch's, for eager operators too: the op asks for none of its own."""
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", value)
+    assert ("huge pages" in bench.machine("cpu")) == (value == "1")
+    assert not any("madvise" in path.read_text() for path in ROOT.glob("csrc/*/*"))
 
 
 def test_the_op_is_checked_and_timed(monkeypatch, capsys):

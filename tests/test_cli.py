@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -323,6 +324,31 @@ def test_an_old_package_is_told_in_one_sentence(monkeypatch, capsys, package):
     assert f"has {package} 1.9.0a0+git, wanted {wanted} or later; use .venv/bin" in said
 
 
+def test_packages_are_looked_at_before_anything_is_done():
+    code = "import PIL; PIL.__version__ = '9.4.0'; import pegasus.cli"
+    done = run_script([sys.executable, "-c", code])
+    assert done.returncode == 2
+    assert "has PIL 9.4.0, wanted 10.4 or later" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_signals_that_nohup_ignored_end_nothing(name):
+    signum = getattr(signal, name)
+    before = signal.signal(signum, signal.SIG_IGN)
+
+    def main() -> int:
+        signal.raise_signal(signum)
+        return 3
+
+    try:
+        with pytest.raises(SystemExit) as left:
+            cli.run(main)
+        assert signal.getsignal(signum) == signal.SIG_IGN
+    finally:
+        signal.signal(signum, before)
+    assert left.value.code == 3
+
+
 @pytest.mark.parametrize("left", ["python", "python that lacks torch", ""])
 def test_make_sets_up_anew_where_the_environment_is_dead(tmp_path, left, monkeypatch):
     """Its Python is gone, is another one, or all is well."""
@@ -342,9 +368,16 @@ def test_make_sets_up_anew_where_the_environment_is_dead(tmp_path, left, monkeyp
     assert ("-m venv --clear .venv" in done.stdout) == bool(left)
 
 
+MAKE_TARGETS = (
+    "build", "train", "paper", "sample", "demo", "evaluate", "study", "test", "faults",
+    "fuzz", "soak", "lint",
+)
+
+
 def test_make_takes_a_python_with_a_blank_in_its_path():
-    done = run_script(["make", "-n", "train", "PYTHON=/a b/python"])
-    assert done.stdout.count('"/a b/python"') == 2
+    for target in MAKE_TARGETS:
+        done = run_script(["make", "-n", target, "PYTHON=/a b/python"])
+        assert done.stdout.count("/a b/python") == done.stdout.count('"/a b/python"') > 0
 
 
 @pytest.mark.skipif(not reparam.extension, reason="the reference has no instruction sets")

@@ -3,6 +3,7 @@ import contextlib
 import hashlib
 import http.server
 import io
+import signal
 import socket
 import struct
 import tarfile
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from pegasus import cli
 from pegasus.cli import UserError
 from pegasus.data import cifar10, datasets, download
 from pegasus.data.cifar10 import RECORD
@@ -135,6 +137,23 @@ def test_downloads_of_other_bytes(equal_batches, tmp_path, monkeypatch, change, 
     assert "yourself" in str(fault.value)
     assert not isinstance(fault.value, download.Unreachable)
     assert files(tmp_path / "data") == []
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_leaves_nothing_behind(equal_batches, tmp_path, monkeypatch, name):
+    signum = getattr(signal, name)
+    before = signal.signal(signum, signal.SIG_DFL)
+    monkeypatch.setattr(download, "check_archive", lambda *_: signal.raise_signal(signum))
+    body = archive(equal_batches)
+    expect(monkeypatch, body)
+    parent = tmp_path / "data"
+    try:
+        with Server(body) as url, pytest.raises(SystemExit) as left:
+            cli.run(lambda: download_from(monkeypatch, url, parent))
+    finally:
+        signal.signal(signum, before)
+    assert left.value.code == 128 + signum
+    assert files(parent) == []
 
 
 def test_a_download_that_never_ends_is_cut_off(tmp_path, monkeypatch):

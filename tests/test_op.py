@@ -227,6 +227,7 @@ def test_opcheck(grad):
         logvar = logvar.clone().requires_grad_(grad)
         torch.library.opcheck(FORWARD, (mu, logvar, seed, 4))
         if not grad:  # the derivative of the backward is an error by design
+            torch.library.opcheck(FORWARD, (mu, logvar, seed, 4, False))
             torch.library.opcheck(BACKWARD, (dz, dkl, mu, logvar, seed, 4))
 
 
@@ -295,6 +296,25 @@ def test_only_one_input_requires_grad_and_unused_outputs(use, which):
         output = function(*x, seed)[use]
         gradients.append(torch.autograd.grad(output, x[which], (dz, dkl)[use])[0])
     torch.testing.assert_close(*gradients)
+
+
+def test_what_is_not_asked_for_is_not_computed(monkeypatch):
+    mu, logvar, dz, dkl, seed = draw(3, 5, torch.float32)
+    assert FORWARD(mu, logvar, seed, 0, False)[1].shape == (0,)
+    asked = []
+
+    def forward(*arguments):
+        asked.append(arguments[4])
+        return FORWARD(*arguments)
+
+    monkeypatch.setattr(reparam, "forward_op", forward)
+    monkeypatch.setattr(reparam, "backward_op", None)
+    reparam.reparameterize(mu, logvar, seed)
+    mu = mu.clone().requires_grad_()
+    z, kl = reparam.reparameterize_kl(mu, logvar, seed)
+    got, = torch.autograd.grad((z, kl), mu, (dz, dkl))  # without the noise
+    torch.testing.assert_close(got, dz + dkl[:, None] * mu)
+    assert asked == [False, True]
 
 
 def batched_gradient(f, m):

@@ -9,6 +9,7 @@ import numpy
 import pytest
 import torch
 from torch.distributions import Normal
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 KNOWN = [  # Random123's test vectors: counter, key, block
@@ -237,6 +238,47 @@ def test_the_kl_keeps_its_digits_near_collapse_and_in_long_rows():
         tolerance = 2e-6 if reparam.extension else 2e-6 + 1.2e-7 / abs(logvar)
         assert kl.item() == pytest.approx(wanted.item(), rel=tolerance)
         assert kl.item() >= 0
+
+
+class Count(TorchDispatchMode):
+    """Counts torch's operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_reference_takes_as_many_operators_for_any_shape():
+    """A loop over rows or blocks would be slow, and gives the same values."""
+    calls = []
+    for size in (16, 256):
+        zeros = torch.zeros(size, size)
+        with Count() as count:
+            reparam.reference(zeros, zeros, torch.tensor(3))
+        calls.append(count.calls)
+    assert calls[0] == calls[1]
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_traced_model_can_be_saved_and_draws_the_same(tmp_path):
+    mu = torch.randn(3, 5, requires_grad=True)
+    logvar = torch.randn(3, 5, requires_grad=True)
+
+    def posterior(mu, logvar):
+        return reparam.reparameterize_kl(2 * mu, logvar, 3)
+
+    torch.jit.save(torch.jit.trace(posterior, (mu, logvar)), str(tmp_path / "traced.pt"))
+    traced = torch.jit.load(str(tmp_path / "traced.pt"))
+    for got, wanted in zip(traced(mu, logvar), posterior(mu, logvar), strict=True):
+        torch.testing.assert_close(got, wanted)
+        of_trace = torch.autograd.grad(got.sum(), (mu, logvar), retain_graph=True)
+        torch.testing.assert_close(
+            of_trace, torch.autograd.grad(wanted.sum(), (mu, logvar), retain_graph=True)
+        )
 
 
 def test_a_long_row_is_the_noise_of_its_columns():

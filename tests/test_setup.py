@@ -1,6 +1,7 @@
 """What setup.py builds and when, and which compiler it takes for the CUDA kernels."""
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -155,6 +156,25 @@ def test_kernels_that_nvcc_can_not_compile_are_left_out(
     monkeypatch.setenv("PEGASUS_CUDA", "1")
     with pytest.raises(SystemExit, match="nvcc failed"):
         command.compile_cuda(str(compiler))
+
+
+def test_nvcc_is_told_each_architecture(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = tmp_path / "told"
+    compiler = install(tmp_path / "nvcc", f'echo "$@" > {told}')
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0a;8.6")
+    command = script.BuildExtensions(setuptools.Distribution())
+    command.build_temp = str(tmp_path / "temp")
+    assert command.compile_cuda(str(compiler))
+    kinds = re.findall(r"-gencode=arch=compute_(\w+),code=(\w+)", told.read_text())
+    assert kinds == [("90a", "sm_90a"), ("86", "sm_86"), ("90a", "compute_90a")]
+
+
+def test_the_op_takes_the_stable_interface_alone() -> None:
+    """torch's generated one changes from version to version."""
+    for path in (ROOT / "csrc/reparam").iterdir():
+        assert not re.search("aoti_torch_cpu_|generated/", path.read_text()), path
 
 
 @pytest.fixture

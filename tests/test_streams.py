@@ -7,6 +7,7 @@ import sys
 
 import train
 from pegasus import checkpoint, streams
+from pegasus.training import progress
 
 import pytest
 from conftest import ROOT, png
@@ -58,6 +59,14 @@ def test_any_character_can_be_printed():
     assert (done.returncode, done.stdout) == (0, "caf\\xe9\n")
 
 
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [({"RANK": "1"}, "line\n"), ({"RANK": "1", "WORLD_SIZE": "2"}, "")],
+)
+def test_only_the_first_of_several_processes_says_something(place, said):
+    assert run_light("streams.say('line')", **place).stderr == said
+
+
 def test_what_stdout_does_not_take_is_told_and_stops_a_run():
     code = (
         "signal.signal(signal.SIGTERM, lambda *_: print('saved', file=sys.stderr))\n"
@@ -99,15 +108,21 @@ def test_a_run_whose_output_fills_the_disk_saves_first(
     assert words in capsys.readouterr().err
 
 
-class Screen:
+class Screen(io.StringIO):
     """A stream that is a terminal."""
 
     def isatty(self) -> bool:
         return True
 
 
-def test_a_dumb_terminal_gets_no_escapes(monkeypatch):
-    monkeypatch.setenv("TERM", "xterm")
-    assert streams.is_terminal(Screen())
-    monkeypatch.setenv("TERM", "dumb")
-    assert not streams.is_terminal(Screen())
+@pytest.mark.parametrize("term", ["xterm", "dumb"])
+def test_a_dumb_terminal_gets_no_escapes(monkeypatch, tmp_path, term):
+    monkeypatch.setenv("TERM", term)
+    monkeypatch.setattr(sys, "stdout", Screen())
+    monkeypatch.setattr(sys, "stderr", Screen())
+    display = progress.Progress(1, 1, images=10, done=0, leads=True)
+    display.end_epoch(1, {"loss": 1.0}, tmp_path / "speed.csv")
+    streams.show("line")
+    assert "epoch 1/1" in sys.stdout.getvalue()
+    for stream in (sys.stdout, sys.stderr):
+        assert ("\033" in stream.getvalue()) == (term == "xterm")

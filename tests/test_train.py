@@ -163,18 +163,19 @@ def test_the_first_signal_is_noted_and_the_second_ends_the_process(monkeypatch, 
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_signals_that_were_ignored_stay_ignored():
-    """As SIGINT is for what a script starts in the background."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP])
+def test_signals_that_were_ignored_stay_ignored(signum):
+    """As a script has it for what it starts in the background, and nohup."""
+    before = signal.signal(signum, signal.SIG_IGN)
     try:
         stop = signals.StopSignal()
         stop.listen()
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signum)
         stop.release()
         assert stop.asked == 0
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        assert signal.getsignal(signum) == signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signum, before)
 
 
 def test_a_run_needs_a_name(complaint):
