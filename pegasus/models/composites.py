@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.nn import functional
 
 SMALL = 32  # pixels of a side at which pictures are looked at
-BODIES = 0.2  # share of the first class's photographs that are used
+BODIES = 0.16  # share of the first class's photographs that are used
 WINGS = 150  # photographs of the second class that are used
-TRIES = 20  # composites of each body; the best sixth of all are kept
+TRIES = 24  # composites of each body; the best sixth of all are kept
 AT_ONCE = 400  # bodies that are dressed together, of 32 x 32
 TYPICAL = 300  # bodies whose mean is the silhouette that others are compared with
 RECOGNIZED = 0.25  # median probability of the first class that composites need
@@ -120,7 +120,7 @@ def body_masks(bodies: Tensor) -> Tensor:
 
 
 def standardize(masks: Tensor) -> Tensor:
-    """Return masks as vectors (n, h w) of mean 0 and length 1."""
+    """Return masks as vectors (n, 1024) of mean 0 and length 1."""
     offset = masks.flatten(1) - masks.flatten(1).mean(1, keepdim=True)
     return functional.normalize(offset, dim=1)
 
@@ -414,8 +414,8 @@ def compose(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Dress each body by chance; return what `dress` does."""
     n = len(bodies)
-    darkest = torch.tensor([0.2, 0.4, 0.5])
-    width = torch.tensor([0.25, 0.2, 0.42])
+    darkest = torch.tensor([0.22, 0.42, 0.62])
+    width = torch.tensor([0.2, 0.2, 0.3])
     sky = darkest + width * torch.rand(n, 3, generator=generator)
     pairs = torch.randint(len(wings), (2, n), generator=generator)
     geometry = random_geometry(n, generator)
@@ -467,16 +467,6 @@ def best_of(kept: list[Kept], n: int) -> Kept:
     return Kept(*(part[best] for part in joined))
 
 
-def likeness(images: Tensor) -> Tensor:
-    """Return the correlation of what is above backs with the mean of all, (n,).
-
-    images: bytes.
-    """
-    rows = shrink_bytes(images)[:, :, : BACK_ROW - 4]
-    above = standardize(luminance(rows))
-    return above @ functional.normalize(above.mean(0), dim=0)
-
-
 def pick_parts(
     images: Tensor, labels: Tensor, name: str, judge: Classifier
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -510,9 +500,8 @@ def make(
         pictures, bare, clear = compose(bodies, masks, wings, generator)
         certainty = log_probability(judge, pictures, classes[0])
         of_try = Kept(vae.to_bytes(pictures), vae.to_bytes(bare), certainty + clear, certainty)
-        kept = [best_of([*kept, of_try], TRIES * len(bodies) // 3)]
-    unlike = kept[0]._replace(score=kept[0].score - likeness(kept[0].images))
-    best = best_of([unlike], TRIES * len(bodies) // 6)
+        kept = [best_of([*kept, of_try], TRIES * len(bodies) // 6)]
+    best = kept[0]
     if best.certainty.median() < math.log(RECOGNIZED):
         return none(images)
     return Composites(best.images, best.bodies, coats(best.bodies))
