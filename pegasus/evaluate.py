@@ -55,7 +55,10 @@ class EvaluateConfig:
         most=65_536,
     )
     guidance: float = option(
-        2.0, "guidance scale of the rows that have one, with a learned prior", least=0.0
+        sampling.DEFAULTS.guidance,
+        "guidance of the rows that have one, with a learned prior",
+        least=0.0,
+        most=100.0,
     )
     images: int = option(500, "test photographs for bits/dim", least=1)
     k: int = option(32, "posterior samples for each of them", least=1)

@@ -4,7 +4,7 @@ import re
 import statistics
 from collections.abc import Callable
 
-from pegasus import evaluate, study
+from pegasus import cli, evaluate, study
 
 import pytest
 from conftest import ROOT
@@ -94,3 +94,12 @@ def test_links_lead_somewhere(page):
         assert target.exists(), link
         heads = re.findall(r"(?m)^#+ (.+)$", target.read_text()) if part else []
         assert not part or part in [head.lower().replace(" ", "-") for head in heads], link
+
+
+def test_the_readme_says_which_versions_are_the_oldest():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    for package, numbers in cli.OLDEST.items():
+        name = {"PIL": "pillow"}.get(package, package)
+        assert f"{name} {'.'.join(map(str, numbers))}" in text
+    build = (ROOT / "pyproject.toml").read_text()
+    assert "pybind11 3.0 or later" in text and "pybind11>=3.0" in build

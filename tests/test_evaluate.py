@@ -206,6 +206,10 @@ def test_other_data_are_told(last, tmp_path, capsys, monkeypatch):
     assert json.loads(said.out) == {"data": "other"}
 
 
+def test_guidance_that_draws_black_is_refused(complaint):
+    assert "at most 100" in complaint(evaluate.main, "x.pt", "--guidance", "1e38")
+
+
 def test_another_version_is_refused(last, tmp_path, complaint):
     state = checkpoint.load(last)
     del state["data"]["folder"]

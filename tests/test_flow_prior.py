@@ -230,9 +230,15 @@ def test_samples_follow_the_average(start):
     shake(prior.ema)
     z = torch.randn(7, 128)
     weights = {0: torch.rand(7, 1), 1: 0.5}
-    got = flow_prior.sample_ode(prior, weights, z, start, 3)
+    other = {0: 1.0}
+    got = flow_prior.sample_ode(prior, other, weights, z, start, 3)
     times = [start + (1 - start) * i / 3 for i in range(4)]
-    field = flow_prior.guided_velocity(prior.ema, prior.unconditional, weights)
+    first = flow_prior.guided_velocity(prior.ema, prior.unconditional, other)
+    then = flow_prior.guided_velocity(prior.ema, prior.unconditional, weights)
+
+    def field(z, t):
+        return first(z, t) if t < 0.3 else then(z, t)
+
     with torch.no_grad(), flow_prior.device.fast_autocast(z):
         wanted = flow_prior.integrate(field, z, times)
     torch.testing.assert_close(got, wanted, rtol=0.02, atol=0.05)

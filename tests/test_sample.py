@@ -176,11 +176,11 @@ def test_morph_keeps_its_amount_of_noise(plain):
 @pytest.mark.parametrize(
     ("mode", "options", "weights"),
     [
-        ("pegasus", {}, {2: 2.0}),
-        ("pegasus", {"coat": "dark", "guidance": 3.0}, {6: 3.0}),
-        ("horse", {"coat": "white"}, {3: 2.0}),
-        ("bird", {}, {1: 2.0}),
-        ("walk", {"coat": "white"}, {5: 2.0}),
+        ("pegasus", {}, {2: 1.0}),
+        ("pegasus", {"coat": "dark"}, {6: 1.0}),
+        ("horse", {"coat": "white"}, {3: 1.0}),
+        ("bird", {}, {1: 1.0}),
+        ("walk", {"coat": "white"}, {5: 1.0}),
         ("prior", {}, {}),
     ],
 )
@@ -190,15 +190,23 @@ def test_a_mode_follows_its_class(flow, mode, options, weights):
 
 
 def test_morph_leads_from_the_first_class_by_pegasus_to_the_second(flow):
-    config = SampleConfig(mode="morph", n=5, columns=5, coat="white", guidance=1.0)
+    config = SampleConfig(mode="morph", n=5, columns=5, coat="white")
     weights = sampler.class_weights(flow, config, sampler.morph_share(config, None))
     shares = {number: weight[:, 0].tolist() for number, weight in weights.items()}
     assert shares == {3: [1, 0.5, 0, 0, 0], 5: [0, 0.5, 1, 0.5, 0], 1: [0, 0, 0, 0.5, 1]}
 
 
+def test_a_coat_is_there_early(flow):
+    """It counts twice, against the class without; other classes as they do later."""
+    config = SampleConfig(mode="morph", coat="white")
+    assert sampler.early_weights(flow, config, {3: 0.5, 5: 0.5}) == {3: 1, 0: -0.5, 5: 1, 2: -0.5}
+    assert sampler.early_weights(flow, config, {1: 1.0}) == {1: 1.0}
+    assert sampler.early_weights(flow, SampleConfig(), {2: 1.0}) == {2: 1.0}
+
+
 def test_without_a_class_of_their_own_pegasi_are_of_two(flow):
     without = replace(flow, has_pegasi=False)
-    config = SampleConfig(blend=0.25, guidance=1.0)
+    config = SampleConfig(blend=0.25)
     share = torch.zeros(1, 1)
     assert sampler.class_weights(without, config, share) == {0: 0.5, 1: 1.5}
     config = replace(config, mode="morph", n=3, columns=3)
@@ -322,7 +330,7 @@ def test_a_pictures_latents_are_mixed_with_noise_of_their_own(
     flow, photo_posterior, monkeypatch
 ):
     """Where both were the same numbers, deviations would add up instead of squares."""
-    monkeypatch.setattr(sampler, "sample_ode", lambda prior, weights, z, *_: z)
+    monkeypatch.setattr(sampler, "sample_ode", lambda prior, early, late, z, *_: z)
     path, mu, std = photo_posterior
     z = latents(flow, "horse", 2000, from_=path, keep=0.75)
     wanted = (0.25**2 + (0.75 * std) ** 2).sqrt()
@@ -430,7 +438,7 @@ def test_what_a_picture_by_a_flow_prior_says(flow, tmp_path, monkeypatch, capsys
 
 
 def test_the_overview_ends_with_a_draw(flow, tmp_path, monkeypatch, complaint):
-    config = SampleConfig(n=1, seed=overview.SEED, guidance=2.0, steps=40)
+    config = SampleConfig(n=1, seed=overview.SEED, steps=40)
     with torch.no_grad():
         states = overview.on_the_way(flow)
     assert len(states) == len(overview.TIMES)

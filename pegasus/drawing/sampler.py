@@ -66,8 +66,9 @@ class SampleConfig:
     )
     coat: str = option("any", "of the horse", choices=("any", *labels.COATS))
     guidance: float = option(
-        2.0,
-        "with a learned prior, weight of a class against any; 1: no guidance",
+        3.0,
+        "with a learned prior, weight of a class against any once a picture's outlines are "
+        "there; 1: no guidance",
         least=0.0,
         most=100.0,
     )
@@ -380,14 +381,28 @@ def class_weights(
     first = labels.number(classes, classes[0], config.coat)
     if config.mode == "morph" and sampler.has_pegasi:
         winged = labels.number(classes, labels.PEGASUS, config.coat)
-        weights = morph_weights(share, first, winged, 1)
-    elif config.mode == "morph":
-        weights = {first: 1 - share, 1: share}
-    elif subject(config) == labels.PEGASUS and not sampler.has_pegasi:
-        weights = {first: 2 * config.blend, 1: 2 - 2 * config.blend}
-    else:
-        weights = {labels.number(classes, subject(config), config.coat): 1.0}
-    return {number: config.guidance * weight for number, weight in weights.items()}
+        return morph_weights(share, first, winged, 1)
+    if config.mode == "morph":
+        return {first: 1 - share, 1: share}
+    if subject(config) == labels.PEGASUS and not sampler.has_pegasi:
+        return {first: 2 * config.blend, 1: 2 - 2 * config.blend}
+    return {labels.number(classes, subject(config), config.coat): 1.0}
+
+
+def early_weights(
+    sampler: Sampler, config: SampleConfig, weights: dict[int, float | Tensor]
+) -> dict[int, float | Tensor]:
+    """Return the weights for the time before guidance, of those of `class_weights`.
+
+    A coat has to be there early, so it counts twice, against its class without one.
+    """
+    early = dict(weights)
+    for name in (sampler.classes[0], labels.PEGASUS):
+        coated = labels.number(sampler.classes, name, config.coat)
+        if config.coat != "any" and coated in weights:
+            early[coated] = 2 * weights[coated]
+            early[labels.number(sampler.classes, name)] = -weights[coated]
+    return early
 
 
 def begin_from(
@@ -421,8 +436,10 @@ def flow_latents(
     for rows in torch.arange(config.n).split(CHUNK):
         streams.show(f"{config.mode}: {int(rows[0]):,} of {config.n:,} sampled")
         weights = class_weights(sampler, config, share[rows].to(sampler.device))
+        early = early_weights(sampler, config, weights)
+        late = {number: config.guidance * weight for number, weight in weights.items()}
         begin = eps[rows].to(sampler.device)
-        end = sample_ode(sampler.prior, weights, begin, start, config.steps)
+        end = sample_ode(sampler.prior, early, late, begin, start, config.steps)
         z.append(sampler.prior.denormalize(end).cpu())
     streams.show("")
     return torch.cat(z)
