@@ -223,26 +223,31 @@ def test_the_average_is_weighted_by_a_power_of_the_step():
     torch.testing.assert_close(averaged, torch.full_like(averaged, total / sum_of_powers))
 
 
-@pytest.mark.parametrize("start", [0.0, 0.4])
-def test_samples_follow_the_average(start):
-    """Images have weights of their own."""
+@pytest.mark.parametrize(
+    ("times", "early", "late"),
+    [
+        ([0, 0.2, 0.4, 1], [0, 0.2, 0.3], [0.3, 0.4, 1]),
+        ([0, 0.3, 1], [0, 0.3], [0.3, 1]),
+        ([0.4, 0.7, 1], None, [0.4, 0.7, 1]),
+        ([0, 0.1, 0.2], [0, 0.1, 0.2], None),
+        ([0, 1], [0, 0.3], [0.3, 1]),
+    ],
+)
+def test_samples_follow_the_average_early_and_late(times, early, late):
+    """By weights for either time; images may have weights of their own."""
     prior = FlowPrior(SHAPE, 2)
     shake(prior.ema)
-    z = torch.randn(7, 128)
-    weights = {0: torch.rand(7, 1), 1: 0.5}
-    other = {0: 1.0}
-    got = flow_prior.sample_ode(prior, other, weights, z, start, 3)
-    times = [start + (1 - start) * i / 3 for i in range(4)]
-    first = flow_prior.guided_velocity(prior.ema, prior.unconditional, other)
-    then = flow_prior.guided_velocity(prior.ema, prior.unconditional, weights)
-
-    def field(z, t):
-        return first(z, t) if t < 0.3 else then(z, t)
-
-    with torch.no_grad(), flow_prior.device.fast_autocast(z):
-        wanted = flow_prior.integrate(field, z, times)
+    begin = torch.randn(7, 128)
+    weights = ({0: torch.rand(7, 1), 1: 0.5}, {0: 2.0})
+    got = flow_prior.follow(prior, *weights, begin, times)
+    wanted = begin
+    with torch.no_grad(), flow_prior.device.fast_autocast(begin):
+        for some, part in zip(weights, (early, late), strict=True):
+            if part:
+                field = flow_prior.guided_velocity(prior.ema, prior.unconditional, some)
+                wanted = flow_prior.integrate(field, wanted, part)
     torch.testing.assert_close(got, wanted, rtol=0.02, atol=0.05)
-    assert not got.allclose(z, atol=0.1)
+    assert not got.allclose(begin, atol=0.1)
 
 
 class Toy(nn.Module):

@@ -204,6 +204,20 @@ def test_a_coat_is_there_early(flow):
     assert sampler.early_weights(flow, SampleConfig(), {2: 1.0}) == {2: 1.0}
 
 
+def test_guidance_is_for_later(flow, monkeypatch):
+    given = []
+
+    def follow(prior, early, late, z, times):
+        given.append((early, late, times))
+        return z
+
+    monkeypatch.setattr(sampler, "follow", follow)
+    latents(flow, "pegasus", 2, coat="white", guidance=5.0, steps=2)
+    latents(flow, "bird", 2, guidance=5.0, steps=4)
+    assert given[0] == ({5: 2, 2: -1}, {5: 5}, [0, 0.5, 1])
+    assert given[1] == ({1: 1}, {1: 5}, [0, 0.25, 0.5, 0.75, 1])
+
+
 def test_without_a_class_of_their_own_pegasi_are_of_two(flow):
     without = replace(flow, has_pegasi=False)
     config = SampleConfig(blend=0.25)
@@ -330,7 +344,7 @@ def test_a_pictures_latents_are_mixed_with_noise_of_their_own(
     flow, photo_posterior, monkeypatch
 ):
     """Where both were the same numbers, deviations would add up instead of squares."""
-    monkeypatch.setattr(sampler, "sample_ode", lambda prior, early, late, z, *_: z)
+    monkeypatch.setattr(sampler, "follow", lambda prior, early, late, z, times: z)
     path, mu, std = photo_posterior
     z = latents(flow, "horse", 2000, from_=path, keep=0.75)
     wanted = (0.25**2 + (0.75 * std) ** 2).sqrt()

@@ -23,6 +23,7 @@ STEP = 178  # pixels from the middle of a thing to that of the next
 LEFT = 100  # pixels to the middle of the first
 TIMES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # at which draws on their way are shown
 SEED = 6  # of the pictures
+STEPS = 40  # of the way
 
 
 @dataclass(frozen=True)
@@ -79,14 +80,11 @@ def on_the_way(model: Sampler) -> Tensor:
     """Return a Pegasus as it is at TIMES, decoded, (6, 3, h, w)."""
     noise = sampler.sheet_noise(model, SampleConfig(n=1, seed=SEED), SEED, None)
     winged = labels.number(model.classes, labels.PEGASUS)
-    guidance = sampler.DEFAULTS.guidance
-    field = flow_prior.in_two_parts(model.prior, {winged: 1.0}, {winged: guidance})
-    steps = 40
+    guided = {winged: sampler.DEFAULTS.guidance}
     states = []
     for t in TIMES:
-        times = [step / steps for step in range(round(t * steps) + 1)]
-        with device.fast_autocast(noise):
-            states.append(flow_prior.integrate(field, noise, times))
+        times = [step / STEPS for step in range(round(t * STEPS) + 1)]
+        states.append(flow_prior.follow(model.prior, {winged: 1.0}, guided, noise, times))
     return model.model.decode(model.prior.denormalize(torch.cat(states)))
 
 

@@ -16,7 +16,7 @@ from pegasus.cli import UserError, option
 from pegasus.data import datasets, pictures
 from pegasus.drawing import plots
 from pegasus.models import classifier, composites, gaussians, labels, variants
-from pegasus.models.flow_prior import FlowPrior, sample_ode
+from pegasus.models.flow_prior import FlowPrior, follow
 from pegasus.models.gaussians import Gaussian
 from vae import VAE
 
@@ -67,8 +67,8 @@ class SampleConfig:
     coat: str = option("any", "of the horse", choices=("any", *labels.COATS))
     guidance: float = option(
         3.0,
-        "with a learned prior, weight of a class against any once a picture's outlines are "
-        "there; 1: no guidance",
+        "with a learned prior, weight of a class against any, from three tenths of the way on; "
+        "1: no guidance",
         least=0.0,
         most=100.0,
     )
@@ -392,14 +392,16 @@ def class_weights(
 def early_weights(
     sampler: Sampler, config: SampleConfig, weights: dict[int, float | Tensor]
 ) -> dict[int, float | Tensor]:
-    """Return the weights for the time before guidance, of those of `class_weights`.
+    """Return the weights before guidance begins, from those of `class_weights`.
 
     A coat has to be there early, so it counts twice, against its class without one.
     """
+    if config.coat == "any":
+        return weights
     early = dict(weights)
     for name in (sampler.classes[0], labels.PEGASUS):
         coated = labels.number(sampler.classes, name, config.coat)
-        if config.coat != "any" and coated in weights:
+        if coated in weights:
             early[coated] = 2 * weights[coated]
             early[labels.number(sampler.classes, name)] = -weights[coated]
     return early
@@ -432,6 +434,7 @@ def flow_latents(
     if config.from_ is not None:
         start = config.keep
         eps = begin_from(sampler, config, eps, noise)
+    times = [start + (1 - start) * i / config.steps for i in range(config.steps + 1)]
     z = []
     for rows in torch.arange(config.n).split(CHUNK):
         streams.show(f"{config.mode}: {int(rows[0]):,} of {config.n:,} sampled")
@@ -439,7 +442,7 @@ def flow_latents(
         early = early_weights(sampler, config, weights)
         late = {number: config.guidance * weight for number, weight in weights.items()}
         begin = eps[rows].to(sampler.device)
-        end = sample_ode(sampler.prior, early, late, begin, start, config.steps)
+        end = follow(sampler.prior, early, late, begin, times)
         z.append(sampler.prior.denormalize(end).cpu())
     streams.show("")
     return torch.cat(z)

@@ -6,8 +6,8 @@ network v(z_t, t, class) learns their direction E[z_1 - z_0 | z_t, x] by mean sq
 matching: Lipman et al. 2023, Liu et al. 2023). Following v from noise at t = 0 to t = 1
 draws a latent. Now and then the class is hidden in training, so that classes can be
 weighed against "any" (classifier-free guidance: Ho and Salimans 2022) and against each
-other (Liu et al. 2022): v_any + sum over classes k of w_k (v_k - v_any). The weights
-of guidance come late, for variety (Kynkäänniemi et al. 2024).
+other (Liu et al. 2022): v_any + sum over classes k of w_k (v_k - v_any). Guidance begins
+late, for variety (Kynkäänniemi et al. 2024).
 """
 import copy
 import math
@@ -26,7 +26,7 @@ CHANNELS = (96, 160)
 CONDITION = 128  # numbers that time and class become
 DROPPED = 0.15  # share of rows whose class is hidden in training
 COATED = 0.15  # share of the other rows with a coat that get it instead of their class
-GUIDED = 0.3  # time from which there is guidance: before, it would give all one pose and sky
+GUIDED_FROM = 0.3  # time: guidance before makes poses and skies more alike
 
 Field = Callable[[Tensor, float], Tensor]  # velocities (B, d) of latents at a time
 
@@ -310,17 +310,6 @@ def guided_velocity(
     return field
 
 
-def in_two_parts(
-    prior: FlowPrior,
-    early: dict[int, float | Tensor],
-    late: dict[int, float | Tensor],
-) -> Field:
-    """Return `guided_velocity` with `early` weights before the time GUIDED, then `late`."""
-    first = guided_velocity(prior.ema, prior.unconditional, early)
-    then = guided_velocity(prior.ema, prior.unconditional, late)
-    return lambda z, t: first(z, t) if t < GUIDED else then(z, t)
-
-
 def log_density(prior: FlowPrior, z: Tensor, seed: int = 0, steps: int = 12) -> Tensor:
     """Return log p(z) of latents (n, d) in nats, float64 (n,), as draws of "any" have it.
 
@@ -345,16 +334,21 @@ def log_density(prior: FlowPrior, z: Tensor, seed: int = 0, steps: int = 12) -> 
 
 
 @torch.no_grad()
-def sample_ode(
+def follow(
     prior: FlowPrior,
     early: dict[int, float | Tensor],
     late: dict[int, float | Tensor],
     z: Tensor,
-    start: float,
-    steps: int,
+    times: Sequence[float],
 ) -> Tensor:
-    """Follow normalized latents (n, d) from time `start` to 1; weights: `in_two_parts`."""
-    times = [start + (1 - start) * i / steps for i in range(steps + 1)]
-    field = in_two_parts(prior, early, late)
+    """Follow normalized latents (n, d) through the times.
+
+    The weights, as of `guided_velocity`, are `early` until GUIDED_FROM, then `late`. There
+    the solver begins anew: what it knows of the steps before does not hold any more.
+    """
+    middle = min(max(times[0], GUIDED_FROM), times[-1])
+    first = guided_velocity(prior.ema, prior.unconditional, early)
+    then = guided_velocity(prior.ema, prior.unconditional, late)
     with device.fast_autocast(z):
-        return integrate(field, z, times)
+        z = integrate(first, z, [*(t for t in times if t < middle), middle])
+        return integrate(then, z, [middle, *(t for t in times if t > middle)])
