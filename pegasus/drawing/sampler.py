@@ -6,7 +6,7 @@ the product of two.
 """
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import reparam
@@ -32,6 +32,7 @@ WALK = "walk"  # the mode of pictures that turn into each other
 
 Noise = Callable[[int], Tensor]  # a seed's standard normals (n, d), one row a picture
 ROUNDS = 4  # in which a walk's steps are made even
+FINER = 4  # times as many pictures are on a walk, for that, as are shown
 UNTRAINED = "drawn from the aggregate posterior: the learned prior is not trained yet"
 PREVIEW = "training pictures joined, and rebuilt: the prior learns Pegasi from such"
 
@@ -528,11 +529,13 @@ def even_turns(turns: Tensor, images: Tensor) -> Tensor:
 
 def walk(sampler: Sampler, config: SampleConfig) -> Tensor:
     """Sample images (n, 3, h, w) of a closed walk, in steps that look alike."""
-    turns = torch.arange(config.n) / config.n
+    count = FINER * config.n
+    finer = replace(config, n=count)
+    turns = torch.arange(count) / count
     for _ in range(ROUNDS):
-        images = decode(sampler, latents(sampler, config, turns), None)
+        images = decode(sampler, latents(sampler, finer, turns), None)
         turns = even_turns(turns, images)
-    return decode(sampler, latents(sampler, config, turns), None)
+    return decode(sampler, latents(sampler, config, turns[::FINER]), None)
 
 
 @torch.no_grad()
