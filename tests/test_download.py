@@ -142,16 +142,13 @@ def test_downloads_of_other_bytes(equal_batches, tmp_path, monkeypatch, change, 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_signal_leaves_nothing_behind(equal_batches, tmp_path, monkeypatch, name):
     signum = getattr(signal, name)
-    before = signal.signal(signum, signal.SIG_DFL)
+    signal.signal(signum, signal.SIG_DFL)
     monkeypatch.setattr(download, "check_archive", lambda *_: signal.raise_signal(signum))
     body = archive(equal_batches)
     expect(monkeypatch, body)
     parent = tmp_path / "data"
-    try:
-        with Server(body) as url, pytest.raises(SystemExit) as left:
-            cli.run(lambda: download_from(monkeypatch, url, parent))
-    finally:
-        signal.signal(signum, before)
+    with Server(body) as url, pytest.raises(SystemExit) as left:
+        cli.run(lambda: download_from(monkeypatch, url, parent))
     assert left.value.code == 128 + signum
     assert files(parent) == []
 

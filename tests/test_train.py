@@ -166,16 +166,13 @@ def test_the_first_signal_is_noted_and_the_second_ends_the_process(monkeypatch, 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP])
 def test_signals_that_were_ignored_stay_ignored(signum):
     """As a script has it for what it starts in the background, and nohup."""
-    before = signal.signal(signum, signal.SIG_IGN)
-    try:
-        stop = signals.StopSignal()
-        stop.listen()
-        signal.raise_signal(signum)
-        stop.release()
-        assert stop.asked == 0
-        assert signal.getsignal(signum) == signal.SIG_IGN
-    finally:
-        signal.signal(signum, before)
+    signal.signal(signum, signal.SIG_IGN)
+    stop = signals.StopSignal()
+    stop.listen()
+    signal.raise_signal(signum)
+    stop.release()
+    assert stop.asked == 0
+    assert signal.getsignal(signum) == signal.SIG_IGN
 
 
 def test_a_run_needs_a_name(complaint):
