@@ -4,6 +4,7 @@
 
 $PEGASUS_CIFAR10_URL names another address; size and SHA-256 stay.
 """
+import contextlib
 import hashlib
 import http.client
 import os
@@ -12,6 +13,7 @@ import tempfile
 import urllib.error
 import urllib.request
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -63,13 +65,14 @@ def connect(
         ) from None
 
 
-def read_chunk(response: http.client.HTTPResponse, url: str) -> bytes:
-    """Read the answer's next bytes, none at its end. Raises UserError."""
+@contextlib.contextmanager
+def arriving(url: str, by_hand: str = BY_HAND) -> Iterator[None]:
+    """Turn what goes wrong while bytes of an archive arrive into a UserError."""
     try:
-        return response.read(CHUNK)
-    except NETWORK_ERRORS as error:
+        yield
+    except (*NETWORK_ERRORS, tarfile.TarError, EOFError, zlib.error) as error:
         raise UserError(
-            f"{url}: broke off ({reason(error)}); try again, or {BY_HAND}"
+            f"{url}: broke off ({reason(error)}); nothing was kept; try again, or {by_hand}"
         ) from None
 
 
@@ -81,7 +84,8 @@ def fetch(url: str, file: BinaryIO, timeout: float) -> int:
     received = 0
     with connect(url, timeout) as response:
         while received <= SIZE:
-            chunk = read_chunk(response, url)
+            with arriving(url):
+                chunk = response.read(CHUNK)
             if not chunk:
                 break
             received += file.write(chunk)

@@ -9,20 +9,17 @@ images without labels behind these, which are not downloaded.
 Coates, Lee and Ng, An Analysis of Single Layer Networks in Unsupervised Feature Learning
 (2011). $PEGASUS_STL10_URL names another address; sizes and MD5 sums stay.
 """
-import contextlib
 import hashlib
 import os
 import tarfile
 import tempfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from pegasus import cli, streams
 from pegasus.cli import UserError
 from pegasus.data import cifar10
-from pegasus.data.download import CHUNK, NETWORK_ERRORS, connect, reason
+from pegasus.data.download import CHUNK, arriving, connect
 from pegasus.files import writing
 
 import numpy as np
@@ -95,72 +92,50 @@ def load(folder: Path, names: tuple[str, ...], part: str) -> tuple[Tensor, Tenso
 # ---- the download ----
 
 
-class Archive:
-    """STL-10's archive as it arrives from a server."""
-
-    def __init__(self, response: BinaryIO, url: str):
-        self.url = url
-        with self.arriving():
-            self.tar = tarfile.open(fileobj=response, mode="r|gz")
-
-    @contextlib.contextmanager
-    def arriving(self) -> Iterator[None]:
-        """Turn what goes wrong while bytes arrive into a UserError."""
-        try:
-            yield
-        except (*NETWORK_ERRORS, tarfile.TarError, EOFError, zlib.error) as error:
-            raise UserError(
-                f"{self.url}: broke off ({reason(error)}); nothing was kept; try again, or "
-                f"{BY_HAND}"
-            ) from None
-
-    def next_member(self) -> tarfile.TarInfo | None:
-        with self.arriving():
-            return self.tar.next()
-
-    def chunks(self, member: tarfile.TarInfo) -> Iterator[bytes]:
-        """Iterate over a member's bytes."""
-        source = self.tar.extractfile(member)
-        while True:
-            with self.arriving():
-                chunk = source.read(CHUNK)
-            if not chunk:
-                return
-            yield chunk
+def chunks(tar: tarfile.TarFile, member: tarfile.TarInfo, url: str) -> Iterator[bytes]:
+    """Iterate over the bytes of an archive's member, as they arrive."""
+    source = tar.extractfile(member)
+    while True:
+        with arriving(url, BY_HAND):
+            chunk = source.read(CHUNK)
+        if not chunk:
+            return
+        yield chunk
 
 
-def extract(archive: Archive, member: tarfile.TarInfo, path: Path) -> None:
+def extract(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path, url: str) -> None:
     """Write a member of the archive to a file. Raises UserError where it is another one."""
     size, digest = FILES[path.name]
     if not member.isfile() or member.size != size:
         raise UserError(
-            f"{archive.url}: {path.name} is no file of {size:,} bytes, but of "
-            f"{member.size:,}; nothing was kept; {BY_HAND}"
+            f"{url}: {path.name} is no file of {size:,} bytes, but of {member.size:,}; "
+            f"nothing was kept; {BY_HAND}"
         )
     md5 = hashlib.md5(usedforsecurity=False)
     with open(path, "wb") as file:
-        for chunk in archive.chunks(member):
+        for chunk in chunks(tar, member, url):
             md5.update(chunk)
             file.write(chunk)
             streams.show(f"{path.name} {file.tell() / 1e6:6.1f} of {size / 1e6:.1f} MB")
     if md5.hexdigest() != digest:
         raise UserError(
-            f"{archive.url}: {path.name} has MD5 {md5.hexdigest()}, wanted {digest}; nothing "
-            f"was kept; {BY_HAND}"
+            f"{url}: {path.name} has MD5 {md5.hexdigest()}, wanted {digest}; "
+            f"nothing was kept; {BY_HAND}"
         )
 
 
-def extract_all(archive: Archive, folder: Path) -> None:
+def extract_all(tar: tarfile.TarFile, folder: Path, url: str) -> None:
     """Write the four files of an archive into a folder, and read no further."""
     wanted = set(FILES)
     while wanted:
-        member = archive.next_member()
+        with arriving(url, BY_HAND):
+            member = tar.next()
         if member is None:
             missing = ", ".join(sorted(wanted))
-            raise UserError(f"{archive.url}: no {missing} in it; nothing was kept; {BY_HAND}")
+            raise UserError(f"{url}: no {missing} in it; nothing was kept; {BY_HAND}")
         name = Path(member.name).name
         if name in wanted:
-            extract(archive, member, folder / name)
+            extract(tar, member, folder / name, url)
             wanted.remove(name)
 
 
@@ -177,7 +152,9 @@ def download(parent: Path, timeout: float = 8.0) -> Path:
     with writing(folder, "choose another place"):
         with tempfile.TemporaryDirectory(dir=parent, prefix="stl-10-") as temporary:
             with connect(url, timeout, BY_HAND) as response:
-                extract_all(Archive(response, url), Path(temporary))
+                with arriving(url, BY_HAND):
+                    tar = tarfile.open(fileobj=response, mode="r|gz")
+                extract_all(tar, Path(temporary), url)
             streams.show("")
             folder.mkdir(exist_ok=True)
             for name in FILES:
