@@ -189,7 +189,7 @@ def test_mean_covariance(steps):
 def test_a_householder_model(arch, latent):
     """The rate is the divergence of the reflected Gaussian; every weight is trained."""
     torch.manual_seed(0)
-    model = HouseholderVAE(arch, "gaussian", latent, False, 3)
+    model = HouseholderVAE(arch, "gaussian", latent, False, reflections=3)
     d = model.latent_size
     x = torch.rand(2, *vae.IMAGE_SHAPE)
     terms = model(x, torch.tensor(2))
@@ -217,7 +217,7 @@ def test_a_householder_model(arch, latent):
 def test_gaussians_are_fitted_behind_the_flow():
     """Mean and covariance of many samples of the posteriors themselves."""
     torch.manual_seed(1)
-    model = HouseholderVAE("mlp", "mse", (6,), False, 2)
+    model = HouseholderVAE("mlp", "mse", (6,), False, reflections=2)
     torch.nn.init.normal_(model.encoder[-1].weight, std=0.1)
     images = torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8)
     labels = torch.zeros(20, dtype=torch.int64)
@@ -263,7 +263,7 @@ def test_a_run_with_a_flow(batches, tmp_path, complaint):
 def conditional_model(components: int = 4, arch: str = "mlp") -> ConditionalVAE:
     """Return a model whose codes differ and are neither certain nor even."""
     torch.manual_seed(0)
-    model = ConditionalVAE(arch, "gaussian", (6,), False, components)
+    model = ConditionalVAE(arch, "gaussian", (6,), False, count=components)
     prior = model.conditional
     changed = [prior.mean, prior.shift, prior.logvar, prior.logits.weight]
     with torch.no_grad():

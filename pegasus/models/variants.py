@@ -50,10 +50,10 @@ def latent_shape(text: str) -> tuple[int, ...]:
 def build(config: dict) -> VAE:
     """Return the untrained model of a run's options. Raises UserError."""
     shape = latent_shape(config["latent"])
-    arguments = (config["arch"], config["likelihood"], shape, config["center"])
     size = config.get("size", 32)  # of a checkpoint that is older than --size
     if size not in vae.SIZES:  # of a checkpoint
         raise ValueError(f"size: got {size}, wanted one of {vae.SIZES}")
+    arguments = (config["arch"], config["likelihood"], shape, config["center"], size)
     is_grid = len(shape) > 1
     if is_grid and config["arch"] == "mlp":
         raise UserError(
@@ -65,10 +65,10 @@ def build(config: dict) -> VAE:
                 "--prior: conditional needs a vector of latents and no --flow, whose "
                 "divergence from it has no closed form; leave one of them out"
             )
-        return ConditionalVAE(*arguments, config["components"], size)
+        return ConditionalVAE(*arguments, count=config["components"])
     if config["flow"]:
-        return HouseholderVAE(*arguments, config["flow"], size)
-    return VAE(*arguments, size)
+        return HouseholderVAE(*arguments, reflections=config["flow"])
+    return VAE(*arguments)
 
 
 class Component(NamedTuple):
@@ -163,16 +163,9 @@ class HouseholderVAE(VAE):
     size one, so under N(0, I) the KL stays that of the diagonal Gaussian.
     """
 
-    def __init__(
-        self,
-        arch: str,
-        likelihood: str,
-        latent: tuple,
-        center: bool,
-        reflections: int,
-        size: int = 32,
-    ):
-        super().__init__(arch, likelihood, latent, center, size)
+    def __init__(self, *arguments: object, reflections: int):
+        """arguments: VAE's."""
+        super().__init__(*arguments)
         self.flow = Householder(reflections, self.encoder[-1], self.latent_size)
 
     def encode_reflected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -279,16 +272,9 @@ class ConditionalVAE(VAE):
     nothing. Without it they are those of the ELBO, summed over hard codes.
     """
 
-    def __init__(
-        self,
-        arch: str,
-        likelihood: str,
-        latent: tuple,
-        center: bool,
-        count: int,
-        size: int = 32,
-    ):
-        super().__init__(arch, likelihood, latent, center, size)
+    def __init__(self, *arguments: object, count: int):
+        """arguments: VAE's. count: K."""
+        super().__init__(*arguments)
         hidden_size = self.encoder[-1].in_features
         first = nn.Linear(self.latent_size + count, self.decoder[0].out_features)
         nn.init.zeros_(first.weight.data[:, self.latent_size :])  # see `Conditional`
