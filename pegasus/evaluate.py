@@ -213,20 +213,20 @@ class Reference:
         return torch.where(self.labels == label)[0]
 
 
-def judges_accuracy(
-    judgements: list[Judgement], labels: Tensor, classes: tuple[str, ...]
+def called_shares(
+    judgements: list[Judgement], classes: tuple[str, ...], labels: Tensor | None = None
 ) -> dict[str, float]:
-    """Return the share of each class's images that judges call what they are.
+    """Return the share of images that judges assign to each class that they know.
 
-    Classes that they do not know have none.
+    With labels, positions in `classes`, (n,): of each class's own images alone.
     """
     winners = torch.stack([said.probabilities.argmax(1) for said in judgements])
     shares = {}
     for label, name in enumerate(classes):
-        if not classifier.knows(name):
-            continue
-        right = winners[:, labels == label] == cifar10.CLASSES.index(name)
-        shares[name] = right.double().mean().item()
+        if classifier.knows(name):
+            calls = winners if labels is None else winners[:, labels == label]
+            assigned = calls == cifar10.CLASSES.index(name)
+            shares[name] = assigned.double().mean().item()
     return shares
 
 
@@ -260,7 +260,7 @@ def make_reference(data: Dataset) -> Reference:
         judgements=judgements,
         training=training,
         near=near,
-        accuracy=judges_accuracy(judgements, labels, data.classes),
+        accuracy=called_shares(judgements, data.classes, labels),
         spoiled={name: (some, judge(some.images)) for name, some in sets.items()},
     )
 
@@ -345,18 +345,6 @@ def near_share(reference: Reference, judgements: list[Judgement]) -> float:
         distances = measures.nearest_distances(said.features, training)
         shares.append((distances < near).double().mean().item())
     return statistics.mean(shares)
-
-
-def called_shares(
-    judgements: list[Judgement], classes: tuple[str, ...]
-) -> dict[str, float]:
-    """Return the share of images that judges assign to each class that they know."""
-    winners = torch.stack([said.probabilities.argmax(1) for said in judgements])
-    shares = {}
-    for name in filter(classifier.knows, classes):
-        assigned = winners == cifar10.CLASSES.index(name)
-        shares[name] = assigned.double().mean().item()
-    return shares
 
 
 def set_figures(
@@ -505,10 +493,8 @@ def align_cells(rows: list[list[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        for cell, width in zip(row[1:], widths[1:], strict=True):
-            cells.append(cell.rjust(width))
-        lines.append("  ".join(cells))
+        others = map(str.rjust, row[1:], widths[1:])
+        lines.append("  ".join([row[0].ljust(widths[0]), *others]))
     return lines
 
 

@@ -137,7 +137,7 @@ def test_classes_that_no_judge_knows_are_called_nothing():
     p = torch.eye(10)[[7, 2]]
     judgements = [Judgement(p, None)]
     labels = torch.tensor([0, 1])
-    assert evaluate.judges_accuracy(judgements, labels, ("horse", "tabby")) == {"horse": 1.0}
+    assert evaluate.called_shares(judgements, ("horse", "tabby"), labels) == {"horse": 1.0}
     assert evaluate.called_shares(judgements, ("tabby", "bird")) == {"bird": 0.5}
 
 
@@ -149,7 +149,7 @@ def test_accuracy_and_called_shares_are_means_over_judges():
     classes = ("horse", "bird")
     assert evaluate.called_shares(judgements, classes) == {"horse": 3 / 8, "bird": 3 / 8}
     labels = torch.tensor([0, 0, 1, 1])
-    accuracy = evaluate.judges_accuracy(judgements, labels, classes)
+    accuracy = evaluate.called_shares(judgements, classes, labels)
     assert accuracy == {"horse": 3 / 4, "bird": 1 / 2}
 
 
