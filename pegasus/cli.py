@@ -4,12 +4,12 @@ Scripts import this before torch, so that a missing package is one sentence too.
 """
 import argparse
 import dataclasses
-import math
 import re
 import signal
 import sys
 import types
 from collections.abc import Callable
+from math import inf, isfinite
 from typing import TypeVar
 
 from pegasus import streams
@@ -79,36 +79,26 @@ def option_type(field: dataclasses.Field) -> type:
     return field.type
 
 
-def wanted_number(
-    kind: type,
-    least: float = -math.inf,
-    above: float = -math.inf,
-    most: float = math.inf,
-) -> str:
+def wanted_number(kind: type, least: float = -inf, above: float = -inf, most: float = inf) -> str:
     """Describe which numbers an option takes, as in "a whole number, 1 or more"."""
     texts = ["a whole number" if kind is int else "a number"]
-    if least > -math.inf:
+    if least > -inf:
         texts.append(f"{least} or more")
-    if above > -math.inf:
+    if above > -inf:
         texts.append(f"above {above}")
-    if most < math.inf:
+    if most < inf:
         texts.append(f"at most {most}")
     elif kind is int:
         texts.append("below 2^63")
     return ", ".join(texts)
 
 
-def in_range(
-    value: float,
-    least: float = -math.inf,
-    above: float = -math.inf,
-    most: float = math.inf,
-) -> bool:
+def in_range(value: float, least: float = -inf, above: float = -inf, most: float = inf) -> bool:
     """Return whether a number is finite, fits into 64 bits and lies in a range."""
     if isinstance(value, int):
         fits = -(2**63) <= value < 2**63
     else:
-        fits = math.isfinite(value)
+        fits = isfinite(value)
     return fits and value >= least and value > above and value <= most
 
 
