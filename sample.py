@@ -15,16 +15,8 @@ from pathlib import Path
 from pegasus import cli, files
 from pegasus.cli import UserError
 from pegasus.drawing import plots
-from pegasus.drawing.sampler import (
-    WALK,
-    SampleConfig,
-    Sampler,
-    default_scale,
-    load,
-    page,
-    sample,
-    subject,
-)
+from pegasus.drawing import sampler as sampling
+from pegasus.drawing.sampler import SampleConfig, Sampler
 from pegasus.models.classifier import CHOOSING
 from pegasus.models.labels import PEGASUS
 from pegasus.training.accelerate import accelerate
@@ -41,7 +33,7 @@ def check_sheet(config: SampleConfig) -> None:
     are, or takes the place of what it is drawn from.
     """
     plots.check(Path(config.out))
-    if plots.is_moving(config.out) and config.mode not in (WALK, "morph"):
+    if plots.is_moving(config.out) and not sampling.is_walk(config):
         raise UserError(
             f"{config.out}: --mode {config.mode} does not move; end the name in .png, or use "
             "--mode walk or morph"
@@ -94,7 +86,7 @@ def summary(sampler: Sampler, config: SampleConfig, about: dict[str, object]) ->
     count = f"{config.n} pictures"
     if config.best:
         count = f"the best {config.best} of {count}"
-    if subject(config) == PEGASUS and sampler.prior is not None and not sampler.has_pegasi:
+    if sampling.subject(config) == PEGASUS and sampler.prior is not None and not sampler.has_pegasi:
         count += (
             f" between {sampler.classes[0]} and {sampler.classes[1]}, hardly with wings "
             "(judge 0 does not know the first class, or did not with the second's wings)"
@@ -107,22 +99,23 @@ def main(argv: list[str] | None = None) -> None:
     config, _ = cli.parse(SampleConfig, argv, __doc__)
     check_sheet(config)
     reparam.silent = True  # about the extension: drawing is as fast without it
-    sampler = load(Path(config.checkpoint))
+    sampler = sampling.load(Path(config.checkpoint))
     size = sampler.model.image_shape[1]
     moving = plots.is_moving(config.out)
     enlarged = 2 if moving or config.best else 1
-    scale = config.scale or enlarged * default_scale(size)
+    scale = config.scale or enlarged * sampling.default_scale(size)
     check_pixels(config, size, scale)
     for network in (sampler.model, sampler.prior):
         if network is not None:
             accelerate(network)
-    images = sample(sampler, config)
+    images = sampling.sample(sampler, config)
     about = describe(sampler, config)
     if moving:
-        frames = [page(image[None], about, 1, scale) for image in images]
+        frames = [sampling.page(image[None], about, 1, scale) for image in images]
         plots.save_moving(frames, Path(config.out), about)
     else:
-        plots.save(page(images, about, config.columns, scale), Path(config.out), about)
+        sheet = sampling.page(images, about, config.columns, scale)
+        plots.save(sheet, Path(config.out), about)
     print(summary(sampler, config, about))
 
 

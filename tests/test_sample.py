@@ -438,13 +438,13 @@ def test_best_is_enlarged(last, tmp_path):
 
 
 def test_what_a_picture_by_a_flow_prior_says(flow, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sample, "load", lambda path: flow)
+    monkeypatch.setattr(sampler, "load", lambda path: flow)
     out = tmp_path / "o.png"
     sample.main(["x.pt", str(out), "--n", "2", "--steps", "4"])
     about = png(out)[1]
     assert about["steps"] == "4"
     assert "hardly with wings" not in capsys.readouterr().out
-    monkeypatch.setattr(sample, "load", lambda path: replace(flow, has_pegasi=False))
+    monkeypatch.setattr(sampler, "load", lambda path: replace(flow, has_pegasi=False))
     sample.main(["x.pt", str(out), "--n", "2", "--steps", "4", "--guidance", "1.9"])
     about = png(out)[1]
     assert about["guidance"] == "1.9"
@@ -513,7 +513,7 @@ def test_paths_that_cannot_be_written(last, tmp_path, complaint, monkeypatch):
 
 
 def test_what_is_refused_before_anything_is_read(tmp_path, complaint, monkeypatch):
-    monkeypatch.setattr(sample, "load", lambda path: pytest.fail("it was loaded"))
+    monkeypatch.setattr(sampler, "load", lambda path: pytest.fail("it was loaded"))
     nowhere = tmp_path / "none" / "o.png"
     assert "can't be written" in complaint(sample.main, "x.pt", nowhere)
     for name in ("a.jpg", "a.v2", "last.pt"):
@@ -535,7 +535,7 @@ def test_what_is_refused_before_anything_is_read(tmp_path, complaint, monkeypatc
 
 
 def test_files_that_are_no_picture(flow, tmp_path, complaint, monkeypatch):
-    monkeypatch.setattr(sample, "load", lambda path: flow)
+    monkeypatch.setattr(sampler, "load", lambda path: flow)
     text = tmp_path / "text.png"
     text.write_text("no picture")
     out = tmp_path / "o.png"
