@@ -22,8 +22,6 @@ RECIPES = {
 FREE = {  # what may change when a run goes on
     "epochs", "run", "resume", "overwrite", "threads", "device", "save_seconds"
 }
-
-
 OF_THIS_START = {"run", "resume", "overwrite", "device"}  # never the stored ones
 
 
@@ -215,14 +213,6 @@ def check_unchanged(config: TrainConfig, given: set[str], stored: TrainConfig) -
             )
 
 
-def in_first_stage(state: dict) -> bool:
-    """Return whether a run with a learned prior still trains its autoencoder."""
-    epochs = state["config"]["autoencoder_epochs"]
-    if epochs is None or state["phase"] == "prior":
-        return False
-    return state["epochs_done"] < epochs
-
-
 def resume_config(config: TrainConfig, given: set[str], state: dict | None) -> TrainConfig:
     """Return the options of this start: on resume the run's own, but for FREE ones.
 
@@ -246,9 +236,10 @@ def resume_config(config: TrainConfig, given: set[str], state: dict | None) -> T
             f"ask for {begun} or more, --overwrite, or another --run"
         )
     by_default = stored.autoencoder_epochs == default_split(stored.epochs)
-    if in_first_stage(state) and by_default and "autoencoder_epochs" not in given:
-        part = max(default_split(merged.epochs), begun)  # follows the new --epochs
-        merged = replace(merged, autoencoder_epochs=part)
+    if by_default and "autoencoder_epochs" not in given:
+        if state["epochs_done"] < stored.autoencoder_epochs:
+            part = max(default_split(merged.epochs), begun)  # follows the new --epochs
+            merged = replace(merged, autoencoder_epochs=part)
     return resolve(merged)
 
 
