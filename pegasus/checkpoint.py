@@ -167,12 +167,12 @@ def digest(tensors: dict[str, Tensor], config: dict) -> str:
     return total.hexdigest()[:16]
 
 
-def to_bfloat16(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors with those of floats in bfloat16."""
-    result = {}
-    for name, tensor in tensors.items():
-        result[name] = tensor.bfloat16() if tensor.is_floating_point() else tensor
-    return result
+def to_dtype(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return tensors with those of floats in another type."""
+    return {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def compact(state: dict) -> dict:
@@ -182,8 +182,8 @@ def compact(state: dict) -> dict:
     """
     kept = {key: value for key, value in state.items() if key not in TRAINING}
     kept["densities"] = {}
-    kept["model"] = to_bfloat16(state["model"])
-    kept["prior"] = to_bfloat16(state["prior"])
+    kept["model"] = to_dtype(state["model"], torch.bfloat16)
+    kept["prior"] = to_dtype(state["prior"], torch.bfloat16)
     kept["config"] = state["config"] | {"data": "auto", "run": ""}
     kept["data"] = state["data"] | {"folder": "auto"}
     return kept

@@ -16,7 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import vae
-from pegasus import cli, streams
+from pegasus import checkpoint, cli, streams
 from pegasus.cli import UserError, option
 from pegasus.data import cifar10, datasets
 from pegasus.files import replace_file
@@ -215,10 +215,7 @@ def to_state(
 
     With it goes the accuracy that these weights have on test images.
     """
-    weights = {
-        name: tensor.half() if tensor.is_floating_point() else tensor
-        for name, tensor in classifier.state_dict().items()
-    }
+    weights = checkpoint.to_dtype(classifier.state_dict(), torch.half)
     state = {"seed": seed, "weights": weights}
     probabilities, _ = classify(from_state(state), images)
     correct = probabilities.argmax(1) == labels
