@@ -193,10 +193,6 @@ class FlowPrior(nn.Module):
         self.mean.copy_(mean.repeat_interleave(cells))
         self.std.copy_(std.repeat_interleave(cells))
 
-    def is_measured(self) -> bool:
-        """Return whether `measure` has set the normalization."""
-        return bool(self.mean.any())
-
     def drawing_state(self) -> dict[str, Tensor]:
         """Return the tensors that drawing needs: all but the trained velocity."""
         average = {f"average.{name}": p for name, p in self.ema.state_dict().items()}
@@ -209,17 +205,12 @@ class FlowPrior(nn.Module):
 
         If these are not given, the averaged weights are used.
         """
-        average = {}
-        whole = {}
-        for name, tensor in state.items():
-            if name.startswith("average."):
-                average[name.removeprefix("average.")] = tensor
-            else:
-                whole[name] = tensor
-        velocity = average if velocity_state is None else velocity_state
-        whole |= {f"ema.{name}": tensor for name, tensor in average.items()}
-        whole |= {f"velocity.{name}": tensor for name, tensor in velocity.items()}
-        self.load_state_dict(whole)
+        averaged = {name.replace("average.", "ema."): p for name, p in state.items()}
+        if velocity_state is None:
+            trained = {name.replace("average.", "velocity."): p for name, p in state.items()}
+        else:
+            trained = {f"velocity.{name}": p for name, p in velocity_state.items()}
+        self.load_state_dict(averaged | trained)
 
     def normalize(self, z: Tensor) -> Tensor:
         return (z - self.mean) / self.std
@@ -318,7 +309,7 @@ def log_density(prior: FlowPrior, z: Tensor, seed: int = 0, steps: int = 12) -> 
     midpoint rule; the divergence by Hutchinson's estimate e' J e, e of random signs.
     """
     field = guided_velocity(prior.ema, prior.unconditional, {})
-    signs = reparam.normals(*z.shape, torch.tensor(seed)).sign().to(z)
+    signs = reparam.normals(*z.shape, seed).sign().to(z)
     u = prior.normalize(z)
     divergence = 0.0
     for i in reversed(range(steps)):

@@ -217,7 +217,7 @@ class PriorStage:
         self.test_posteriors = encode_all(model, (data.test_images,), config)
         self.choices = torch.cat(choices).to(config.device)
         self.test_labels = data.test_labels.to(config.device)  # without coats
-        if not prior.is_measured():  # else as it was when the stage began
+        if not prior.mean.any():  # else it was measured when the stage began
             prior.measure(*self.posteriors)
 
     def learning_rate(self, progress: float) -> float:
