@@ -128,7 +128,7 @@ def show_step(run: Run, stage: Stage, display: Progress) -> None:
     display.note_step()
     if display.is_due():
         metrics = stage.metrics(run.guard.means(run.epoch_images))
-        display.show(run.epoch + 1, run.epoch_images, metrics)
+        display.show(run.epoch + 1, run.images_done, metrics)
 
 
 def finish_epoch(run: Run, stage: Stage, display: Progress) -> None:
@@ -184,14 +184,8 @@ def train_stage(run: Run, stage: Stage, optimizers: list, workers: Workers, stop
             stop.agreed = workers.max(stop.asked, run.config.device)
             if stop.agreed:
                 return
-            if run.timer.is_due() and run.epoch < run.config.epochs:  # else saved at the end
-                save(run, stage, optimizers, workers)
-
-
-def save(run: Run, stage: Stage, optimizers: list, workers: Workers) -> None:
-    """Save checkpoint and pictures, in the first process alone."""
-    if workers.leads:
-        run.save(stage, optimizers)
+            if workers.leads and run.timer.is_due() and run.epoch < run.config.epochs:
+                run.save(stage, optimizers)  # after the last epoch `train` does
 
 
 def train(run: Run, state: dict | None, workers: Workers, stop: StopSignal) -> None:
@@ -200,7 +194,7 @@ def train(run: Run, state: dict | None, workers: Workers, stop: StopSignal) -> N
     state: of the checkpoint to go on from; it is emptied.
     """
     with checkpoint.explain_mismatch(run.last_path if state else None):
-        stage = run.next_stage(workers, state)
+        stage = run.next_stage(workers)
         optimizers = make_optimizers(stage)
         if state and state["phase"] == stage.name:
             restore_optimizers(optimizers, state["optimizers"])
@@ -216,7 +210,8 @@ def train(run: Run, state: dict | None, workers: Workers, stop: StopSignal) -> N
         optimizers = make_optimizers(stage)
         train_stage(run, stage, optimizers, workers, stop)
     stage.network.zero_grad()  # frees the gradients
-    save(run, stage, optimizers, workers)
+    if workers.leads:
+        run.save(stage, optimizers)
 
 
 def open_run(

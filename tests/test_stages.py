@@ -133,7 +133,7 @@ def test_rows_of_a_batch_may_be_computed_apart(run, batches, tmp_path, monkeypat
     resumed = make_run(batches, tmp_path, state)
     workers = Workers("cpu")
     if name == "prior":
-        stage = resumed.next_stage(workers, state)
+        stage = resumed.next_stage(workers)
     else:
         model = (resumed.config, resumed.data, resumed.model)
         stage = stages.AutoencoderStage(*model, workers)

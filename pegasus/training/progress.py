@@ -97,10 +97,9 @@ class Progress:
         """Return whether to rewrite the terminal's line: five times a second."""
         return self.terminal and time.monotonic() - self.shown_at > 0.2
 
-    def show(self, epoch: int, epoch_images: int, numbers: dict[str, float]) -> None:
-        """Rewrite the terminal's line. epoch_images: done of this epoch."""
+    def show(self, epoch: int, done: int, numbers: dict[str, float]) -> None:
+        """Rewrite the terminal's line. done: images of all epochs."""
         self.shown_at = time.monotonic()
-        done = (epoch - 1) * self.images + epoch_images
         print_or_stop(BEGIN_LINE + self.line(epoch, done, numbers) + END_LINE, "")
 
     def end_epoch(self, epoch: int, numbers: dict[str, float], speed_path: Path) -> None:

@@ -65,8 +65,7 @@ class Run:
         self.prior = None
         if config.prior == "learned":
             names = labels.names(data.classes)
-            prior = FlowPrior(self.model.latent_shape, len(names))
-            self.prior = prior.to(config.device)
+            self.prior = FlowPrior(self.model.latent_shape, len(names)).to(config.device)
             accelerate(self.prior)
         accelerate(self.model)
         self.in_prior = False  # whether its stage has begun
@@ -133,8 +132,8 @@ class Run:
         self.guard.load(state["totals"], state["skipped"])
         sampler.from_state(state, self.model, self.prior)  # checks what it draws from
 
-    def next_stage(self, workers: Workers, state: dict | None = None) -> Stage:
-        """Return the stage of the epoch under way, or of a checkpoint's state."""
+    def next_stage(self, workers: Workers) -> Stage:
+        """Return the stage of the epoch under way."""
         config = self.config
         due = first_stage_epochs(config) <= self.epoch < config.epochs
         if self.prior is None or not (self.in_prior or due):
