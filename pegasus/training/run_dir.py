@@ -43,13 +43,9 @@ def lock(folder: Path) -> Iterator[None]:
     The kernel frees the lock of a process that dies; the file `lock` only says who has
     it. Raises UserError.
     """
-    try:
+    with files.writing(folder, "choose another --run"):
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        reason = error.strerror
-        message = f"{folder}: can't be written ({reason}); choose another --run"
-        raise UserError(message) from None
     with os.fdopen(descriptor, "r+b", buffering=0) as file:  # closing it frees the lock
         take_lock(folder, file)
         files.sweep(folder)

@@ -4,12 +4,6 @@ import signal
 HANGUP = getattr(signal, "SIGHUP", None)  # which not every system has
 
 
-def wanted() -> list[int]:
-    """Return those signals that whoever started this process does not want ignored."""
-    some = [signal.SIGINT, signal.SIGTERM, HANGUP]
-    return [s for s in some if s and signal.getsignal(s) != signal.SIG_IGN]
-
-
 class StopSignal:
     """Takes signals that ask to stop.
 
@@ -20,7 +14,9 @@ class StopSignal:
     def __init__(self):
         self.asked = 0
         self.agreed = 0
-        self.wanted = wanted()
+        some = [signal.SIGINT, signal.SIGTERM, HANGUP]
+        # but for those that whoever started this process wants ignored
+        self.wanted = [s for s in some if s and signal.getsignal(s) != signal.SIG_IGN]
 
     def listen(self) -> None:
         for signum in self.wanted:
