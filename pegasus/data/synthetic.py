@@ -151,14 +151,16 @@ SHINE = Tone(0.5, 0.4, 1.2)
 TONES = (SHADOW, BODY, SHINE)
 THIN = 4  # tubes with half widths up to this are painted in the tone BODY alone
 
+Range = tuple[float, float]  # at least and at most
+
 
 @dataclass(frozen=True)
 class Pose:
     """A figure before it is varied."""
 
     setting: str  # "land", "leaf" or "sky"
-    turn: tuple[float, float]  # degrees, at least and at most
-    stretch: tuple[float, float]  # of stride or wing beat, at least and at most
+    turn: Range  # degrees
+    stretch: Range  # of stride or wing beat
     layers: tuple[str, ...]
     colors: tuple[str, ...]
     tubes: np.ndarray  # (parts, 4, 3): x, y and half width at four even knots
@@ -178,12 +180,7 @@ def parse_tube(line: str) -> tuple[str, str, np.ndarray]:
     return layer, color, interpolation(4, len(knots)) @ knots
 
 
-def make_pose(
-    setting: str,
-    turn: tuple[float, float],
-    stretch: tuple[float, float],
-    *tables: str,
-) -> Pose:
+def make_pose(setting: str, turn: Range, stretch: Range, *tables: str) -> Pose:
     """Make a pose of some tables of tubes."""
     lines = "".join(tables).split("\n")
     rows = [parse_tube(line) for line in lines if line]
@@ -191,14 +188,9 @@ def make_pose(
     return Pose(setting, turn, stretch, layers, colors, np.array(tubes))
 
 
-def parse_colors(text: str) -> list[tuple[int, ...]]:
-    """Return the (red, green, blue) of each CSS color in a text."""
-    return [ImageColor.getrgb(color) for color in text.split()]
-
-
 def palette(*rows: str) -> np.ndarray:
     """Return rows of CSS colors as numbers from 0 to 255, (rows, columns, 3)."""
-    return np.array([parse_colors(row) for row in rows], float)
+    return np.array([[ImageColor.getrgb(color) for color in row.split()] for row in rows], float)
 
 
 # Figures: coat; mane, belly or fins; lower legs, bill or glass.
@@ -440,18 +432,15 @@ def add_land(view: np.ndarray, foot: float, rng: np.random.Generator) -> np.ndar
     """Return a sky with trees and ground, (side, side, 3); foot: row of the lowest knot."""
     side = len(view)
     horizon = rng.uniform(2, max(3, foot - 3))
-    hills = noise(5, 5, rng, side)[:1]
-    hills = hills * rng.uniform(0, 1.2)
+    hills = noise(5, 5, rng, side)[:1] * rng.uniform(0, 1.2)
     below = row_numbers(side)[:, None, None] - horizon - hills
     height = rng.uniform(-4, 7)
     crowns = noise(12, 5, rng, side)[:1] * 1.2
-    trees = fade("leaf", rng, side) * 0.75
-    trees = trees + noise(12, 12, rng, side) * 10
+    trees = fade("leaf", rng, side) * 0.75 + noise(12, 12, rng, side) * 10
     view = blend(view, trees, below + height + crowns)
-    ground = fade("land", rng, side, foot / 3)
-    ground = ground + noise(5, 12, rng, side) * 7
-    ground = ground + rng.normal(0, 5, (side, side, 1))
-    return blend(view, ground, below)
+    ground = fade("land", rng, side, foot / 3) + noise(5, 12, rng, side) * 7
+    grain = rng.normal(0, 5, (side, side, 1))
+    return blend(view, ground + grain, below)
 
 
 def figure_colors(label: str, rng: np.random.Generator) -> dict[str, np.ndarray]:
