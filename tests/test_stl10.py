@@ -105,7 +105,7 @@ def test_faults_are_told(folder):
     (folder / "train_y.bin").write_bytes(whole[:-1])
     assert "train_X.bin: got 3,317,760 bytes for 119 labels, wanted 27,648" in fault(folder)
     (folder / "train_y.bin").write_bytes(whole[:7] + b"\x0b" + whole[8:])
-    assert "train_y.bin: label 7 is 11, wanted 1 to 10" in fault(folder)
+    assert "train_y.bin: record 7 has label 11, wanted 1 to 10; is this STL-10?" in fault(folder)
     (folder / "train_y.bin").write_bytes(b"\x01" * 120)
     assert "no picture of horse, bird in train_X.bin" in fault(folder)
     (folder / "test_X.bin").unlink()

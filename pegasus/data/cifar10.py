@@ -44,14 +44,16 @@ def read(path: Path) -> tuple[Tensor, Tensor]:
     return records[:, 1:].unflatten(1, (3, 32, 32)), labels
 
 
-def check_labels(path: Path, labels: Tensor) -> None:
-    """Raise UserError for the first label that is no class of CIFAR-10's."""
-    wrong = (labels >= len(CLASSES)).nonzero()
+def check_labels(
+    path: Path, labels: Tensor, first: int = 0, what: str = "a CIFAR-10 binary batch"
+) -> None:
+    """Raise UserError where one of a file's labels is not of ten, `first` and those after."""
+    wrong = ((labels < first) | (labels > first + 9)).nonzero()
     if len(wrong):
         i = int(wrong[0])
         raise UserError(
-            f"{path}: record {i} has label {int(labels[i])}, wanted 0 to 9; "
-            "is this a CIFAR-10 binary batch?"
+            f"{path}: record {i} has label {int(labels[i])}, wanted {first} to {first + 9}; "
+            f"is this {what}?"
         )
 
 

@@ -114,8 +114,7 @@ def resolve_auto(folder: str) -> str:
 
     That folder, unless it was CIFAR-10's and has been moved.
     """
-    moved = not os.path.isdir(folder)
-    if moved and Path(folder).name == cifar10.FOLDER:
+    if not os.path.isdir(folder) and Path(folder).name == cifar10.FOLDER:
         return "auto"
     return folder
 

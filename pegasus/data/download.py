@@ -154,8 +154,7 @@ def download(parent: Path, timeout: float = 8.0) -> Path:
     """
     url = os.environ.get("PEGASUS_CIFAR10_URL", URL)
     folder = parent / cifar10.FOLDER
-    message = f"downloading {SIZE / 1e6:.0f} MB from {url} to {folder}"
-    streams.say(message)
+    streams.say(f"downloading {SIZE / 1e6:.0f} MB from {url} to {folder}")
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(
         dir=parent, prefix="cifar-10-", suffix=".part"
@@ -178,11 +177,9 @@ def complete_folder(parent: Path) -> Path:
 
 def main(argv: list[str] | None = None) -> None:
     """Download to the folder that the command line names, and print where to."""
-    description = "Download CIFAR-10's binary batches and check them."
-    parser = cli.Parser(description=description)
+    parser = cli.Parser(description="Download CIFAR-10's binary batches and check them.")
     parser.add_argument("folder", help="the folder to download to, as in `data`")
-    args = parser.parse_args(argv)
-    print(complete_folder(Path(args.folder)))
+    print(complete_folder(Path(parser.parse_args(argv).folder)))
 
 
 if __name__ == "__main__":

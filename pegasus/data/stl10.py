@@ -57,22 +57,17 @@ def read(folder: Path, part: str) -> tuple[Tensor, Tensor]:
     Raises UserError for files that do not fit each other or are none of STL-10's.
     """
     path = folder / f"{part}_X.bin"
-    labels = torch.from_numpy(np.fromfile(folder / f"{part}_y.bin", np.uint8)).long() - 1
+    label_path = folder / f"{part}_y.bin"
+    labels = torch.from_numpy(np.fromfile(label_path, np.uint8)).long()
     size = path.stat().st_size
     if not len(labels) or size != len(labels) * 3 * SIDE * SIDE:
         raise UserError(
             f"{path}: got {size:,} bytes for {len(labels):,} labels, wanted "
             f"{3 * SIDE * SIDE:,} for each; get the files again"
         )
-    wrong = ((labels < 0) | (labels >= len(CLASSES))).nonzero()
-    if len(wrong):
-        i = int(wrong[0])
-        raise UserError(
-            f"{folder}/{part}_y.bin: label {i} is {int(labels[i]) + 1}, wanted 1 to 10; is "
-            "this STL-10?"
-        )
+    cifar10.check_labels(label_path, labels, first=1, what="STL-10")
     columns = np.fromfile(path, np.uint8).reshape(-1, 3, SIDE, SIDE)
-    return torch.from_numpy(columns).mT.contiguous(), labels
+    return torch.from_numpy(columns).mT.contiguous(), labels - 1
 
 
 def load(folder: Path, names: tuple[str, ...], part: str) -> tuple[Tensor, Tensor]:
