@@ -242,16 +242,15 @@ class BuildExtensions(build_ext):
         print(f"building {name}: up to a minute", flush=True)
         macros = []
         objects = []
-        names = ""
         libraries = ["torch", "torch_cpu", "c10"]
         library_folders = library_paths()
-        if compiler and self.compile_cuda(compiler):
-            names = " ".join(architectures(compiler))
+        names = self.compile_cuda(compiler) if compiler else []
+        if names:
             macros = ["-DPEGASUS_CUDA", "-DUSE_CUDA"]
             objects = [self.cuda_object()]
             libraries += ["torch_cuda", "cudart"]
             library_folders += cuda_library_folders(compiler)
-        macros.append(f'-DPEGASUS_CUDA_ARCHITECTURES="{names}"')
+        macros.append(f'-DPEGASUS_CUDA_ARCHITECTURES="{" ".join(names)}"')
         objects += self.compile_cpp(name, macros)
         target.parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object(
@@ -292,8 +291,8 @@ class BuildExtensions(build_ext):
         """Return the path of the CUDA kernels' object file."""
         return str(Path(self.build_temp) / "cuda_kernels.cu.o")
 
-    def compile_cuda(self, compiler: str) -> bool:
-        """Compile the CUDA kernels; return whether that is possible."""
+    def compile_cuda(self, compiler: str) -> list[str]:
+        """Compile the CUDA kernels; return the architectures, none where that fails."""
         names = architectures(compiler)
         flags = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
         for name in names[:1]:  # PTX, for newer architectures that are not listed
@@ -308,8 +307,8 @@ class BuildExtensions(build_ext):
                 message = f"PEGASUS_CUDA=1: {compiler} failed, see above"
                 raise SystemExit(message) from None
             go_without("CUDA kernels", f"{compiler} failed, see above", OP)
-            return False
-        return True
+            return []
+        return names
 
 
 def extension(name: str) -> Extension:

@@ -151,7 +151,7 @@ def test_kernels_that_nvcc_can_not_compile_are_left_out(
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
     command = script.BuildExtensions(setuptools.Distribution())
     command.build_temp = str(tmp_path / "temp")
-    assert not command.compile_cuda(str(compiler))
+    assert command.compile_cuda(str(compiler)) == []
     assert "Built without CUDA kernels" in capfd.readouterr().err
     monkeypatch.setenv("PEGASUS_CUDA", "1")
     with pytest.raises(SystemExit, match="nvcc failed"):
@@ -166,7 +166,7 @@ def test_nvcc_is_told_each_architecture(
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0a;8.6")
     command = script.BuildExtensions(setuptools.Distribution())
     command.build_temp = str(tmp_path / "temp")
-    assert command.compile_cuda(str(compiler))
+    assert command.compile_cuda(str(compiler)) == ["90a", "86"]
     kinds = re.findall(r"-gencode=arch=compute_(\w+),code=(\w+)", told.read_text())
     assert kinds == [("90a", "sm_90a"), ("86", "sm_86"), ("90a", "compute_90a")]
 
