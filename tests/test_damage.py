@@ -1,4 +1,5 @@
 """Checkpoints that are damaged or not what they seem; FLIPS bytes are flipped in one."""
+import math
 import os
 import random
 import shutil
@@ -156,6 +157,7 @@ NOT_RESUMED = {
     "a row of another log": (lambda s: s["history"][0].update(novelty=1), "novelty"),
     "a row without a rate": (lambda s: s["history"][0].pop("test_rate"), "columns"),
     "a row of text": (lambda s: s["history"][0].update(test_loss="x"), "test_loss"),
+    "an endless loss": (lambda s: s["history"][0].update(test_loss=math.inf), "test_loss inf"),
     "no options": (lambda s: s.update(config=None), "NoneType"),
     "no classes": (lambda s: s.update(classes=[]), "out of range"),
     "other totals": (lambda s: s.update(totals=torch.zeros(5)), "size"),

@@ -75,13 +75,6 @@ def test_a_learned_prior_gets_a_panel_of_its_own():
     assert (curves == np.asarray(without)[:800]).all()
 
 
-def test_curves_without_a_finite_number():
-    empty = plots.curves([{"epoch": 1, **dict.fromkeys(COLUMNS, float("nan"))}], "words")
-    drawn = plots.curves([{"epoch": 1, **dict.fromkeys(COLUMNS, 2.0)}], "words")
-    assert empty.size == drawn.size
-    assert (np.asarray(empty) != np.asarray(drawn)).any()  # no point where there is none
-
-
 def test_pngs_carry_text_and_are_whole_or_not_there(tmp_path):
     image = Image.new("RGB", (4, 4))
     plots.save(image, tmp_path / "a.png", {"seed": 3, "data": "synthetic"})

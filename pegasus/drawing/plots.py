@@ -159,12 +159,9 @@ class Axes(NamedTuple):
 
 
 def padded_range(values: list[float]) -> tuple[float, float]:
-    """Return a range that holds all finite values with a margin around them."""
-    finite = [value for value in values if math.isfinite(value)]
-    if not finite:
-        finite = [0.0]
-    low = min(finite)
-    high = max(finite)
+    """Return a range that holds all values with a margin around them."""
+    low = min(values)
+    high = max(values)
     margin = (high - low) * 0.05
     if margin == 0:
         margin = max(abs(high) * 0.05, 1e-3)
@@ -198,12 +195,8 @@ def draw_curve(
     values: list[float],
     color: tuple[int, int, int],
 ) -> None:
-    """Draw a line through the finite ones of some values, or a dot where it is one."""
-    points = [
-        (axes.x_pixel(epoch), axes.y_pixel(value))
-        for epoch, value in zip(epochs, values, strict=True)
-        if math.isfinite(value)
-    ]
+    """Draw a line through some values, or a dot where it is one."""
+    points = [(axes.x_pixel(x), axes.y_pixel(y)) for x, y in zip(epochs, values, strict=True)]
     if len(points) == 1:
         draw.circle(points[0], 3, color)
     draw.line(points, color, 2, "curve")

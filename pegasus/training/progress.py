@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TextIO
 
 from pegasus import files
+from pegasus.cli import in_range
 from pegasus.streams import is_terminal, print_or_stop
 
 LOG_COLUMNS = (
@@ -21,9 +22,12 @@ END_LINE = "\033[K\033[?7h"
 
 def check_row(row: dict) -> None:
     """Raise ValueError for what is no row of log.csv."""
-    texts = {"phase": str, "data": str}
     for name, value in row.items():
-        if not isinstance(value, texts.get(name, int | float)):
+        if name in ("phase", "data"):
+            fits = isinstance(value, str)
+        else:
+            fits = isinstance(value, int | float) and in_range(value)
+        if not fits:
             raise ValueError(f"a row of the log has {name} {value!r:.60}")
     needed = {"epoch", "phase", "train_loss", "test_loss"}
     if row.get("phase") != "prior":
