@@ -113,7 +113,6 @@ def flow_terms(sampler: Sampler, x: Tensor, seed: int) -> Tensor:
 class MonteCarlo(NamedTuple):
     """An estimate of log P(x) for each of B images, float64 (B,)."""
     log_p: Tensor  # nats; too low where few samples count
-    standard_error: Tensor  # of log_p, which is too small there
     effective_samples: Tensor  # that count: (sum w)^2 / sum w^2, at most all
 
 
@@ -130,9 +129,8 @@ def monte_carlo(log_p: Tensor) -> MonteCarlo:
     """
     mean = importance_weighted(log_p)
     weight = (log_p - mean).exp()  # p(x|z) over its mean
-    error = weight.std(0) / math.sqrt(len(log_p))
     effective = weight.sum(0).square() / weight.square().sum(0)
-    return MonteCarlo(mean, error, effective)
+    return MonteCarlo(mean, effective)
 
 
 @torch.no_grad()
