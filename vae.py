@@ -23,8 +23,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 SIZES = (32, 48, 64, 96)  # pixels of a picture's side
-IMAGE_SHAPE = (3, 32, 32)  # CIFAR-10's
-IMAGE_VALUES = 3072
 # of the convolutional network, at 16 x 16 and at 8 x 8; multiples of 16, as flow_prior.py says
 CHANNELS = (64, 64)
 
@@ -101,8 +99,8 @@ def build_conv(latent: tuple[int, ...], size: int) -> tuple[nn.Sequential, nn.Se
     return nn.Sequential(*encoder), nn.Sequential(*decoder)
 
 
-def gaussian_nll(sse: Tensor, variance: Tensor, values: int = IMAGE_VALUES) -> Tensor:
-    """Return -log N(x; xhat, variance I) in nats per image.
+def gaussian_nll(sse: Tensor, variance: Tensor, values: int) -> Tensor:
+    """Return -log N(x; xhat, variance I) in nats per image of so many values.
 
     One variance for all values. The best one is the mean squared error; with the batch's
     this is the objective of sigma-VAE (Rybkin et al. 2021, section 3).
@@ -110,9 +108,7 @@ def gaussian_nll(sse: Tensor, variance: Tensor, values: int = IMAGE_VALUES) -> T
     return sse / (2 * variance) + values / 2 * torch.log(2 * math.pi * variance)
 
 
-def bits_per_dim(
-    sse: Tensor, rate: Tensor, variance: Tensor, values: int = IMAGE_VALUES
-) -> Tensor:
+def bits_per_dim(sse: Tensor, rate: Tensor, variance: Tensor, values: int) -> Tensor:
     """Return bits for each of an image's bytes, by the ELBO.
 
     A byte's probability is taken as its density times the bin's width, 1/255, which
@@ -121,7 +117,7 @@ def bits_per_dim(
     return bits_of_nats(gaussian_nll(sse, variance, values) + rate, values)
 
 
-def bits_of_nats(nats: Tensor | float, values: int = IMAGE_VALUES) -> Tensor | float:
+def bits_of_nats(nats: Tensor | float, values: int) -> Tensor | float:
     """Convert -log p(x) of images in [0, 1] to bits for each of their bytes."""
     return (nats / values + math.log(255)) / math.log(2)
 

@@ -39,6 +39,8 @@ from pegasus.models import flow_prior
 vae.CHANNELS = flow_prior.CHANNELS = (16, 16)
 flow_prior.CONDITION = 8
 """  # `small_network` for a process of its own
+IMAGE_SHAPE = (3, 32, 32)  # where no size is asked for
+IMAGE_VALUES = 3072
 PICTURES = ("curves.png", "samples.png", "reconstructions.png", "pegasus.png")
 
 

@@ -16,6 +16,7 @@ from pegasus.training.accelerate import (
 
 import pytest
 import torch
+from conftest import IMAGE_SHAPE
 from torch import Tensor, nn
 
 built = pytest.mark.skipif(not acceleration.available, reason="pegasus_step is not built")
@@ -275,7 +276,7 @@ def run_velocity(velocity: nn.Module) -> Tensor:
 
 
 def run_vae(model: nn.Module) -> Tensor:
-    x = torch.rand(5, *vae.IMAGE_SHAPE, generator=torch.Generator().manual_seed(2))
+    x = torch.rand(5, *IMAGE_SHAPE, generator=torch.Generator().manual_seed(2))
     return torch.stack(model(x, torch.tensor(7)))
 
 
@@ -366,6 +367,6 @@ def test_the_classifier_can_be_accelerated():
     plain = classifier.Classifier()
     fast = copy.deepcopy(plain)
     accelerate(fast)
-    images = torch.rand(3, *vae.IMAGE_SHAPE)
+    images = torch.rand(3, *IMAGE_SHAPE)
     for a, b in zip(*(classifier.classify(c, images) for c in (plain, fast)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)

@@ -21,7 +21,7 @@ from pegasus.training.stages import Batch, PriorStage
 
 import pytest
 import torch
-from conftest import png, rows, same
+from conftest import IMAGE_SHAPE, IMAGE_VALUES, png, rows, same
 from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("small_network")
@@ -78,7 +78,7 @@ def test_gather_mirrors_and_scales():
     assert x.equal(torch.stack([images[4].flip(2), images[0]]) / 255)
     assert stages.gather(images, torch.tensor([1]), None).equal(images[1:2] / 255)
     nothing = torch.zeros(0, dtype=torch.int64)
-    assert stages.gather(images, nothing, nothing.bool()).shape == (0, *vae.IMAGE_SHAPE)
+    assert stages.gather(images, nothing, nothing.bool()).shape == (0, *IMAGE_SHAPE)
 
 
 def test_a_process_gets_its_rows_of_a_batch():
@@ -164,8 +164,8 @@ def test_the_autoencoders_loss_is_its_objective(run, batches, tmp_path, progress
     batch = Batch(rows, None, 3, 0, torch.tensor([4]), torch.tensor(progress))
     loss, sums = stage.loss(batch)
     terms = model(resumed.data.images[rows] / 255, torch.tensor(4))
-    variance = terms.sse.mean() / vae.IMAGE_VALUES
-    nll = vae.gaussian_nll(terms.sse, variance)
+    variance = terms.sse.mean() / IMAGE_VALUES
+    nll = vae.gaussian_nll(terms.sse, variance, IMAGE_VALUES)
     torch.testing.assert_close(loss, (nll + beta * terms.rate).mean())
     wanted = torch.stack([nll.sum(), terms.rate.sum(), terms.sse.sum()])
     torch.testing.assert_close(sums, wanted)

@@ -6,6 +6,7 @@ import vae
 
 import pytest
 import torch
+from conftest import IMAGE_SHAPE, IMAGE_VALUES
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
@@ -18,7 +19,7 @@ def model() -> vae.VAE:
 
 @pytest.fixture
 def x() -> Tensor:
-    return torch.rand(6, *vae.IMAGE_SHAPE, generator=torch.Generator().manual_seed(1))
+    return torch.rand(6, *IMAGE_SHAPE, generator=torch.Generator().manual_seed(1))
 
 
 def test_the_papers_network(model):
@@ -26,14 +27,14 @@ def test_the_papers_network(model):
     encoder = [(512, 3072), (512,), (256, 512), (256,)]
     decoder = [(512, 128), (512,), (3072, 512), (3072,)]
     assert shapes == encoder + decoder
-    h = torch.rand(2, *vae.IMAGE_SHAPE)
+    h = torch.rand(2, *IMAGE_SHAPE)
     w = [p.detach() for p in model.parameters()]
     hidden = (h.flatten(1) @ w[0].T + w[1]).clamp(min=0)
     wanted = hidden @ w[2].T + w[3]
     torch.testing.assert_close(torch.cat(model.encode(h), 1), wanted)
     z = torch.randn(2, 128)
     hidden = (z @ w[4].T + w[5]).clamp(min=0)
-    xhat = (hidden @ w[6].T + w[7]).sigmoid().view(2, *vae.IMAGE_SHAPE)
+    xhat = (hidden @ w[6].T + w[7]).sigmoid().view(2, *IMAGE_SHAPE)
     torch.testing.assert_close(model.decode(z), xhat)
 
 
@@ -58,7 +59,7 @@ def test_the_gaussian_likelihood_is_a_normal_density(x):
     variance = torch.tensor(0.03)
     sse = (x - xhat).square().sum((1, 2, 3))
     density = Normal(xhat, variance.sqrt()).log_prob(x).sum((1, 2, 3))
-    torch.testing.assert_close(vae.gaussian_nll(sse, variance), -density)
+    torch.testing.assert_close(vae.gaussian_nll(sse, variance, IMAGE_VALUES), -density)
     model = vae.VAE("mlp", "gaussian", (3,))
     torch.testing.assert_close(model.distortion(sse, variance), -density)
     few = (x - xhat).flatten(1)[:, :7]  # of which an image has no more
@@ -69,22 +70,23 @@ def test_the_gaussian_likelihood_is_a_normal_density(x):
 
 def test_the_mean_squared_error_is_the_best_variance(x):
     sse = (x - torch.rand_like(x)).square().sum((1, 2, 3))
-    best = sse.mean() / vae.IMAGE_VALUES
-    least = vae.gaussian_nll(sse, best).mean()
+    best = sse.mean() / IMAGE_VALUES
+    least = vae.gaussian_nll(sse, best, IMAGE_VALUES).mean()
     for factor in (0.99, 1.01):
-        assert vae.gaussian_nll(sse, best * factor).mean() > least
+        assert vae.gaussian_nll(sse, best * factor, IMAGE_VALUES).mean() > least
 
 
 def test_bits_per_dim_of_a_known_code():
     """A byte costs its Gaussian's entropy and the log of how many bins it has; so does z."""
     variance = torch.tensor(0.01)
-    sse = vae.IMAGE_VALUES * variance
+    sse = IMAGE_VALUES * variance
     entropy = Normal(0.0, variance.sqrt()).entropy()
     expected = (entropy + math.log(255)) / math.log(2)
-    bits = vae.bits_per_dim(sse, torch.tensor(0.0), variance)
+    bits = vae.bits_per_dim(sse, torch.tensor(0.0), variance, IMAGE_VALUES)
     torch.testing.assert_close(bits, expected)
-    rate = torch.tensor(vae.IMAGE_VALUES * math.log(2))  # a bit for each value
-    torch.testing.assert_close(vae.bits_per_dim(sse, rate, variance), expected + 1)
+    rate = torch.tensor(IMAGE_VALUES * math.log(2))  # a bit for each value
+    bits = vae.bits_per_dim(sse, rate, variance, IMAGE_VALUES)
+    torch.testing.assert_close(bits, expected + 1)
 
 
 def test_bits_per_dim_of_images(x):
@@ -97,8 +99,9 @@ def test_bits_per_dim_of_images(x):
     bits = -probability.log2().flatten(1).sum(1) + rate.double() / math.log(2)
     wanted = bits / (3 * 32 * 32)
     sse = (x - xhat).square().sum((1, 2, 3))
-    torch.testing.assert_close(vae.bits_per_dim(sse, rate, variance).double(), wanted)
-    assert vae.bits_of_nats(0.0) == pytest.approx(math.log2(255))  # a density of one
+    got = vae.bits_per_dim(sse, rate, variance, IMAGE_VALUES)
+    torch.testing.assert_close(got.double(), wanted)
+    assert vae.bits_of_nats(0.0, IMAGE_VALUES) == pytest.approx(math.log2(255))  # a density of one
 
 
 @pytest.mark.parametrize(("arch", "latent"), [("mlp", (7,)), ("conv", (2, 8, 8))])

@@ -20,6 +20,7 @@ from pegasus.training.signals import StopSignal
 
 import pytest
 import torch
+from conftest import IMAGE_SHAPE, IMAGE_VALUES
 from torch import Tensor
 from torch.distributions import (
     Categorical,
@@ -97,7 +98,7 @@ def test_a_centered_model_sees_pictures_less_a_half(change):
     for parameter in centered.parameters():
         parameter.data.add_(0.02 * torch.randn(parameter.shape))  # codes differ
     plain.load_state_dict(centered.state_dict())
-    x = torch.rand(4, *vae.IMAGE_SHAPE)
+    x = torch.rand(4, *IMAGE_SHAPE)
     pairs = list(zip(centered.encode(x), plain.encode(x - 0.5), strict=True))
     seed = torch.tensor(2)
     pairs.append((centered(x, seed).rate, plain(x - 0.5, seed).rate))
@@ -122,7 +123,7 @@ def test_a_conditional_prior_needs_a_vector_and_no_flow(change):
 def test_a_plain_model_is_one_component():
     torch.manual_seed(0)
     model = vae.VAE(latent=(4,))
-    x = torch.rand(3, *vae.IMAGE_SHAPE)
+    x = torch.rand(3, *IMAGE_SHAPE)
     (part,) = variants.components(model, x)
     mu, logvar = model.encode(x)
     assert part.log_share.equal(torch.zeros(3))
@@ -191,7 +192,7 @@ def test_a_householder_model(arch, latent):
     torch.manual_seed(0)
     model = HouseholderVAE(arch, "gaussian", latent, False, reflections=3)
     d = model.latent_size
-    x = torch.rand(2, *vae.IMAGE_SHAPE)
+    x = torch.rand(2, *IMAGE_SHAPE)
     terms = model(x, torch.tensor(2))
     mu, logvar, u = model.encode_reflected(x)
     h = matrices(u)
@@ -244,15 +245,16 @@ def test_a_run_with_a_flow(batches, tmp_path, complaint):
     loaded = sampler.load(tmp_path / "r" / "last.pt")
     model = loaded.model
     assert len(model.flow.layers) == 2
-    assert sampler.sample(loaded).shape == (64, *vae.IMAGE_SHAPE)
+    assert sampler.sample(loaded).shape == (64, *IMAGE_SHAPE)
     assert "--flow: got 1" in complaint(train.main, *argv, "--resume", "--flow", 1)
-    x = torch.rand(4, *vae.IMAGE_SHAPE)
+    x = torch.rand(4, *IMAGE_SHAPE)
     samples = likelihoods.posterior_samples(model, x, 200, seed=0)
     seeds = [reparam.derive_seed(0, i, likelihoods.NOISE) for i in range(200)]
     with torch.no_grad():
         terms = [model(x, torch.tensor(seed)) for seed in seeds]
     rate, sse = (torch.stack(part).double() for part in zip(*terms, strict=True))
-    elbo = -(vae.gaussian_nll(sse, model.variance.double()) + rate).mean(0)
+    nll = vae.gaussian_nll(sse, model.variance.double(), IMAGE_VALUES)
+    elbo = -(nll + rate).mean(0)
     torch.testing.assert_close(samples.log_weight.mean(0), elbo, rtol=0, atol=0.5)
     assert samples.elbo.equal(samples.log_weight)  # without a code
 
@@ -298,7 +300,7 @@ def one_hot(model: ConditionalVAE, k: int, n: int) -> Tensor:
 def test_the_sum_over_codes(arch):
     """Rates, errors and latents of every code against torch.distributions."""
     model = conditional_model(arch=arch)
-    x = torch.rand(3, *vae.IMAGE_SHAPE)
+    x = torch.rand(3, *IMAGE_SHAPE)
     log_share, posteriors, priors = by_hand(model, x)
     share = Categorical(logits=log_share)
     rate = kl_divergence(share, Categorical(torch.ones(3, 4)))
@@ -320,7 +322,7 @@ def test_the_sum_over_codes(arch):
 def test_a_relaxed_code(arch):
     """Its rate is the same sum; the decoder gets the mixture of codes."""
     model = conditional_model(arch=arch)
-    x = torch.rand(3, *vae.IMAGE_SHAPE)
+    x = torch.rand(3, *IMAGE_SHAPE)
     seed = torch.tensor(5)
     log_share, _, _ = by_hand(model, x)
     terms = model(x, seed, 0, 0.3)
@@ -337,7 +339,7 @@ def test_a_relaxed_code(arch):
 def test_one_code_is_a_plain_model_with_a_learned_diagonal_prior(progress):
     """The same loss and gradients from N(m, s^2) written out, relaxed or not."""
     model = conditional_model(components=1)
-    x = torch.rand(5, *vae.IMAGE_SHAPE)
+    x = torch.rand(5, *IMAGE_SHAPE)
     terms = model(x, torch.tensor(3), 0, progress)
     (terms.sse + terms.rate).mean().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -388,7 +390,7 @@ def test_a_training_step_reaches_all_of_the_prior(batches, tmp_path):
 @pytest.mark.parametrize("progress", [None, 0.5])
 def test_a_rows_noise_is_its_own(progress):
     model = conditional_model()
-    x = torch.rand(7, *vae.IMAGE_SHAPE)
+    x = torch.rand(7, *IMAGE_SHAPE)
     seed = torch.tensor(9)
     whole = model(x, seed, 0, progress)
     parts = [model(x[:2], seed, 0, progress), model(x[2:], seed, 2, progress)]
@@ -434,7 +436,7 @@ def test_bounds_against_brute_force(monkeypatch):
     """Each sample's ELBO and weight from joint densities of x, z and c."""
     monkeypatch.setattr(likelihoods, "log_likelihood", likelihood)
     model = conditional_model()
-    x = torch.rand(5, *vae.IMAGE_SHAPE)
+    x = torch.rand(5, *IMAGE_SHAPE)
     with torch.no_grad():
         samples = likelihoods.posterior_samples(model, x, 6, 2)
         log_share, posteriors, priors = by_hand(model, x)
@@ -459,7 +461,7 @@ def test_the_bound_of_many_samples_is_the_larger(monkeypatch):
     """And the smaller one is the likelihood's expectation less the rate."""
     monkeypatch.setattr(likelihoods, "log_likelihood", likelihood)
     model = conditional_model()
-    x = torch.rand(5, *vae.IMAGE_SHAPE)
+    x = torch.rand(5, *IMAGE_SHAPE)
     samples = likelihoods.posterior_samples(model, x, 200, 2)
     assert (samples.log_weight >= samples.elbo).all()
     tighter = likelihoods.importance_weighted(samples.log_weight)
@@ -468,7 +470,7 @@ def test_the_bound_of_many_samples_is_the_larger(monkeypatch):
     with torch.no_grad():
         terms = [model(x, torch.tensor(seed)) for seed in seeds]
     rate, sse = (torch.stack(part).double().mean(0) for part in zip(*terms, strict=True))
-    wanted = -sse / (vae.IMAGE_VALUES * model.variance) - rate
+    wanted = -sse / (IMAGE_VALUES * model.variance) - rate
     torch.testing.assert_close(samples.elbo.mean(0), wanted, rtol=0, atol=0.3)
 
 
@@ -506,7 +508,7 @@ def test_the_likeliest_code_of_latents_between_the_means():
 
 def test_the_posterior_is_the_likeliest_codes():
     model = conditional_model()
-    x = torch.rand(9, 3, 1, 1).expand(-1, *vae.IMAGE_SHAPE)
+    x = torch.rand(9, 3, 1, 1).expand(-1, *IMAGE_SHAPE)
     log_share, posteriors, _ = by_hand(model, x)
     best = log_share.argmax(1)
     assert len(best.unique()) > 1
@@ -518,7 +520,7 @@ def test_the_posterior_is_the_likeliest_codes():
 
 def test_components_decode_from_standard_coordinates():
     model = conditional_model()
-    x = torch.rand(3, *vae.IMAGE_SHAPE)
+    x = torch.rand(3, *IMAGE_SHAPE)
     log_share, posteriors, priors = by_hand(model, x)
     parts = variants.components(model, x)
     for k, (part, posterior, prior) in enumerate(zip(parts, posteriors, priors, strict=True)):
