@@ -124,8 +124,8 @@ def cell(runs: list[dict], keys: str, form: str) -> str:
 
 def figures_of(lines: list[dict], name: str) -> list[dict]:
     """Return the figures of a row's runs, with the options that it has today."""
-    of_row = [line for line in lines if line["command"].startswith(f"{ROWS[name]} --seed")]
-    return [line["figures"] for line in of_row]
+    command = f"{ROWS[name]} --seed"
+    return [line["figures"] for line in lines if line["command"].startswith(command)]
 
 
 def table(lines: list[dict]) -> str:

@@ -113,7 +113,6 @@ class WinogradFunction(torch.autograd.Function):
     def forward(ctx, x, weight, bias):
         weight = weight.contiguous(memory_format=torch.channels_last)
         ctx.save_for_backward(x, weight)
-        ctx.has_bias = len(bias) > 0
         shape = (len(x), len(weight), *x.shape[2:])
         y = torch.empty(
             shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last
@@ -129,7 +128,7 @@ class WinogradFunction(torch.autograd.Function):
         dx = torch.empty_like(x)
         dweight = torch.empty_like(weight)
         ops.winograd_backward(dy, x, weight, dx, dweight, images_per_block(x, weight))
-        dbias = dy.sum((0, 2, 3)) if ctx.has_bias else weight.new_empty(0)
+        dbias = dy.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
         return dx, dweight, dbias
 
 
