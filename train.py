@@ -214,9 +214,7 @@ def train(run: Run, state: dict | None, workers: Workers, stop: StopSignal) -> N
         run.save(stage, optimizers)
 
 
-def open_run(
-    config: TrainConfig, given: set[str], workers: Workers
-) -> tuple[Run, dict | None]:
+def open_run(config: TrainConfig, given: set[str], workers: Workers) -> tuple[Run, dict | None]:
     """Return the run that is asked for, and the checkpoint's state where it goes on.
 
     given: names of options on the command line. Raises UserError.

@@ -76,10 +76,7 @@ def read_archive(path: Path) -> object:
 
 
 def load(path: Path) -> dict:
-    """Return what `save` wrote, on the CPU.
-
-    Raises UserError for anything else and for damage.
-    """
+    """Return what `save` wrote, on the CPU. Raises UserError for anything else and for damage."""
     try:
         state = read_archive(path)
         bad = not_finite(state)

@@ -166,9 +166,7 @@ def add_option(parser: argparse.ArgumentParser, field: dataclasses.Field) -> Non
     if field.default not in (None, False, ""):
         text += f" (default: {field.default})"
     flag = flag_of(field.name)
-    parser.add_argument(
-        flag, dest=field.name, default=argparse.SUPPRESS, help=text, **settings
-    )
+    parser.add_argument(flag, dest=field.name, default=argparse.SUPPRESS, help=text, **settings)
 
 
 def flag_of(name: str) -> str:

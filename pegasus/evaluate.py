@@ -129,9 +129,7 @@ def add_lines(images: Tensor) -> Tensor:
     return images
 
 
-def draw(
-    sampler: Sampler, mode: str, n: int, seed: int, guidance: float = 1.0
-) -> Tensor:
+def draw(sampler: Sampler, mode: str, n: int, seed: int, guidance: float = 1.0) -> Tensor:
     """Draw n images of a mode. Each mode has its own noise."""
     number = sampling.modes(sampler).index(mode)
     own_seed = reparam.derive_seed(seed, number, SAMPLES)
@@ -249,9 +247,7 @@ def make_reference(data: Dataset) -> Reference:
         near.append(distances.quantile(NEAR).item())
     copies = balanced_subset(data.images, data.labels, len(images))
     sets = {
-        "10% copies": ImageSet(
-            add_copies(images, vae.from_bytes(copies), len(data.classes))
-        ),
+        "10% copies": ImageSet(add_copies(images, vae.from_bytes(copies), len(data.classes))),
         "two lines": ImageSet(add_lines(vae.resize(images[labels == 0], 32)), 0),
     }
     return Reference(
@@ -339,9 +335,8 @@ def halves_figures(reference: Reference) -> dict[str, float]:
 def near_share(reference: Reference, judgements: list[Judgement]) -> float:
     """Return the share of images nearer to a training photograph than `near`."""
     shares = []
-    for said, training, near in zip(
-        judgements, reference.training, reference.near, strict=True
-    ):
+    views = zip(judgements, reference.training, reference.near, strict=True)
+    for said, training, near in views:
         distances = measures.nearest_distances(said.features, training)
         shares.append((distances < near).double().mean().item())
     return statistics.mean(shares)
@@ -413,9 +408,7 @@ def measure_likelihoods(
 ) -> dict[str, object]:
     """Return how probable the model finds test photographs, of the classes in turn."""
     images = balanced_subset(data.test_images, data.test_labels, config.images)
-    return likelihoods.measure(
-        sampler, images, config.k, config.monte_carlo, config.seed
-    )
+    return likelihoods.measure(sampler, images, config.k, config.monte_carlo, config.seed)
 
 
 def report(
@@ -507,9 +500,7 @@ def describe_table(figures: dict) -> str:
         guidance = f", classes at guidance {settings['guidance']:g} (1 is none)"
         unguided = ", without guidance; below: with it"
     modes = [name for name in figures["sets"] if name in (PEGASUS, *classes, "prior")]
-    right = [
-        f"{share:.0%} of {name}" for name, share in settings["judges_accuracy"].items()
-    ]
+    right = [f"{share:.0%} of {name}" for name, share in settings["judges_accuracy"].items()]
     return NOTES.format(
         judges=", ".join(map(str, settings["judges"])),
         accuracy=", ".join(right) or "no class",

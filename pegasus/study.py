@@ -63,9 +63,7 @@ class StudyConfig:
     seeds: int = option(3, "runs of each", least=1)
     data: str = option("auto", "as for train.py")
     runs: str = option("runs/study", "folder of the runs")
-    out: str = option(
-        "docs/study", "the figures, .jsonl, and the page with the table, .md"
-    )
+    out: str = option("docs/study", "the figures, .jsonl, and the page with the table, .md")
 
 
 def command_of(name: str, seed: int) -> str:
@@ -167,9 +165,7 @@ def row_names(text: str) -> list[str]:
     return names
 
 
-def missing_runs(
-    names: list[str], seeds: int, lines: list[dict]
-) -> list[tuple[str, int]]:
+def missing_runs(names: list[str], seeds: int, lines: list[dict]) -> list[tuple[str, int]]:
     """Return name and seed of the runs that the figures lack, those of seed 0 first."""
     done = {line["command"] for line in lines}
     wanted = [(name, seed) for seed in range(seeds) for name in names]

@@ -57,9 +57,7 @@ def check_labels(
         )
 
 
-def write(
-    path: Path, images: Tensor | np.ndarray, labels: Tensor | np.ndarray
-) -> None:
+def write(path: Path, images: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> None:
     """Write images (n, 3, 32, 32) and labels (n,), both 0 to 255, as a batch file."""
     pixels = np.asarray(images).reshape(-1, RECORD - 1)
     column = np.asarray(labels).reshape(-1, 1)
@@ -85,9 +83,7 @@ def check_files(folder: Path) -> None:
         )
 
 
-def select(
-    images: Tensor, labels: Tensor, indices: list[int]
-) -> tuple[Tensor, Tensor]:
+def select(images: Tensor, labels: Tensor, indices: list[int]) -> tuple[Tensor, Tensor]:
     """Keep images whose label is one of `indices`; new labels are positions there."""
     positions = torch.full_like(labels, -1)
     for position, index in enumerate(indices):
@@ -96,9 +92,7 @@ def select(
     return images[kept], positions[kept]
 
 
-def check_counts(
-    folder: Path, labels: Tensor, names: tuple[str, ...], where: str
-) -> None:
+def check_counts(folder: Path, labels: Tensor, names: tuple[str, ...], where: str) -> None:
     """Raise UserError for classes without a single picture. labels: positions in names."""
     counts = labels.bincount(minlength=len(names))
     empty = [name for name, n in zip(names, counts, strict=True) if n == 0]

@@ -44,9 +44,7 @@ def reason(error: Exception) -> str:
     return cli.brief(getattr(error, "reason", error) or "no answer")
 
 
-def connect(
-    url: str, timeout: float, by_hand: str = BY_HAND
-) -> http.client.HTTPResponse:
+def connect(url: str, timeout: float, by_hand: str = BY_HAND) -> http.client.HTTPResponse:
     """Ask for an address. Raises Unreachable where no answer in HTTP arrives.
 
     Raises UserError for an answer other than "200 OK". by_hand: what to do instead.
@@ -127,9 +125,7 @@ def read_archive(archive: Path) -> dict[str, bytes]:
         with tarfile.open(archive, "r:gz") as tar:
             return {name: read_member(tar, name, archive) for name in names}
     except (tarfile.TarError, KeyError, EOFError, zlib.error) as error:
-        raise UserError(
-            f"{archive}: not CIFAR-10's archive ({error}); {BY_HAND}"
-        ) from None
+        raise UserError(f"{archive}: not CIFAR-10's archive ({error}); {BY_HAND}") from None
 
 
 def write_batches(batches: dict[str, bytes], folder: Path) -> None:
@@ -156,9 +152,7 @@ def download(parent: Path, timeout: float = 8.0) -> Path:
     folder = parent / cifar10.FOLDER
     streams.say(f"downloading {SIZE / 1e6:.0f} MB from {url} to {folder}")
     parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        dir=parent, prefix="cifar-10-", suffix=".part"
-    ) as file:
+    with tempfile.NamedTemporaryFile(dir=parent, prefix="cifar-10-", suffix=".part") as file:
         received = fetch(url, file, timeout)
         check_archive(file, received, url)
         batches = read_archive(Path(file.name))
@@ -167,10 +161,7 @@ def download(parent: Path, timeout: float = 8.0) -> Path:
 
 
 def complete_folder(parent: Path) -> Path:
-    """Return `parent`/cifar-10-batches-bin, downloaded where it lacks a file.
-
-    Raises UserError.
-    """
+    """Return `parent`/cifar-10-batches-bin, downloaded where it lacks a file. Raises UserError."""
     folder = parent / cifar10.FOLDER
     return download(parent) if cifar10.missing_files(folder) else folder
 

@@ -99,9 +99,7 @@ def read(path: Path, size: int = 32) -> Tensor:
         raise
     except Image.DecompressionBombError:
         most = 2 * Image.MAX_IMAGE_PIXELS
-        raise NoPicture(
-            f"{path}: wanted at most {most:,} pixels; make it smaller"
-        ) from None
+        raise NoPicture(f"{path}: wanted at most {most:,} pixels; make it smaller") from None
     except Exception as error:  # a file can hold anything, and readers raise as much
         if isinstance(error, OSError) and error.errno:  # the system's, not Pillow's
             raise UserError(f"{path}: can't be read ({error.strerror})") from None

@@ -316,9 +316,7 @@ def vary(label: str, pose: Pose, rng: np.random.Generator) -> np.ndarray:
     return tubes
 
 
-def fit_to_canvas(
-    pose: Pose, tubes: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
+def fit_to_canvas(pose: Pose, tubes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Fit a figure into the canvas: tubes in fine pixels, (parts, 4, 3)."""
     solid = tubes[[color != "branch" for color in pose.colors]]
     low = (solid[..., :2] - solid[..., 2:]).min((0, 1))
@@ -402,9 +400,7 @@ def row_numbers(side: int) -> np.ndarray:
     return (np.arange(side) + 0.5) * SIDE / side - 0.5
 
 
-def fade(
-    name: str, rng: np.random.Generator, side: int, first: float = 0
-) -> np.ndarray:
+def fade(name: str, rng: np.random.Generator, side: int, first: float = 0) -> np.ndarray:
     """Return a row of a palette that fades downwards from a row on, (side, 1, 3)."""
     colors = choose(COLORS[name], rng)
     light = rng.uniform(0.75, 1.08)
@@ -487,9 +483,7 @@ def draw(label: str, rng: np.random.Generator, side: int = SIDE) -> Image.Image:
     return photograph(view, rng)
 
 
-def picture(
-    seed: int, split: int, index: int, side: int = SIDE
-) -> tuple[Image.Image, str]:
+def picture(seed: int, split: int, index: int, side: int = SIDE) -> tuple[Image.Image, str]:
     """Draw picture `index` of a split, side x side; return its class, too.
 
     split: 0 to train on, 1 to test.

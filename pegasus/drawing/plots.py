@@ -52,10 +52,7 @@ def check(path: Path) -> None:
 
 
 def save(image: Image.Image, path: Path, text: dict[str, object]) -> None:
-    """Write a PNG with a text chunk for each item, whole or not at all.
-
-    Raises UserError.
-    """
+    """Write a PNG with a text chunk for each item, whole or not at all. Raises UserError."""
     info = PngImagePlugin.PngInfo()
     for key, value in text.items():
         info.add_text(key, str(value))
@@ -105,9 +102,7 @@ def caption(image: Image.Image, text: str) -> Image.Image:
     return page
 
 
-def sheet(
-    images: Tensor, columns: int = 8, scale: int = 4, gap: int = GAP
-) -> Image.Image:
+def sheet(images: Tensor, columns: int = 8, scale: int = 4, gap: int = GAP) -> Image.Image:
     """Lay out images (n, 3, h, w) in [0, 1] row by row, each `scale` times as large."""
     tiles = vae.to_bytes(images)
     tiles = tiles.permute(0, 2, 3, 1).cpu().numpy()

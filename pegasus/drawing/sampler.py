@@ -77,18 +77,9 @@ class SampleConfig:
         None,
         "with a learned prior, a picture to begin from, as of a horse to get wings",
     )
-    keep: float = option(
-        0.4,
-        "how much of that picture to keep, 0 to 1",
-        least=0.0,
-        most=1.0,
-    )
-    steps: int = option(
-        16, "of the integration of the learned prior", least=1, most=1000
-    )
-    temperature: float = option(
-        1.0, "standard deviation of the noise", least=0.0, most=100.0
-    )
+    keep: float = option(0.4, "how much of that picture to keep, 0 to 1", least=0.0, most=1.0)
+    steps: int = option(16, "of the integration of the learned prior", least=1, most=1000)
+    temperature: float = option(1.0, "standard deviation of the noise", least=0.0, most=100.0)
     columns: int = option(8, "pictures in a row", least=1, most=65_536)
     scale: int | None = option(
         None,
@@ -408,9 +399,7 @@ def early_weights(
     return early
 
 
-def begin_from(
-    sampler: Sampler, config: SampleConfig, eps: Tensor, noise: Noise
-) -> Tensor:
+def begin_from(sampler: Sampler, config: SampleConfig, eps: Tensor, noise: Noise) -> Tensor:
     """Return latents (n, d) on the way from noise (n, d) to a picture's.
 
     Its latents are samples: to the prior a mean is a latent like no other, of which little
@@ -426,9 +415,7 @@ def begin_from(
     return torch.lerp(eps, z.cpu(), config.keep)
 
 
-def flow_latents(
-    sampler: Sampler, config: SampleConfig, share: Tensor, noise: Noise
-) -> Tensor:
+def flow_latents(sampler: Sampler, config: SampleConfig, share: Tensor, noise: Noise) -> Tensor:
     """Sample latents by the flow prior, from noise or from a picture."""
     eps = noise(config.seed) * config.temperature
     start = 0.0
@@ -450,9 +437,7 @@ def flow_latents(
 
 
 @torch.no_grad()
-def latents(
-    sampler: Sampler, config: SampleConfig, turns: Tensor | None = None
-) -> Tensor:
+def latents(sampler: Sampler, config: SampleConfig, turns: Tensor | None = None) -> Tensor:
     """Sample latents (n, d), on the CPU.
 
     Row i depends on (seed, i) alone; in mode morph on the seed, its row and its column

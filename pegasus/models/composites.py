@@ -134,9 +134,7 @@ def clutter(masks: Tensor) -> Tensor:
     return above.mean((1, 2)) + above[..., :9].mean((1, 2))
 
 
-def choose_bodies(
-    images: Tensor, certainty: Tensor, n: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def choose_bodies(images: Tensor, certainty: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the n bodies that are whole, from the side, with room above the back.
 
     images: (m, 3, 32, 32). Returns rows of these, which of them are to be mirrored, and

@@ -143,9 +143,7 @@ class Velocity(nn.Module):
         return direction(z, t, 0.0, 1.0) + deviation * self.leave(x).float().flatten(1)
 
 
-def direction(
-    z: Tensor, t: Tensor, mean: Tensor | float, variance: Tensor | float
-) -> Tensor:
+def direction(z: Tensor, t: Tensor, mean: Tensor | float, variance: Tensor | float) -> Tensor:
     """Return the velocity that takes N(0, 1) at t = 0 to N(mean, variance) at t = 1.
 
     On the way it is N(t mean, (1 - t)^2 + t^2 variance): a Gaussian path, whose velocity

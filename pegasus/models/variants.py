@@ -33,10 +33,7 @@ CODES = 2**62  # first row of the codes' noise; latents have the rows below
 
 
 def latent_shape(text: str) -> tuple[int, ...]:
-    """Return (128,) for "128", a vector, and (4, 8, 8) for "8x8x4", a grid.
-
-    Raises UserError.
-    """
+    """Return (128,) for "128", a vector, and (4, 8, 8) for "8x8x4", a grid. Raises UserError."""
     fits = re.fullmatch("(8x8x)?[1-9][0-9]{0,4}", text)
     if not fits or int(text.removeprefix("8x8x")) > 65_536:
         raise UserError(

@@ -46,9 +46,7 @@ class NormSiLUFunction(torch.autograd.Function):
         dweight = weight.new_empty(weight.shape)
         dbias = weight.new_empty(weight.shape)
         dy = dy.to(x.dtype).contiguous(memory_format=torch.channels_last)
-        ops.silu_group_norm_backward(
-            dy, x, weight, bias, stats, dx, dweight, dbias, ctx.groups
-        )
+        ops.silu_group_norm_backward(dy, x, weight, bias, stats, dx, dweight, dbias, ctx.groups)
         return dx, dweight, dbias, None, None
 
 
@@ -163,9 +161,7 @@ def faster(layer: nn.Module) -> nn.Module:
     """Return a faster layer with the same parameters, or the layer itself."""
     if suits_winograd(layer):
         sizes = (layer.in_channels, layer.out_channels)
-        fast = WinogradConv2d(
-            *sizes, 3, padding=1, bias=layer.bias is not None, device="meta"
-        )
+        fast = WinogradConv2d(*sizes, 3, padding=1, bias=layer.bias is not None, device="meta")
         fast.weight = layer.weight
         fast.bias = layer.bias
         return fast

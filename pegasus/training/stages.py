@@ -36,9 +36,7 @@ class Batch(NamedTuple):
     def part(self, share: slice) -> "Batch":
         """Return the rows of one process."""
         mirrored = None if self.mirrored is None else self.mirrored[share]
-        return self._replace(
-            rows=self.rows[share], mirrored=mirrored, row_offset=share.start
-        )
+        return self._replace(rows=self.rows[share], mirrored=mirrored, row_offset=share.start)
 
 
 def epoch_order(seed: int, epoch: int, n: int) -> Tensor:
