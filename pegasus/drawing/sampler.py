@@ -67,9 +67,9 @@ class SampleConfig:
     )
     coat: str = option("any", "of the horse", choices=("any", *labels.COATS))
     guidance: float = option(
-        3.0,
-        "with a learned prior, weight of a class against any, from three tenths of the way on; "
-        "1: no guidance",
+        6.0,
+        "with a learned prior, weight of a class against any at the end of the way, to which "
+        "it rises from 1; 1: no guidance",
         least=0.0,
         most=100.0,
     )
@@ -384,7 +384,7 @@ def class_weights(
 def early_weights(
     sampler: Sampler, config: SampleConfig, weights: dict[int, float | Tensor]
 ) -> dict[int, float | Tensor]:
-    """Return the weights before guidance begins, from those of `class_weights`.
+    """Return the weights at t = 0, without guidance, from those of `class_weights`.
 
     A coat has to be there early, so it counts twice, against its class without one.
     """

@@ -26,7 +26,6 @@ CHANNELS = (96, 160)
 CONDITION = 128  # numbers that time and class become
 DROPPED = 0.15  # share of rows whose class is hidden in training
 COATED = 0.15  # share of the other rows with a coat that get it instead of their class
-GUIDED_FROM = 0.3  # time: guidance before makes poses and skies more alike
 
 Field = Callable[[Tensor, float], Tensor]  # velocities (B, d) of latents at a time
 
@@ -332,12 +331,15 @@ def follow(
 ) -> Tensor:
     """Follow normalized latents (n, d) through the times.
 
-    The weights, as of `guided_velocity`, are `early` until GUIDED_FROM, then `late`. There
-    the solver begins anew: what it knows of the steps before does not hold any more.
+    The weights, as of `guided_velocity`, go from `early` to `late` with the time's square:
+    full weights from the start make poses and skies more alike (Wang et al. 2024).
     """
-    middle = min(max(times[0], GUIDED_FROM), times[-1])
-    first = guided_velocity(prior.ema, prior.unconditional, early)
-    then = guided_velocity(prior.ema, prior.unconditional, late)
+    def field(z: Tensor, t: float) -> Tensor:
+        weights = {}
+        for number in early | late:
+            first = early.get(number, 0.0)
+            weights[number] = first + t * t * (late.get(number, 0.0) - first)
+        return guided_velocity(prior.ema, prior.unconditional, weights)(z, t)
+
     with device.fast_autocast(z):
-        z = integrate(first, z, [*(t for t in times if t < middle), middle])
-        return integrate(then, z, [middle, *(t for t in times if t > middle)])
+        return integrate(field, z, times)
