@@ -384,19 +384,17 @@ def class_weights(
 def early_weights(
     sampler: Sampler, config: SampleConfig, weights: dict[int, float | Tensor]
 ) -> dict[int, float | Tensor]:
-    """Return the weights at t = 0, without guidance, from those of `class_weights`.
+    """Return the weights at t = 0, from those of `class_weights`.
 
-    A coat has to be there early, so it counts twice, against its class without one.
+    That is without guidance; but a coat has to be there early, so it counts twice.
     """
     if config.coat == "any":
         return weights
-    early = dict(weights)
-    for name in (sampler.classes[0], labels.PEGASUS):
-        coated = labels.number(sampler.classes, name, config.coat)
-        if coated in weights:
-            early[coated] = 2 * weights[coated]
-            early[labels.number(sampler.classes, name)] = -weights[coated]
-    return early
+    coated = [
+        labels.number(sampler.classes, name, config.coat)
+        for name in (sampler.classes[0], labels.PEGASUS)
+    ]
+    return {number: weight * (1 + (number in coated)) for number, weight in weights.items()}
 
 
 def begin_from(sampler: Sampler, config: SampleConfig, eps: Tensor, noise: Noise) -> Tensor:
