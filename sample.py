@@ -55,7 +55,8 @@ def check_pixels(config: SampleConfig, size: int, scale: int) -> None:
     side = size * scale
     shown = config.best if config.best else config.n
     if not plots.is_moving(config.out):
-        shown = math.ceil(shown / config.columns) * config.columns
+        columns = min(config.columns, shown)
+        shown = math.ceil(shown / columns) * columns
     pixels = shown * (side + plots.GAP) ** 2
     pixels = max(pixels, config.n * size**2)
     if pixels > MOST_PIXELS:

@@ -1,27 +1,33 @@
-"""Time the fused op against what people would use instead.
+"""Time the fused op, and the kernels of a training step, against plain PyTorch.
 
     python -m pegasus.bench op                                     # all sizes
     python -m pegasus.bench op --shapes 128x128 --dtypes float32   # a quick look
     python -m pegasus.bench op --device cuda
+    python -m pegasus.bench step                                   # the kernels, on a CPU
 
-Medians, once the op agrees with the reference. "eager" is the op as people write it
+Medians. The op first has to agree with the reference. "eager" is the op as people write it
 (randn_like, exp, mul, sum), "compiled" the same under torch.compile, "clone" a copy of
 one input: memory's own speed. THP_MEM_ALLOC_ENABLE=1 lets torch take huge pages for large
 tensors, for all alike: fresh memory otherwise costs more than the arithmetic.
 """
 import argparse
+import copy
 import os
 import platform
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
 import reparam
+import vae
 from pegasus import cli
-from pegasus.device import resolve_device
+from pegasus.device import autocast, resolve_device
+from pegasus.models.flow_prior import Velocity
+from pegasus.training.accelerate import accelerate, faster, suits_winograd, swap_layers
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import benchmark
 
 SHAPES = ((128, 128), (128, 512), (1024, 128), (8192, 128), (65536, 128))
@@ -135,8 +141,55 @@ def bench_op(config: argparse.Namespace) -> None:
     benchmark.Compare(measured).print()
 
 
+def step_kernels(network: nn.Module) -> dict[str, nn.Module]:
+    """Return a network with torch's layers, in either layout, and with faster ones."""
+    innermost = copy.deepcopy(network).to(memory_format=torch.channels_last)
+    winograd = copy.deepcopy(innermost)
+    swap_layers(winograd, lambda layer: faster(layer) if suits_winograd(layer) else layer)
+    fast = copy.deepcopy(network)
+    accelerate(fast)
+    return {"torch": network, "innermost": innermost, "Winograd": winograd, "all": fast}
+
+
+def step_losses() -> dict[str, tuple[nn.Module, Callable]]:
+    """Return the networks of `make train`, each with a function that gives a loss of 64."""
+    images = torch.rand(64, 3, 32, 32)
+    latents = torch.randn(64, 1024)
+    times = torch.rand(64)
+    classes = torch.zeros(64, dtype=torch.int64)
+    seed = torch.tensor(7)
+
+    def autoencoder(network: nn.Module) -> Tensor:
+        return sum(network(images, seed)).sum()
+
+    def prior(network: nn.Module) -> Tensor:
+        return network(latents, times, classes).square().sum()
+
+    model = vae.VAE("conv", "gaussian", (16, 8, 8), center=True)
+    velocity = Velocity((16, 8, 8), 7)
+    return {"autoencoder": (model, autoencoder), "prior": (velocity, prior)}
+
+
+def bench_step(config: argparse.Namespace) -> None:
+    """Time forward and backward of the networks, with each kernel and without, in turn."""
+    for name, (network, loss) in step_losses().items():
+        candidates = step_kernels(network)
+        times = {kernels: [] for kernels in candidates}
+        for _ in range(config.rounds):
+            for kernels, candidate in candidates.items():
+                timer = benchmark.Timer(
+                    "loss(network).backward()",
+                    globals={"loss": loss, "network": candidate},
+                    num_threads=config.threads,
+                )
+                with autocast("cpu", config.precision):
+                    times[kernels].append(timer.timeit(1).mean)
+        figures = (f"{key} {1e3 * statistics.median(taken):.1f}" for key, taken in times.items())
+        print(f"{name}, {config.precision}, ms: {', '.join(figures)}")
+
+
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the one subcommand."""
+    """Return the parser of the two subcommands."""
     whole = cli.number(int, least=1)
     raw = argparse.RawDescriptionHelpFormatter
     parser = cli.Parser(description=__doc__, formatter_class=raw)
@@ -155,6 +208,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="of each figure (default: 0.5)",
     )
     op.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    step = commands.add_parser("step", help="kernels of a training step against torch's layers")
+    step.set_defaults(run=bench_step, device="cpu")
+    step.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
+    step.add_argument("--threads", type=whole, default=2)
+    step.add_argument("--rounds", type=whole, default=20, help="of each figure (default: 20)")
     return parser
 
 

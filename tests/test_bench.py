@@ -1,8 +1,10 @@
 from pegasus import bench
+from pegasus.training import accelerate
 
 import pytest
 import torch
 from conftest import ROOT
+from torch import nn
 
 
 @pytest.mark.parametrize(
@@ -42,3 +44,21 @@ def test_the_op_is_checked_and_timed(monkeypatch, capsys):
     monkeypatch.setattr(bench.reparam, "reparameterize_kl", wrong)
     with pytest.raises(AssertionError):
         bench.main(["op", *arguments])
+
+
+def test_the_kernels_of_a_step_are_timed(capsys):
+    bench.main(["step", "--rounds", "1"])
+    said = capsys.readouterr().out
+    for name in ("autoencoder", "prior", "torch", "innermost", "Winograd", "all"):
+        assert name in said
+
+
+def test_kernels_are_timed_one_by_one():
+    body = nn.Sequential(nn.GroupNorm(2, 64), nn.SiLU(), nn.Conv2d(64, 64, 3, padding=1))
+    networks = bench.step_kernels(nn.Sequential(body))
+    fused = {name: type(network[0]) is not nn.Sequential for name, network in networks.items()}
+    winograd = {name: type(network[0][2]) is not nn.Conv2d for name, network in networks.items()}
+    built = accelerate.available
+    assert fused == {"torch": False, "innermost": False, "Winograd": False, "all": built}
+    if torch.backends.mkl.is_available():
+        assert winograd == {"torch": False, "innermost": False, "Winograd": built, "all": built}

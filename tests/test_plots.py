@@ -18,6 +18,7 @@ def test_sheet_puts_each_image_in_its_place():
         tile = sheet[1 + i // 4 * 65 :, 1 + i % 4 * 65 :][:64, :64]
         assert (tile == round(i * 25.5)).all()
     assert (sheet[66:, 1 + 2 * 65 :] == 255).all()
+    assert plots.sheet(images[:1], columns=4, scale=2, gap=1).size == (66, 66)
 
 
 def test_sheet_keeps_pixels_and_colors():

@@ -104,6 +104,7 @@ def caption(image: Image.Image, text: str) -> Image.Image:
 
 def sheet(images: Tensor, columns: int = 8, scale: int = 4, gap: int = GAP) -> Image.Image:
     """Lay out images (n, 3, h, w) in [0, 1] row by row, each `scale` times as large."""
+    columns = min(columns, len(images))
     tiles = vae.to_bytes(images)
     tiles = tiles.permute(0, 2, 3, 1).cpu().numpy()
     height = tiles.shape[1] * scale

@@ -6,6 +6,7 @@ fastest. docs/machines.md has what each brings. Without the extension `pegasus_s
 a GPU, networks stay as they are.
 """
 import os
+from collections.abc import Callable
 
 from pegasus.models.flow_prior import ModulatedNorm
 
@@ -172,10 +173,10 @@ def faster(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def swap_layers(model: nn.Module) -> None:
+def swap_layers(model: nn.Module, swap: Callable[[nn.Module], nn.Module] = faster) -> None:
     for name, layer in list(model.named_children()):
-        swap_layers(layer)
-        setattr(model, name, faster(layer))
+        swap_layers(layer, swap)
+        setattr(model, name, swap(layer))
 
 
 def accelerate(model: nn.Module) -> None:
