@@ -21,13 +21,17 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from setuptools import Extension, setup
-from setuptools.command.build_ext import build_ext
-from setuptools.errors import BaseError, CCompilerError
+try:
+    from setuptools import Extension, setup
+    from setuptools.command.build_ext import build_ext
+    from setuptools.errors import BaseError, CCompilerError
+except ModuleNotFoundError:
+    sys.exit(f"{sys.executable} has no setuptools; install it, or use .venv, as `make` does")
 
+OLDEST = {"torch": (2, 10), "pybind11": (3, 0)}  # packages' versions
 OP = "pegasus_op"
 STEP = "pegasus_step"
 FOLDERS = {OP: Path("csrc/reparam"), STEP: Path("csrc/step")}
@@ -60,6 +64,22 @@ GENERATIONS = {  # which TORCH_CUDA_ARCH_LIST can name
 }
 VARIABLES = ("CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "PEGASUS_FLAGS")
 CUDA_VARIABLES = ("PEGASUS_CUDA", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST")
+
+
+def check_packages() -> None:
+    """Exit with a sentence where a package is missing or older than what was tried."""
+    for name, oldest in OLDEST.items():
+        try:
+            got = version(name)
+        except PackageNotFoundError:
+            got = "none"
+        numbers = [int(text) for text in re.findall(r"\d+", got)[:2]]
+        if tuple(numbers) < oldest:
+            wanted = ".".join(map(str, oldest))
+            sys.exit(
+                f"{name}: {sys.executable} has {got}, wanted {wanted} or later; install it, or "
+                "use .venv, as `make` does"
+            )
 
 
 def files(name: str) -> list[str]:
@@ -184,6 +204,7 @@ class BuildExtensions(build_ext):
             self.extensions = [e for e in self.extensions if e.name == OP]
 
     def run(self) -> None:
+        check_packages()
         if not os.environ.get("CXX"):
             os.environ["CXX"] = "c++" if shutil.which("c++") else "g++"
         if not self.inplace:

@@ -49,6 +49,22 @@ def install_nvcc(folder: Path, version: str) -> Path:
     return install(folder / "nvcc", f"echo '{text}'")
 
 
+@pytest.mark.parametrize("name", ["torch", "pybind11"])
+@pytest.mark.parametrize("got", ["2.9.1", None])
+def test_packages_that_are_missing_or_old_are_told(script, monkeypatch, name, got):
+    """A source distribution asks for the same ones."""
+    def version(package: str) -> str:
+        if package == name and got is None:
+            raise script.PackageNotFoundError(package)
+        return got if package == name else "9.9"
+
+    monkeypatch.setattr(script, "version", version)
+    with pytest.raises(SystemExit, match=f"{name}: .* has {got or 'none'}, wanted .* or later"):
+        script.check_packages()
+    oldest = ".".join(map(str, script.OLDEST[name]))
+    assert f'"{name}>={oldest}"' in (ROOT / "pyproject.toml").read_text()
+
+
 @pytest.mark.parametrize("asked,version,taken", [
     (None, "13.0", True),
     (None, "13.9", True),
