@@ -5,9 +5,9 @@
                                          # project; uses the torch that is installed;
                                          # first `pip install -U setuptools pybind11`
 
-Needs a C++20 compiler. What can't be built is left out, with a sentence: Python code
-takes its place, which is slower and the same otherwise. CUDA kernels are built where
-torch has CUDA and there is an nvcc of the same major version.
+Needs torch 2.10, pybind11 3.0 and a C++20 compiler. What can't be compiled is left out, with
+a sentence: Python code takes its place, which is slower and the same otherwise. CUDA kernels
+are built where torch has CUDA and there is an nvcc of the same major version.
 
 Environment: CXX is the compiler. PEGASUS_CUDA=0 or 1 leaves CUDA out or insists on it.
 TORCH_CUDA_ARCH_LIST chooses its architectures ("8.0;9.0a", "Hopper"). PEGASUS_FLAGS adds
@@ -28,8 +28,11 @@ try:
     from setuptools import Extension, setup
     from setuptools.command.build_ext import build_ext
     from setuptools.errors import BaseError, CCompilerError
-except ModuleNotFoundError:
-    sys.exit(f"{sys.executable} has no setuptools; install it, or use .venv, as `make` does")
+except ImportError:
+    sys.exit(
+        f"{sys.executable} has no setuptools, or one too old; install it, or use .venv, as "
+        "`make` does"
+    )
 
 OLDEST = {"torch": (2, 10), "pybind11": (3, 0)}  # packages' versions
 OP = "pegasus_op"
@@ -70,7 +73,7 @@ def check_packages() -> None:
     """Exit with a sentence where a package is missing or older than what was tried."""
     for name, oldest in OLDEST.items():
         try:
-            got = version(name)
+            got = version(name) or "none"
         except PackageNotFoundError:
             got = "none"
         numbers = [int(text) for text in re.findall(r"\d+", got)[:2]]

@@ -141,18 +141,23 @@ def bench_op(config: argparse.Namespace) -> None:
     benchmark.Compare(measured).print()
 
 
-def step_kernels(network: nn.Module) -> dict[str, nn.Module]:
+def step_networks(network: nn.Module) -> dict[str, nn.Module]:
     """Return a network with torch's layers, in either layout, and with faster ones."""
     innermost = copy.deepcopy(network).to(memory_format=torch.channels_last)
     winograd = copy.deepcopy(innermost)
     swap_layers(winograd, lambda layer: faster(layer) if suits_winograd(layer) else layer)
-    fast = copy.deepcopy(network)
-    accelerate(fast)
-    return {"torch": network, "innermost": innermost, "Winograd": winograd, "all": fast}
+    both = copy.deepcopy(network)
+    accelerate(both)
+    return {
+        "torch's": network,
+        "channels innermost": innermost,
+        "Winograd's": winograd,
+        "both": both,
+    }
 
 
 def step_losses() -> dict[str, tuple[nn.Module, Callable]]:
-    """Return the networks of `make train`, each with a function that gives a loss of 64."""
+    """Return the networks of `make train`, each with its loss of 64 pictures."""
     images = torch.rand(64, 3, 32, 32)
     latents = torch.randn(64, 1024)
     times = torch.rand(64)
@@ -170,22 +175,39 @@ def step_losses() -> dict[str, tuple[nn.Module, Callable]]:
     return {"autoencoder": (model, autoencoder), "prior": (velocity, prior)}
 
 
+def forward_backward(network: nn.Module, loss: Callable, precision: str) -> None:
+    """Take a step's forward and backward, as training does."""
+    network.zero_grad()
+    with autocast("cpu", precision):
+        value = loss(network)
+    value.backward()
+
+
+def time_step(network: nn.Module, loss: Callable, config: argparse.Namespace) -> float:
+    """Return the milliseconds of one forward and backward."""
+    timer = benchmark.Timer(
+        "forward_backward(network, loss, precision)",
+        globals={
+            "forward_backward": forward_backward,
+            "network": network,
+            "loss": loss,
+            "precision": config.precision,
+        },
+        num_threads=config.threads,
+    )
+    return 1e3 * timer.timeit(1).mean
+
+
 def bench_step(config: argparse.Namespace) -> None:
-    """Time forward and backward of the networks, with each kernel and without, in turn."""
+    """Time both networks with each kernel and without, in turn."""
     for name, (network, loss) in step_losses().items():
-        candidates = step_kernels(network)
-        times = {kernels: [] for kernels in candidates}
+        networks = step_networks(network)
+        taken = {kernels: [] for kernels in networks}
         for _ in range(config.rounds):
-            for kernels, candidate in candidates.items():
-                timer = benchmark.Timer(
-                    "loss(network).backward()",
-                    globals={"loss": loss, "network": candidate},
-                    num_threads=config.threads,
-                )
-                with autocast("cpu", config.precision):
-                    times[kernels].append(timer.timeit(1).mean)
-        figures = (f"{key} {1e3 * statistics.median(taken):.1f}" for key, taken in times.items())
-        print(f"{name}, {config.precision}, ms: {', '.join(figures)}")
+            for kernels, candidate in networks.items():
+                taken[kernels].append(time_step(candidate, loss, config))
+        medians = [f"{key} {statistics.median(ms):.1f}" for key, ms in taken.items()]
+        print(f"{name}, {config.precision}, ms: {', '.join(medians)}")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -497,7 +497,7 @@ def describe_table(figures: dict) -> str:
     classes = settings["classes"]
     guidance = unguided = ""
     if "all, guided" in figures["sets"]:
-        guidance = f", classes at guidance {settings['guidance']:g} (1 is none)"
+        guidance = f", classes with guidance that grows to {settings['guidance']:g} (1 is none)"
         unguided = ", without guidance; below: with it"
     modes = [name for name in figures["sets"] if name in (PEGASUS, *classes, "prior")]
     right = [f"{share:.0%} of {name}" for name, share in settings["judges_accuracy"].items()]

@@ -49,16 +49,16 @@ def test_the_op_is_checked_and_timed(monkeypatch, capsys):
 def test_the_kernels_of_a_step_are_timed(capsys):
     bench.main(["step", "--rounds", "1"])
     said = capsys.readouterr().out
-    for name in ("autoencoder", "prior", "torch", "innermost", "Winograd", "all"):
+    for name in ("autoencoder", "prior", "torch's", "channels innermost", "Winograd's", "both"):
         assert name in said
 
 
 def test_kernels_are_timed_one_by_one():
     body = nn.Sequential(nn.GroupNorm(2, 64), nn.SiLU(), nn.Conv2d(64, 64, 3, padding=1))
-    networks = bench.step_kernels(nn.Sequential(body))
-    fused = {name: type(network[0]) is not nn.Sequential for name, network in networks.items()}
-    winograd = {name: type(network[0][2]) is not nn.Conv2d for name, network in networks.items()}
+    networks = bench.step_networks(nn.Sequential(body)).values()
+    fused = [type(network[0]) is not nn.Sequential for network in networks]
+    winograd = [type(network[0][2]) is not nn.Conv2d for network in networks]
     built = accelerate.available
-    assert fused == {"torch": False, "innermost": False, "Winograd": False, "all": built}
+    assert fused == [False, False, False, built]
     if torch.backends.mkl.is_available():
-        assert winograd == {"torch": False, "innermost": False, "Winograd": built, "all": built}
+        assert winograd == [False, False, built, built]

@@ -197,7 +197,7 @@ def test_morph_leads_from_the_first_class_by_pegasus_to_the_second(flow):
 
 
 def test_a_coat_is_there_early(flow):
-    """It counts twice; other classes as they do later."""
+    """It counts twice; other classes once, without guidance."""
     config = SampleConfig(mode="morph", coat="white")
     assert sampler.early_weights(flow, config, {3: 0.5, 5: 0.5, 1: 0}) == {3: 1, 5: 1, 1: 0}
     assert sampler.early_weights(flow, config, {1: 1.0}) == {1: 1.0}

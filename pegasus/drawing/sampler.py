@@ -69,7 +69,7 @@ class SampleConfig:
     guidance: float = option(
         6.0,
         "with a learned prior, weight of a class against any at the end of the way, to which "
-        "it rises from 1; 1: no guidance",
+        "it goes from 1, that of a coat from 2; 1: no guidance",
         least=0.0,
         most=100.0,
     )

@@ -6,8 +6,8 @@ network v(z_t, t, class) learns their direction E[z_1 - z_0 | z_t, x] by mean sq
 matching: Lipman et al. 2023, Liu et al. 2023). Following v from noise at t = 0 to t = 1
 draws a latent. Now and then the class is hidden in training, so that classes can be
 weighed against "any" (classifier-free guidance: Ho and Salimans 2022) and against each
-other (Liu et al. 2022): v_any + sum over classes k of w_k (v_k - v_any). Guidance begins
-late, for variety (Kynkäänniemi et al. 2024).
+other (Liu et al. 2022): v_any + sum over classes k of w_k (v_k - v_any). Guidance grows
+on the way, for variety (Wang et al. 2024).
 """
 import copy
 import math

@@ -150,7 +150,7 @@ class WinogradConv2d(nn.Conv2d):
 
 def suits_winograd(layer: nn.Module) -> bool:
     """Return whether a layer is a plain 3 x 3 convolution of fitting channels."""
-    if type(layer) is not nn.Conv2d or not torch.backends.mkl.is_available():
+    if not available or type(layer) is not nn.Conv2d or not torch.backends.mkl.is_available():
         return False
     shape = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
     plain = shape == ((3, 3), (1, 1), (1, 1), (1, 1)) and layer.padding_mode == "zeros"
