@@ -65,7 +65,6 @@ def test_bad_options_are_one_sentence(complaint, argv, words):
     "argv",
     [
         ["--n", "65536"],
-        ["--columns", "65536"],
         ["--scale", "64", "--n", "99"],
         ["--best", "10000", "--n", "10000"],
     ],
