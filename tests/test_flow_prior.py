@@ -236,9 +236,9 @@ def test_samples_follow_the_average_by_weights_that_grow(times):
         return flow_prior.guided_velocity(prior.ema, prior.unconditional, weights)(z, t)
 
     got = flow_prior.follow(prior, {0: share, 1: 0.5}, {0: 2.0}, begin, times)
-    with torch.no_grad(), flow_prior.device.fast_autocast(begin):
+    with torch.no_grad():
         wanted = flow_prior.integrate(field, begin, times)
-    torch.testing.assert_close(got, wanted, rtol=0.02, atol=0.05)
+    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3)
     assert not got.allclose(begin, atol=0.1)
     assert flow_prior.follow(prior, {0: 1.0}, {0: 2.0}, begin, [1, 1]).equal(begin)
 

@@ -218,6 +218,21 @@ def test_guidance_is_for_later(flow, monkeypatch):
     assert given[1] == ({1: 1}, {1: 5}, [0, 0.25, 0.5, 0.75, 1])
 
 
+@pytest.mark.parametrize("mode, single", [("walk", True), ("pegasus", False)])
+def test_walks_are_drawn_in_float32(flow, monkeypatch, mode, single):
+    """In bfloat16 their pictures tremble."""
+    given = []
+
+    def follow(prior, early, late, z, times):
+        given.append(torch.is_autocast_enabled("cpu"))
+        return z
+
+    monkeypatch.setattr(sampler, "follow", follow)
+    monkeypatch.setattr(sampler.device, "fastest_precision", lambda device: "bfloat16")
+    latents(flow, mode, 2)
+    assert given == [not single]
+
+
 def test_without_a_class_of_their_own_pegasi_are_of_two(flow):
     without = replace(flow, has_pegasi=False)
     config = SampleConfig(blend=0.25)

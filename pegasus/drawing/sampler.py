@@ -421,6 +421,9 @@ def flow_latents(sampler: Sampler, config: SampleConfig, share: Tensor, noise: N
         start = config.keep
         eps = begin_from(sampler, config, eps, noise)
     times = [start + (1 - start) * i / config.steps for i in range(config.steps + 1)]
+    precision = device.fastest_precision(sampler.device)
+    if is_walk(config):
+        precision = "float32"  # in bfloat16 pictures tremble from step to step
     z = []
     for rows in torch.arange(config.n).split(CHUNK):
         streams.show(f"{config.mode}: {int(rows[0]):,} of {config.n:,} sampled")
@@ -428,7 +431,8 @@ def flow_latents(sampler: Sampler, config: SampleConfig, share: Tensor, noise: N
         early = early_weights(sampler, config, weights)
         late = {number: config.guidance * weight for number, weight in weights.items()}
         begin = eps[rows].to(sampler.device)
-        end = follow(sampler.prior, early, late, begin, times)
+        with device.autocast(sampler.device, precision):
+            end = follow(sampler.prior, early, late, begin, times)
         z.append(sampler.prior.denormalize(end).cpu())
     streams.show("")
     return torch.cat(z)

@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable, Sequence
 
 import reparam
-from pegasus import device
 
 import torch
 from torch import Tensor, nn
@@ -341,5 +340,4 @@ def follow(
             weights[number] = first + t * t * (late.get(number, 0.0) - first)
         return guided_velocity(prior.ema, prior.unconditional, weights)(z, t)
 
-    with device.fast_autocast(z):
-        return integrate(field, z, times)
+    return integrate(field, z, times)
