@@ -394,7 +394,7 @@ def early_weights(
         labels.number(sampler.classes, name, config.coat)
         for name in (sampler.classes[0], labels.PEGASUS)
     ]
-    return {number: weight * (1 + (number in coated)) for number, weight in weights.items()}
+    return {n: 2 * weight if n in coated else weight for n, weight in weights.items()}
 
 
 def begin_from(sampler: Sampler, config: SampleConfig, eps: Tensor, noise: Noise) -> Tensor:

@@ -330,14 +330,12 @@ def follow(
 ) -> Tensor:
     """Follow normalized latents (n, d) through the times.
 
-    The weights, as of `guided_velocity`, go from `early` to `late` with the time's square:
-    full weights from the start make poses and skies more alike (Wang et al. 2024).
+    The weights, as of `guided_velocity`, go from `early` to `late`, of the same classes, with
+    the time's square: full weights from the start make poses and skies more alike (Wang et
+    al. 2024).
     """
     def field(z: Tensor, t: float) -> Tensor:
-        weights = {}
-        for number in early | late:
-            first = early.get(number, 0.0)
-            weights[number] = first + t * t * (late.get(number, 0.0) - first)
+        weights = {n: first + t * t * (late[n] - first) for n, first in early.items()}
         return guided_velocity(prior.ema, prior.unconditional, weights)(z, t)
 
     return integrate(field, z, times)
