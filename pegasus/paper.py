@@ -14,7 +14,6 @@ from pegasus.drawing import plots
 from pegasus.drawing import sampler as sampling
 from pegasus.drawing.sampler import SampleConfig, Sampler
 from pegasus.evaluate import EvaluateConfig
-from pegasus.models import classifier
 from pegasus.models.classifier import CHOOSING
 
 import torch
@@ -73,9 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     sampler = evaluate.load_sampler(folder / "last.pt")
     size = sampler.model.image_shape[1]
     data = datasets.load(config.data, ",".join(sampler.classes), sampler.data, size)
-    known = all(map(classifier.knows, sampler.classes))
-    if known:
-        draw_best(sampler, folder)
+    draw_best(sampler, folder)
     figures = evaluate.measure_likelihoods(sampler, data, EvaluateConfig())
     lines = [
         f"\nThe paper's results in {folder}: {', '.join(data.classes)} from {data.name}, "
@@ -83,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
         *describe_losses(history),
         "curves.png   losses against epochs: the paper's figures 2 and 3",
         "samples.png  the batch: 64 pictures of z ~ N(0, I), none chosen",
-        *([f"best.png     the best of the batch, as judge {CHOOSING} says"] if known else []),
+        f"best.png     the best of the batch, as judge {CHOOSING} says",
         "P(x)",
         *likelihoods.describe(figures),
     ]

@@ -199,17 +199,6 @@ def test_global_random_numbers_stay(dataset, monkeypatch):
     assert torch.get_rng_state().equal(before)
 
 
-def test_pegasus_score():
-    p = torch.zeros(3, 10)
-    p[:, cifar10.CLASSES.index("horse")] = torch.tensor([0.5, 1.0, 0.25])
-    p[:, cifar10.CLASSES.index("bird")] = torch.tensor([0.2, 0.0, 0.04])
-    p[:, cifar10.CLASSES.index("airplane")] = torch.tensor([0.3, 0.0, 0.0])
-    score = classifier.pegasus_score(p, ("horse", "bird"))
-    torch.testing.assert_close(score, torch.tensor([0.5, 0.0, 0.1]))
-    score = classifier.pegasus_score(p, ("horse", "airplane"))
-    torch.testing.assert_close(score[0], torch.tensor(0.15).sqrt())
-
-
 def test_augmented_images_are_shifted_and_mirrored_ones():
     images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
     images[:, 0] = torch.arange(32) * 8  # red says the column

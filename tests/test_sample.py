@@ -17,7 +17,6 @@ from pegasus.data import cifar10, pictures
 from pegasus.drawing import overview, plots, sampler
 from pegasus.drawing.sampler import SampleConfig, Sampler
 from pegasus.models import classifier, composites, flow_prior, gaussians
-from pegasus.models.classifier import pegasus_score
 from pegasus.models.gaussians import Gaussian
 
 import numpy as np
@@ -25,10 +24,10 @@ import pytest
 import torch
 from conftest import ROOT, png
 from PIL import Image
+from torch.nn import functional
 
 MODES = ("pegasus", "morph", "horse", "bird", "prior")
 HORSE = cifar10.CLASSES.index("horse")
-BIRD = cifar10.CLASSES.index("bird")
 
 
 @pytest.fixture(scope="module")
@@ -379,17 +378,18 @@ def test_in_morph_a_row_of_the_sheet_begins_from_one_sample_of_a_picture(
     assert ((first[0] - second[0]) / std).abs().mean() > 0.5
 
 
-def probabilities(images):
-    """By the judge that chooses: others report."""
-    return classifier.classify(classifier.load(classifier.CHOOSING), images)[0]
+def test_typical_is_what_is_like_a_quarter_of_the_others():
+    directions = torch.eye(4)[torch.tensor([0, 0, 0, 1, 1, 2, 2, 3])]
+    lengths = torch.arange(1, 9)[:, None]  # of no matter
+    expected = torch.tensor([1, 1, 1, 2 / 3, 2 / 3, 2 / 3, 2 / 3, 1 / 3])
+    torch.testing.assert_close(sampler.typicality(directions * lengths), expected)
 
 
-def test_best_of_a_class_are_what_the_classifier_is_surest_of(plain):
-    config = SampleConfig(mode="bird", n=30)
-    images = sampler.sample(plain, config)
-    order = probabilities(images)[:, BIRD].argsort(descending=True)
-    best = sampler.sample(plain, replace(config, best=4))
-    assert best.equal(images[order[:4]])
+def test_how_typical_does_not_depend_on_how_many_are_compared_at_a_time():
+    features = torch.rand(3 * sampler.CHUNK + 5, 7)
+    unit = functional.normalize(features, dim=1)
+    nearest = (unit @ unit.T).sort(1, descending=True).values[:, : 1 + len(unit) // 4]
+    torch.testing.assert_close(sampler.typicality(features), nearest.mean(1))
 
 
 def test_blend_is_refused_where_it_does_nothing(flow):
@@ -398,33 +398,51 @@ def test_blend_is_refused_where_it_does_nothing(flow):
     sampler.check(replace(flow, has_pegasi=False), SampleConfig(n=2, blend=0.6))
 
 
-def test_best_pegasi_of_a_class_have_the_surest_bodies(flow):
+def judged(images):
+    """Return what the judge that chooses says: probabilities, and how typical images are."""
+    probabilities, features = classifier.classify(classifier.load(classifier.CHOOSING), images)
+    return probabilities, sampler.typicality(features)
+
+
+@pytest.mark.parametrize(
+    "mode, name", [("bird", "bird"), ("horse", "horse"), ("pegasus", "horse"), ("prior", "horse")]
+)
+def test_the_best_of_a_class_are_what_the_judge_is_surest_of(plain, mode, name):
+    config = SampleConfig(mode=mode, n=30)
+    images = sampler.sample(plain, config)
+    order = judged(images)[0][:, cifar10.CLASSES.index(name)].argsort(descending=True)
+    assert sampler.sample(plain, replace(config, best=4)).equal(images[order[:4]])
+
+
+def test_the_best_pegasi_of_a_class_are_the_most_typical(flow):
     config = SampleConfig(n=10, steps=4)
     images = sampler.sample(flow, config)
-    order = probabilities(images)[:, HORSE].argsort(descending=True)
+    order = judged(images)[1].argsort(descending=True)
     assert sampler.sample(flow, replace(config, best=3)).equal(images[order[:3]])
 
 
-def test_best_pegasi_have_the_highest_score(plain):
-    config = SampleConfig(n=64, seed=3)
-    images = sampler.sample(plain, config)
-    score = pegasus_score(probabilities(images), plain.classes)
-    best = sampler.sample(plain, replace(config, best=5))
-    assert best.equal(images[score.argsort(descending=True)[:5]])
+def test_the_best_of_classes_that_the_judge_does_not_know_are_the_most_typical(plain):
+    images = sampler.sample(plain, SampleConfig(mode="horse", n=12))
+    cats = replace(plain, classes=("tabby", "whippet"))
+    score = sampler.ranking(cats, images, SampleConfig(mode="tabby"))
+    assert score.equal(judged(images)[1])
 
 
-@pytest.mark.parametrize("coat", ["white", "dark"])
-def test_best_of_a_coat_have_the_score_and_the_coat(plain, coat):
+@pytest.mark.parametrize("number, coat", [(0, "white"), (1, "dark")])
+def test_the_best_of_a_coat_are_the_best_of_the_quarter_that_has_most_of_it(plain, number, coat):
     config = SampleConfig(n=64, seed=3, coat=coat)
     images = sampler.sample(plain, config)
-    best = sampler.sample(plain, replace(config, best=8))
-    number = ("white", "dark").index(coat)
-    like_the_coat = [composites.coat_scores(x)[number].mean() for x in (best, images)]
-    assert like_the_coat[0] > like_the_coat[1]
-    like = []
-    for x in (best, images):
-        like.append(pegasus_score(probabilities(x), plain.classes).mean())
-    assert like[0] > like[1]
+    coated = composites.coat_scores(images)[number]
+    order = sampler.ranking(plain, images, replace(config, coat="any")).argsort(descending=True)
+    has_it = (coated >= coated.quantile(0.75))[order]
+    assert has_it.sum() == 16
+    best = sampler.sample(plain, replace(config, best=20))
+    assert best.equal(images[torch.cat([order[has_it], order[~has_it]])[:20]])
+
+
+def test_the_best_of_one_is_that_one(plain):
+    images = sampler.sample(plain, SampleConfig(n=1))
+    assert sampler.sample(plain, SampleConfig(n=1, best=1)).equal(images)
 
 
 def test_options_that_a_model_does_not_have(last, tmp_path, complaint):
@@ -509,12 +527,9 @@ def test_one_class_has_nothing_to_mix(batches, tmp_path, complaint):
     assert not out.exists()
     sample.main([str(last), str(out), "--mode", "horse", "--coat", "dark"])
     assert out.exists()
-    source = sampler.load(last)
-    for mode in ("horse", "prior"):  # the surest horses: there is nothing else to go by
-        images = sampler.sample(source, SampleConfig(mode=mode, n=20))
-        order = probabilities(images)[:, HORSE].argsort(descending=True)
-        best = sampler.sample(source, SampleConfig(mode=mode, n=20, best=3))
-        assert best.equal(images[order[:3]])
+    for mode in ("horse", "prior"):
+        sample.main([str(last), str(out), "--mode", mode, "--n", "5", "--best", "3"])
+        assert png(out)[1]["best"] == "of 5 by judge 0"
 
 
 def test_paths_that_cannot_be_written(last, tmp_path, complaint, monkeypatch):
@@ -569,6 +584,6 @@ def test_the_checkpoint_that_comes_along():
     assert shown["model"] == source.about["model"]
     for coat in ("any", "white", "dark"):
         images = sampler.sample(source, SampleConfig(n=64, coat=coat))
-        p = probabilities(images)
+        p, _ = judged(images)
         assert (p.argmax(1) == HORSE).double().mean() > 0.75
         assert measures.variety(images).correlation < 0.5  # of one stamp 0.67

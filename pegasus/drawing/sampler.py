@@ -16,6 +16,7 @@ from pegasus.cli import UserError, option
 from pegasus.data import datasets, pictures
 from pegasus.drawing import plots
 from pegasus.models import classifier, composites, gaussians, labels, variants
+from pegasus.models.classifier import CHOOSING
 from pegasus.models.flow_prior import FlowPrior, follow
 from pegasus.models.gaussians import Gaussian
 from vae import VAE
@@ -54,28 +55,29 @@ class SampleConfig:
     )
     best: int = option(
         0,
-        "keep this many, enlarged: what the judge is surest is of the mode's class, of "
-        "Pegasi what has the surest body; else the most Pegasus-like; 0 keeps all",
+        "keep this many, enlarged: of a class those that a classifier is surest of, of "
+        "Pegasi the most typical; 0 keeps all",
         least=0,
     )
     n: int = option(64, "how many pictures to draw", least=1, most=65_536)
     blend: float = option(
         0.5,
-        "how much of the first class a Pegasus has where it is no class, 0 to 1",
+        "where Pegasi are no class of the model, how much of a horse they have, 0 to 1",
         least=0.0,
         most=1.0,
     )
     coat: str = option("any", "of the horse", choices=("any", *labels.COATS))
     guidance: float = option(
         6.0,
-        "with a learned prior, weight of a class against any at the end of the way, to which "
-        "it goes from 1, that of a coat from 2; 1: no guidance",
+        "with a learned prior, how strongly pictures follow their class at the end of the "
+        "way: 1 as learned; more is clearer, and more alike",
         least=0.0,
         most=100.0,
     )
     from_: str | None = option(
         None,
         "with a learned prior, a picture to begin from, as of a horse to get wings",
+        metavar="PICTURE",
     )
     keep: float = option(0.4, "how much of that picture to keep, 0 to 1", least=0.0, most=1.0)
     steps: int = option(16, "of the integration of the learned prior", least=1, most=1000)
@@ -193,28 +195,6 @@ def check_coat(sampler: Sampler, config: SampleConfig) -> None:
         )
 
 
-def judged_classes(sampler: Sampler, config: SampleConfig) -> tuple[str, ...]:
-    """Return the classes that `--best` asks the judge about.
-
-    Where Pegasi are a class all of them have wings, and the body's class decides.
-    """
-    if config.mode in sampler.classes:
-        return (config.mode,)
-    if len(sampler.classes) < 2 or (config.mode == labels.PEGASUS and sampler.has_pegasi):
-        return sampler.classes[:1]
-    return sampler.classes[:2]
-
-
-def check_judged(sampler: Sampler, config: SampleConfig) -> None:
-    """Raise UserError where the judge does not know what `--best` asks about."""
-    unknown = [name for name in judged_classes(sampler, config) if not classifier.knows(name)]
-    if unknown:
-        raise UserError(
-            f"--best: judge {classifier.CHOOSING} knows CIFAR-10's classes, not "
-            f"{', '.join(unknown)}; leave it out"
-        )
-
-
 def check(sampler: Sampler, config: SampleConfig) -> None:
     """Raise UserError for options that this model can't serve."""
     if config.mode not in modes(sampler):
@@ -234,8 +214,7 @@ def check(sampler: Sampler, config: SampleConfig) -> None:
     if is_walk(config) and sampler.model.latent_size < 2:
         raise UserError("--mode walk: there is no circle in one latent dimension")
     if config.best:
-        check_judged(sampler, config)
-        classifier.load(classifier.CHOOSING)  # before minutes of drawing
+        classifier.load(CHOOSING)  # before minutes of drawing
     check_coat(sampler, config)
 
 
@@ -475,28 +454,37 @@ def decode(sampler: Sampler, z: Tensor, codes: Tensor | None) -> Tensor:
     return torch.cat(list(decoded(sampler, z, codes)))
 
 
-def rank(values: Tensor) -> Tensor:
-    """Return each value's position in ascending order, 0 to n - 1."""
-    return values.argsort(stable=True).argsort()
+def typicality(features: Tensor) -> Tensor:
+    """Return how like others pictures are, (n,), by their features (n, d).
+
+    That is the mean cosine similarity to the quarter of them that is most like a picture.
+    What came out badly did so in its own way.
+    """
+    unit = functional.normalize(features, dim=1)
+    count = 1 + len(unit) // 4  # one of them is the picture itself
+    likeness = [(rows @ unit.T).topk(count).values.mean(1) for rows in unit.split(CHUNK)]
+    return torch.cat(likeness)
 
 
 def ranking(sampler: Sampler, images: Tensor, config: SampleConfig) -> Tensor:
-    """Return what `--best` goes by, (n,): the classifier's score, and the coat.
+    """Return what `--best` goes by, (n,).
 
-    The score is the probability of one class, or of two at once, `pegasus_score`. With a
-    coat it is the sum of an image's ranks by score and by how white, or dark, the body is:
-    neither has a unit that the other knows.
+    It is how sure the judge is of the mode's class, else of the first; of what it does not
+    know, Pegasi that are a class among it, how typical images are. With a coat the quarter
+    that has most of it comes before the others.
     """
-    probabilities, _ = classifier.classify(classifier.load(classifier.CHOOSING), images)
-    names = judged_classes(sampler, config)
-    if len(names) == 1:
-        score = classifier.probability_of(probabilities, names)
+    probabilities, features = classifier.classify(classifier.load(CHOOSING), images)
+    name = config.mode
+    if not (name in sampler.classes or (name == labels.PEGASUS and sampler.has_pegasi)):
+        name = sampler.classes[0]
+    if classifier.knows(name):
+        score = classifier.probability_of(probabilities, name)
     else:
-        score = classifier.pegasus_score(probabilities, names)
+        score = typicality(features)
     if config.coat == "any":
         return score
     coat = composites.coat_scores(images)[labels.COATS.index(config.coat)]
-    return rank(score) + rank(coat)
+    return score + 2 * (coat >= coat.quantile(0.75))  # a score is at most 1
 
 
 def even_turns(turns: Tensor, images: Tensor) -> Tensor:

@@ -32,8 +32,6 @@ PEAK_LR = 0.2
 CHOOSING = 0  # seeds of the judges
 REPORTING = (1, 2, 3)
 FOLDER = Path(__file__).with_name("judges")
-# to most classifiers wings spread against the sky are an airplane
-SIMILAR = {"bird": ("bird", "airplane")}
 
 
 @dataclass(frozen=True)
@@ -115,37 +113,14 @@ def classify(
     return torch.cat(probabilities), torch.cat(features)
 
 
-def similar_classes(name: str, classes: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the classes for which an image of a class may be taken.
-
-    classes: a run's; the other one of its first two is left out.
-    """
-    others = set(classes[:2]) - {name}
-    return tuple(like for like in SIMILAR.get(name, (name,)) if like not in others)
-
-
 def knows(name: str) -> bool:
     """Return whether classifiers know a class."""
     return name in cifar10.CLASSES
 
 
-def probability_of(probabilities: Tensor, names: tuple[str, ...]) -> Tensor:
-    """Sum probabilities (n, 10) over some classes, (n,)."""
-    columns = [cifar10.CLASSES.index(name) for name in names]
-    return probabilities[:, columns].sum(1)
-
-
-def pegasus_score(probabilities: Tensor, classes: tuple[str, ...]) -> Tensor:
-    """Score how much images look like two classes at once: (n, 10) to (n,), <= 0.5.
-
-    sqrt(p_horse (p_bird + p_airplane)) for horse and bird, and the like for a run's
-    first two classes. A mere blur scores too, so read it beside the Frechet distance.
-    """
-    first, second = (
-        probability_of(probabilities, similar_classes(name, classes))
-        for name in classes[:2]
-    )
-    return (first * second).sqrt()
+def probability_of(probabilities: Tensor, name: str) -> Tensor:
+    """Return the probabilities (n,) of a class, of (n, 10)."""
+    return probabilities[:, cifar10.CLASSES.index(name)]
 
 
 def learning_rate(progress: float) -> float:

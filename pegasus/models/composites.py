@@ -389,7 +389,7 @@ def head_contrast(images: Tensor, masks: Tensor, geometry: Geometry) -> Tensor:
 def log_probability(judge: Classifier, images: Tensor, name: str) -> Tensor:
     """Return the log of a judge's probability of a class, at least log 1e-3, (n,)."""
     probabilities, _ = classify(judge, images)
-    return probability_of(probabilities, (name,)).clamp(min=1e-3).log()
+    return probability_of(probabilities, name).clamp(min=1e-3).log()
 
 
 def dress(

@@ -154,21 +154,23 @@ class Run:
         return stage
 
     def make_composites(self) -> Composites:
-        """Make the Pegasi that a prior learns from, where there are two classes."""
+        """Make the Pegasi that a prior learns from; say where there can't be any."""
         data = self.data
+        made = composites.none(data.images)
         if len(data.classes) < 2:
-            return composites.none(data.images)
-        if not classifier.knows(data.classes[0]):
+            return made
+        first = data.classes[0]
+        if classifier.knows(first):
+            streams.show("making Pegasi of photographs, for the prior to learn from")
+            judge = classifier.load(classifier.CHOOSING)
+            accelerate(judge)
+            made = composites.make(data.images, data.labels, data.classes, judge)
+            streams.show("")
+        if len(made.images) == 0:
             streams.say(
-                f"no judge knows {data.classes[0]}, to choose what the prior learns Pegasi "
-                "from; they will follow both classes instead"
+                f"judge {classifier.CHOOSING} does not recognize {first}, so no wings are made "
+                "to learn from: Pegasi will be between both classes, hardly with wings"
             )
-            return composites.none(data.images)
-        streams.show("making Pegasi of photographs, for the prior to learn from")
-        judge = classifier.load(classifier.CHOOSING)
-        accelerate(judge)
-        made = composites.make(data.images, data.labels, data.classes, judge)
-        streams.show("")
         return made
 
     def state(self, stage: Stage, optimizers: list[Optimizer]) -> dict:
