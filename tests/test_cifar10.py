@@ -97,7 +97,7 @@ def test_faults_of_files(own_batches):
     first.unlink()
     (own_batches / "test_batch.bin").unlink()
     for message in (fault(), fault(cifar10.load, ("horse", "bird"))):
-        assert "no data_batch_1.bin, test_batch.bin;" in message
+        assert "no data_batch_1.bin, test_batch.bin of CIFAR-10" in message
         assert cifar10.DOWNLOAD in message
 
 

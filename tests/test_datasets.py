@@ -27,7 +27,7 @@ def test_a_dataset_says_where_it_is_from(batches):
 
 def test_faults_are_one_sentence(own_batches, complaint, tmp_path):
     (own_batches / "test_batch.bin").unlink()
-    assert "no test_batch.bin;" in complaint(load, own_batches, "horse,bird")
+    assert "no test_batch.bin of CIFAR-10" in complaint(load, own_batches, "horse,bird")
     assert "--data: no folder" in complaint(load, tmp_path / "nowhere", "horse,bird")
     assert "--data: no folder" in complaint(load, "", "horse,bird")
     for data in (own_batches, "cifar10"):
@@ -79,7 +79,7 @@ def test_auto_draws_only_where_nothing_answers(tmp_path, monkeypatch, capsys):
     with pytest.raises(download.Unreachable, match="can't be reached.*yourself"):
         datasets.locate("cifar10")
     Path("data", cifar10.FOLDER).mkdir()  # begun by hand and incomplete
-    with pytest.raises(UserError, match=f"{cifar10.FOLDER}: no data_batch_1.bin"):
+    with pytest.raises(UserError, match=f"{cifar10.FOLDER}: has neither a folder of pictures"):
         datasets.load("auto", "horse,bird")
 
 

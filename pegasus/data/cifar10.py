@@ -73,13 +73,16 @@ def missing_files(folder: Path) -> list[str]:
 def check_files(folder: Path) -> None:
     """Raise UserError where a folder lacks one of the six batch files."""
     missing = missing_files(folder)
-    if missing:
-        wanted = "CIFAR-10's six binary batches"
-        if len(missing) == 6:
-            wanted += ", or a folder of pictures for each class"
+    if len(missing) == 6:
         raise UserError(
-            f"{folder}: no {', '.join(missing)}; wanted {wanted}; give their folder as "
-            f"--data or CIFAR10_DIR, or get CIFAR-10 by `{DOWNLOAD}`"
+            f"{folder}: has neither a folder of pictures for each class, as cat/1.jpg, nor "
+            f"CIFAR-10's six binary batches; give one that has as --data or CIFAR10_DIR, or "
+            f"get CIFAR-10 by `{DOWNLOAD}`"
+        )
+    if missing:
+        raise UserError(
+            f"{folder}: no {', '.join(missing)} of CIFAR-10's six binary batches; give their "
+            f"folder as --data or CIFAR10_DIR, or get CIFAR-10 by `{DOWNLOAD}`"
         )
 
 
