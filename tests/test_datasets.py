@@ -79,7 +79,7 @@ def test_auto_draws_only_where_nothing_answers(tmp_path, monkeypatch, capsys):
     with pytest.raises(download.Unreachable, match="can't be reached.*yourself"):
         datasets.locate("cifar10")
     Path("data", cifar10.FOLDER).mkdir()  # begun by hand and incomplete
-    with pytest.raises(UserError, match=f"{cifar10.FOLDER}: has neither a folder of pictures"):
+    with pytest.raises(UserError, match=f"{cifar10.FOLDER}: holds neither CIFAR-10"):
         datasets.load("auto", "horse,bird")
 
 

@@ -282,7 +282,7 @@ def test_a_run_of_pictures_that_no_judge_knows(small_network, own_photos, tmp_pa
     assert train.main([*arguments, "--epochs", "2", "--batch-size", "32"]) == 0
     said = capsys.readouterr()
     assert "54 pictures (tabby, whippet) from own" in said.out
-    assert "judge 0 does not recognize tabby" in said.err
+    assert "judge 0 does not know tabby" in said.err
     assert checkpoint.load(run / "last.pt")["config"]["classes"] == "tabby,whippet"
     out = tmp_path / "out.png"
     for mode in ("pegasus", "tabby", "morph"):

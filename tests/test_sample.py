@@ -312,9 +312,10 @@ def test_a_moving_picture_has_a_frame_a_picture_and_goes_on(last, tmp_path, suff
 def test_what_does_not_move_is_refused(last, tmp_path, complaint):
     out = tmp_path / "out.gif"
     assert "--mode horse does not move" in complaint(sample.main, last, out, "--mode", "horse")
-    walk = (last, tmp_path / "out.png", "--mode", "walk")
-    said = complaint(sample.main, *walk, "--best", 2)
-    assert "--best: a walk and a moving picture show all" in said
+    for mode in ("walk", "morph"):
+        moving = (last, tmp_path / "out.png", "--mode", mode)
+        said = complaint(sample.main, *moving, "--best", 2)
+        assert "--best: a walk or a morph shows all" in said
     said = complaint(sample.main, last, tmp_path / "out.jpg")
     assert "end the name in .png, .gif or .webp" in said
     assert not list(tmp_path.iterdir())
@@ -388,7 +389,8 @@ def test_typical_is_what_is_like_a_quarter_of_the_others():
 def test_how_typical_does_not_depend_on_how_many_are_compared_at_a_time():
     features = torch.rand(3 * sampler.CHUNK + 5, 7)
     unit = functional.normalize(features, dim=1)
-    nearest = (unit @ unit.T).sort(1, descending=True).values[:, : 1 + len(unit) // 4]
+    count = 1 + math.ceil(len(unit) / 4)
+    nearest = (unit @ unit.T).sort(1, descending=True).values[:, :count]
     torch.testing.assert_close(sampler.typicality(features), nearest.mean(1))
 
 
@@ -428,21 +430,32 @@ def test_the_best_of_classes_that_the_judge_does_not_know_are_the_most_typical(p
     assert score.equal(judged(images)[1])
 
 
+@pytest.mark.parametrize("model", ["plain", "flow"])
 @pytest.mark.parametrize("number, coat", [(0, "white"), (1, "dark")])
-def test_the_best_of_a_coat_are_the_best_of_the_quarter_that_has_most_of_it(plain, number, coat):
-    config = SampleConfig(n=64, seed=3, coat=coat)
-    images = sampler.sample(plain, config)
+def test_the_best_of_a_coat_are_those_of_the_quarter_that_has_most_of_it(
+    model, number, coat, request
+):
+    source = request.getfixturevalue(model)
+    config = SampleConfig(n=64, seed=3, coat=coat, steps=2)
+    images = sampler.sample(source, config)
     coated = composites.coat_scores(images)[number]
-    order = sampler.ranking(plain, images, replace(config, coat="any")).argsort(descending=True)
+    order = sampler.ranking(source, images, replace(config, coat="any")).argsort(descending=True)
     has_it = (coated >= coated.quantile(0.75))[order]
     assert has_it.sum() == 16
-    best = sampler.sample(plain, replace(config, best=20))
+    best = sampler.sample(source, replace(config, best=20))
     assert best.equal(images[torch.cat([order[has_it], order[~has_it]])[:20]])
 
 
-def test_the_best_of_one_is_that_one(plain):
-    images = sampler.sample(plain, SampleConfig(n=1))
-    assert sampler.sample(plain, SampleConfig(n=1, best=1)).equal(images)
+def test_the_best_of_one_is_that_one(flow):
+    config = SampleConfig(n=1, steps=2, coat="white")
+    images = sampler.sample(flow, config)
+    assert sampler.sample(flow, replace(config, best=1)).equal(images)
+
+
+def test_two_are_as_typical_as_each_other():
+    first, second = sampler.typicality(torch.rand(2, 9))
+    assert first < 1
+    torch.testing.assert_close(first, second)
 
 
 def test_options_that_a_model_does_not_have(last, tmp_path, complaint):
@@ -584,6 +597,6 @@ def test_the_checkpoint_that_comes_along():
     assert shown["model"] == source.about["model"]
     for coat in ("any", "white", "dark"):
         images = sampler.sample(source, SampleConfig(n=64, coat=coat))
-        p, _ = judged(images)
+        p, _ = classifier.classify(classifier.load(classifier.CHOOSING), images)
         assert (p.argmax(1) == HORSE).double().mean() > 0.75
         assert measures.variety(images).correlation < 0.5  # of one stamp 0.67

@@ -75,9 +75,9 @@ def check_files(folder: Path) -> None:
     missing = missing_files(folder)
     if len(missing) == 6:
         raise UserError(
-            f"{folder}: has neither a folder of pictures for each class, as cat/1.jpg, nor "
-            f"CIFAR-10's six binary batches; give one that has as --data or CIFAR10_DIR, or "
-            f"get CIFAR-10 by `{DOWNLOAD}`"
+            f"{folder}: holds neither CIFAR-10's six binary batches nor, to train on, a folder "
+            "of pictures for each class, as cat/1.jpg; give such a folder as --data or "
+            f"CIFAR10_DIR, or get CIFAR-10 by `{DOWNLOAD}`"
         )
     if missing:
         raise UserError(

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 
 GAUSSIAN, POSTERIOR = range(2)  # purposes of derived seeds
-CHUNK = 64  # latents that are drawn at a time
+CHUNK = 64  # pictures that are drawn, or compared, at a time
 WALK = "walk"  # the mode of pictures that turn into each other
 
 Noise = Callable[[int], Tensor]  # a seed's standard normals (n, d), one row a picture
@@ -55,14 +55,14 @@ class SampleConfig:
     )
     best: int = option(
         0,
-        "keep this many, enlarged: of a class those that a classifier is surest of, of "
-        "Pegasi the most typical; 0 keeps all",
+        "keep this many, enlarged: of Pegasi the most typical, of a class those that a "
+        "classifier is surest of; 0 keeps all",
         least=0,
     )
     n: int = option(64, "how many pictures to draw", least=1, most=65_536)
     blend: float = option(
         0.5,
-        "where Pegasi are no class of the model, how much of a horse they have, 0 to 1",
+        "where Pegasi are no class of the model, how much of the first class they have, 0 to 1",
         least=0.0,
         most=1.0,
     )
@@ -209,8 +209,8 @@ def check(sampler: Sampler, config: SampleConfig) -> None:
         )
     if sampler.has_pegasi and config.blend != DEFAULTS.blend:
         raise UserError("--blend: Pegasi are a class of this model; leave it out")
-    if config.best and is_walk(config):
-        raise UserError("--best: a walk and a moving picture show all; leave it out")
+    if config.best and config.mode in (WALK, "morph"):
+        raise UserError("--best: a walk or a morph shows all of its pictures; leave it out")
     if is_walk(config) and sampler.model.latent_size < 2:
         raise UserError("--mode walk: there is no circle in one latent dimension")
     if config.best:
@@ -461,26 +461,25 @@ def typicality(features: Tensor) -> Tensor:
     What came out badly did so in its own way.
     """
     unit = functional.normalize(features, dim=1)
-    count = 1 + len(unit) // 4  # one of them is the picture itself
-    likeness = [(rows @ unit.T).topk(count).values.mean(1) for rows in unit.split(CHUNK)]
-    return torch.cat(likeness)
+    count = min(len(unit), 1 + math.ceil(len(unit) / 4))  # one is the picture itself
+    likeness = (rows @ unit.T for rows in unit.split(CHUNK))
+    return torch.cat([rows.topk(count, sorted=False).values.mean(1) for rows in likeness])
 
 
 def ranking(sampler: Sampler, images: Tensor, config: SampleConfig) -> Tensor:
     """Return what `--best` goes by, (n,).
 
-    It is how sure the judge is of the mode's class, else of the first; of what it does not
-    know, Pegasi that are a class among it, how typical images are. With a coat the quarter
-    that has most of it comes before the others.
+    Pegasi that are a class, and classes that the judge does not know, go by how typical
+    they are; all else by how sure it is of the mode's class, or of the first. With a coat
+    the quarter that has most of it comes before the others.
     """
     probabilities, features = classifier.classify(classifier.load(CHOOSING), images)
-    name = config.mode
-    if not (name in sampler.classes or (name == labels.PEGASUS and sampler.has_pegasi)):
-        name = sampler.classes[0]
-    if classifier.knows(name):
-        score = classifier.probability_of(probabilities, name)
-    else:
+    name = config.mode if config.mode in sampler.classes else sampler.classes[0]
+    is_pegasus = config.mode == labels.PEGASUS and sampler.has_pegasi
+    if is_pegasus or not classifier.knows(name):
         score = typicality(features)
+    else:
+        score = classifier.probability_of(probabilities, name)
     if config.coat == "any":
         return score
     coat = composites.coat_scores(images)[labels.COATS.index(config.coat)]

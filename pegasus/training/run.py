@@ -154,7 +154,7 @@ class Run:
         return stage
 
     def make_composites(self) -> Composites:
-        """Make the Pegasi that a prior learns from; say where there can't be any."""
+        """Make the Pegasi that a prior learns from, or say that a first class gives none."""
         data = self.data
         made = composites.none(data.images)
         if len(data.classes) < 2:
@@ -168,8 +168,9 @@ class Run:
             streams.show("")
         if len(made.images) == 0:
             streams.say(
-                f"judge {classifier.CHOOSING} does not recognize {first}, so no wings are made "
-                "to learn from: Pegasi will be between both classes, hardly with wings"
+                f"judge {classifier.CHOOSING} does not know {first}, or not with wings, so "
+                "there is nothing to learn them from: Pegasi will be between both classes, "
+                "hardly with wings"
             )
         return made
 
