@@ -105,16 +105,15 @@ def overview(model: Sampler) -> Image.Image:
     canvas.tile(0, 5, rebuilt_horse, "rebuilt")
     canvas.tile(0, 5.62, rebuilt_bird, "rebuilt")
     canvas.title(1, "2. A network learns to lead noise to latents of each class (flow_prior.py)")
-    canvas.box(1, 0, "photographs\nof horses")
-    canvas.box(1, 1, "and birds, cut\nout for wings")
-    canvas.box(1, 2, "winged horses\n(composites.py)")
-    canvas.box(1, 3, "encoder")
-    canvas.box(1, 4, "latents of\nhorses, birds,\nwinged horses")
-    canvas.box(1, 5, "prior\nv(z, t, class)")
+    canvas.box(1, 0, "photographs\nof horses\nand birds")
+    canvas.box(1, 1, "and winged\nhorses made\nof them\n(composites.py)")
+    canvas.box(1, 2, "encoder")
+    canvas.box(1, 3, "latents of\nhorses, birds,\nwinged horses")
+    canvas.box(1, 4, "prior\nv(z, t, class)")
     canvas.title(2, "3. A Pegasus is drawn: from noise along v, then decoded (sample.py)")
     for place, (t, image) in enumerate(zip(TIMES, on_the_way(model), strict=True)):
         canvas.tile(2, place, image, f"t = {t:g}")
-    for row, places in enumerate(((0.85, 2, 3, 4), (1, 2, 3, 4), range(5))):
+    for row, places in enumerate(((0.85, 2, 3, 4), range(4), range(5))):
         for place in places:
             canvas.arrow(row, place)
     return canvas.image
