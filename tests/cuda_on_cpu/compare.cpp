@@ -1,6 +1,6 @@
 // Runs csrc/reparam/cuda_kernels.cu, verbatim, on the CPU and compares it with the CPU kernels:
-// shapes, dtypes, row strides, row offsets, aligned and not. Exits 1 and says where at the first
-// difference beyond rounding. Built by run.sh.
+// shapes, dtypes, row strides, row offsets, aligned and not; and its kl near collapse with the
+// formula. Exits 1 and says where at the first difference beyond rounding. Built by run.sh.
 #include "../../csrc/reparam/cuda_kernels.cu"
 
 #include <cmath>
@@ -119,6 +119,39 @@ void check(const Case& c) {
   compare(c, "dlogvar", got.dlogvar, wanted.dlogvar, 4);
 }
 
+// Near collapse the kl is a small difference, of which float32 is to keep the digits.
+void check_collapse(float logvar_of_all, int64_t columns) {
+  const int64_t segments = (columns + segment - 1) / segment, seed = 0;
+  Buffer mu(float32, columns), logvar(float32, columns), z(float32, columns), kl(float32, 1);
+  for (int64_t i = 0; i < columns; ++i) logvar.set(i, logvar_of_all);
+  const std::unique_ptr<double[]> sums(new double[segments]);
+  const Arguments a{.in = {mu.data(), logvar.data()},
+                    .stride = {columns, columns},
+                    .out = {z.data()},
+                    .kl = kl.data(),
+                    .sums = sums.get(),
+                    .seed = &seed,
+                    .rows = 1,
+                    .columns = columns,
+                    .segments = segments};
+  run_cuda_source(a, float32, false);
+  const double v = logvar_of_all;
+  const double wanted = columns * (std::expm1(v) - v) / 2;
+  if (std::fabs(kl.get(0) - wanted) <= 2e-6 * wanted) return;
+  std::printf("kl of %lld columns with logvar %g: the CUDA source gives %.9g, wanted %.9g\n",
+              (long long)columns, v, kl.get(0), wanted);
+  std::exit(1);
+}
+
+// One long row is work for several blocks.
+void check_long_row() {
+  on_cpu::most_blocks = 0;
+  check({float32, 1, 2 * segment + 77, 2 * segment + 77, 0, 0, 5, true});
+  if (on_cpu::most_blocks > 1) return;
+  std::printf("one row of three segments: its grid has one block, wanted several\n");
+  std::exit(1);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -140,5 +173,12 @@ int main(int argc, char** argv) {
     check({dtype, 3, 2 * segment + 77, 2 * segment + 80, 0, far, 5, true});
     ++cases;
   }
+  for (float logvar : {1e-3f, -1e-4f, 1e-6f})
+    for (int64_t columns : {int64_t{128}, 32 * segment + 5}) {
+      check_collapse(logvar, columns);
+      ++cases;
+    }
+  check_long_row();
+  ++cases;
   std::printf("%d cases: the CUDA source, run on the CPU, agrees with the CPU kernels\n", cases);
 }

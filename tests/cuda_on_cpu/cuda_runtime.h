@@ -46,6 +46,7 @@ struct Block {
   std::vector<Warp> warps;
 };
 
+inline unsigned most_blocks = 0;  // of the grids launched so far
 inline thread_local Block* block = nullptr;
 inline thread_local unsigned thread_number = 0;
 
@@ -72,6 +73,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const unsigned threads = config->blockDim.x * config->blockDim.y;
   if (config->gridDim.x == 0 || threads == 0 || threads > 1024 || threads % on_cpu::warp_size)
     return cudaErrorInvalidConfiguration;
+  if (config->gridDim.x > on_cpu::most_blocks) on_cpu::most_blocks = config->gridDim.x;
   on_cpu::Block block(threads);
   auto run = [&](unsigned number) {
     on_cpu::block = &block;
