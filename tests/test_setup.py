@@ -15,6 +15,8 @@ import torch
 from conftest import ROOT
 
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+CXX = shutil.which("c++")
+NM = shutil.which("nm")
 PLATFORM = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
 
 
@@ -191,6 +193,25 @@ def test_the_op_takes_the_stable_interface_alone() -> None:
     """torch's generated one changes from version to version."""
     for path in (ROOT / "csrc/reparam").iterdir():
         assert not re.search("aoti_torch_cpu_|generated/", path.read_text()), path
+
+
+@pytest.mark.skipif(not (CXX and NM), reason="there is no compiler")
+def test_no_function_of_an_instruction_set_stands_for_anothers(
+    script: ModuleType, tmp_path: Path
+) -> None:
+    """Of functions of one name the linker keeps one, perhaps with what a CPU does not know."""
+    newest = list(script.LEVELS)[-1]
+    jobs = [job for name in script.FOLDERS for job in script.compile_jobs(name, [])]
+    compiled = tmp_path / "kernels.o"
+    for source, level, flags in jobs:
+        if level != newest:
+            continue
+        # -O0 after the others: nothing is inlined
+        flags = [*script.COMMON, *flags, "-O0", "-fPIC", "-c", str(source), "-o", str(compiled)]
+        subprocess.run([CXX, *flags], check=True, env={"PATH": os.defpath})
+        symbols = subprocess.check_output([NM, "-C", compiled], text=True)
+        functions = re.findall("^[0-9a-f]+ W (.*)", symbols, re.MULTILINE)
+        assert [name for name in functions if f"pegasus::{level}::" not in name] == [], source
 
 
 @pytest.fixture
