@@ -16,7 +16,6 @@ from pegasus.cli import UserError, option
 from pegasus.data import datasets, pictures
 from pegasus.drawing import plots
 from pegasus.models import classifier, composites, gaussians, labels, variants
-from pegasus.models.classifier import CHOOSING
 from pegasus.models.flow_prior import FlowPrior, follow
 from pegasus.models.gaussians import Gaussian
 from vae import VAE
@@ -214,7 +213,7 @@ def check(sampler: Sampler, config: SampleConfig) -> None:
     if is_walk(config) and sampler.model.latent_size < 2:
         raise UserError("--mode walk: there is no circle in one latent dimension")
     if config.best:
-        classifier.load(CHOOSING)  # before minutes of drawing
+        classifier.load(classifier.CHOOSING)  # before minutes of drawing
     check_coat(sampler, config)
 
 
@@ -458,7 +457,7 @@ def typicality(features: Tensor) -> Tensor:
     """Return how like others pictures are, (n,), by their features (n, d).
 
     That is the mean cosine similarity to the quarter of them that is most like a picture.
-    What came out badly did so in its own way.
+    Pictures that came out badly are unlike each other.
     """
     unit = functional.normalize(features, dim=1)
     count = min(len(unit), 1 + math.ceil(len(unit) / 4))  # one is the picture itself
@@ -473,7 +472,8 @@ def ranking(sampler: Sampler, images: Tensor, config: SampleConfig) -> Tensor:
     they are; all else by how sure it is of the mode's class, or of the first. With a coat
     the quarter that has most of it comes before the others.
     """
-    probabilities, features = classifier.classify(classifier.load(CHOOSING), images)
+    judge = classifier.load(classifier.CHOOSING)
+    probabilities, features = classifier.classify(judge, images)
     name = config.mode if config.mode in sampler.classes else sampler.classes[0]
     is_pegasus = config.mode == labels.PEGASUS and sampler.has_pegasi
     if is_pegasus or not classifier.knows(name):
