@@ -259,7 +259,8 @@ def main(argv: list[str] | None = None) -> int:
         stop.release()
     if workers.leads:
         stopped = ", then stopped; --resume goes on, as make does" if stop.agreed else ""
-        print(f"{run.epoch} epochs done{stopped}: {folder}/last.pt and pictures")
+        done = f"{run.epoch} of {run.config.epochs} epochs done"
+        print(f"{done}{stopped}: {folder}/last.pt and pictures")
     return (128 + stop.agreed) if stop.agreed else 0  # as a shell reports a signal
 
 

@@ -136,10 +136,10 @@ def describe(config: TrainConfig, data: Dataset, images: int, epochs_done: int) 
     if config.prior == "learned":
         first = first_stage_epochs(config)
         rest = config.epochs - first
-        lines.append(f"{first} epochs for the autoencoder, {rest} for the prior of its latents")
+        lines.append(f"epochs: {first} for the autoencoder, {rest} for the prior of its latents")
     where = f"to {config.run}"
     if epochs_done:
-        where += f", where {epochs_done} epochs are done"
+        where += f", where {epochs_done} of {config.epochs} epochs are done"
     lines.append(
         f"{images:,} pictures ({', '.join(data.classes)}) from {data.name}, "
         f"{config.size} x {config.size}, {config.arch}, {config.precision}, "
