@@ -16,6 +16,7 @@ PEGASUS_EXTENSION=0 takes the reference anyway. PEGASUS_SIMD=baseline|avx2|avx51
 the extension's instruction set, which changes no bit of the result.
 """
 import math
+import operator
 import os
 import sys
 
@@ -59,6 +60,7 @@ def derive_seed(seed: int, step: int, purpose: int) -> int:
     for name, number in (("seed", seed), ("step", step), ("purpose", purpose)):
         if not hasattr(number, "__index__"):
             raise TypeError(f"{name}: got {number!r:.60}, wanted an int")
+    seed, step, purpose = map(operator.index, (seed, step, purpose))  # numpy's would overflow
     counter = [step & MASK, step >> 32 & MASK, purpose, 0]
     low, high, _, _ = philox(counter, [seed & MASK, seed >> 32 & MASK])
     return (high << 32 | low) - (high >> 31 << 64)
@@ -171,8 +173,6 @@ def check(mu: Tensor, logvar: Tensor, seed: Tensor) -> None:
     if isinstance(mu, Tensor) and mu.dim() != 2:
         raise ValueError(f"mu: got shape {tuple(mu.shape)}, wanted two dimensions (B, D)")
     check_tensors({"mu": mu, "logvar": logvar})
-    if not isinstance(seed, Tensor):
-        raise TypeError(f"seed: got {type_name(seed)}, wanted a tensor or an int")
     if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != mu.device:
         got = f"{seed.dtype} of {seed.numel()} elements on {seed.device}"
         wanted = f"torch.int64 of one element on {mu.device}"
@@ -187,12 +187,19 @@ def check_offset(row_offset: int, rows: int) -> None:
         raise ValueError(f"row_offset: got {row_offset}, wanted 0 to 2^63 - 1 - B")
 
 
-def seed_tensor(seed: Tensor | int, device: torch.device) -> Tensor:
-    """Return an int seed as a tensor on a device, any other as it is."""
+def check_int_seed(seed: int) -> None:
+    """Raise where a seed is no int of 64 bits."""
     if not isinstance(seed, int) or isinstance(seed, bool):
-        return seed
+        raise TypeError(f"seed: got {type_name(seed)}, wanted an int")
     if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed: got {seed}, wanted an int of 64 bits")
+        raise ValueError(f"seed: got {seed}, wanted -2^63 to 2^63 - 1, as derive_seed gives")
+
+
+def seed_tensor(seed: Tensor | int, device: torch.device) -> Tensor:
+    """Return an int seed as a tensor on a device, a tensor as it is."""
+    if isinstance(seed, Tensor):
+        return seed
+    check_int_seed(seed)
     return torch.full((), seed, dtype=torch.int64, device=device)
 
 
@@ -225,7 +232,12 @@ def gradients(ctx, dz: Tensor | None, dkl: Tensor | None) -> tuple:
 
     dz or dkl is None where z or kl is not used.
     """
-    mu, logvar, seed = ctx.saved_tensors
+    return gradients_of(ctx.saved_tensors, ctx, dz, dkl)
+
+
+def gradients_of(saved: tuple, ctx, dz: Tensor | None, dkl: Tensor | None) -> tuple:
+    """`gradients`, of mu, logvar and seed."""
+    mu, logvar, seed = saved
     if dz is None:
         dz = torch.zeros_like(mu)
     if ctx.needs_input_grad[1]:
@@ -254,11 +266,12 @@ class Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dz, dkl):
+        saved = ctx.saved_tensors  # which checkpointing computes now, and needs autograd for
         if torch.is_grad_enabled():
             # create_graph=True: by the registered op, which refuses a second derivative
-            return gradients(ctx, dz, dkl)
+            return gradients_of(saved, ctx, dz, dkl)
         with torch._C._AutoDispatchBelowAutograd():
-            return gradients(ctx, dz, dkl)
+            return gradients_of(saved, ctx, dz, dkl)
 
 
 extension = None  # the module pegasus_op, where it is built and wanted
@@ -294,8 +307,9 @@ def announce_fallback(device: torch.device) -> None:
     silent = True
     reason = missing or f"the extension has no kernels for {device.type}"
     print(
-        f"reparam: {reason}, so its slower PyTorch reference is used; "
-        "`python setup.py build_ext --inplace --force` builds it, for CUDA where "
+        f"reparam: {reason}, so its slower PyTorch reference is used; in the repository "
+        "`python setup.py build_ext --inplace --force`, or `pip install --force-reinstall "
+        "--no-deps --no-build-isolation .`, builds it with a C++20 compiler, for CUDA where "
         "there is an nvcc of torch's CUDA.",
         file=sys.stderr,
     )
@@ -455,6 +469,7 @@ class Reparameterize(torch.nn.Module):
 
     def __init__(self, seed: int = 0):
         super().__init__()
+        check_int_seed(seed)
         self.seed = seed
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
 
