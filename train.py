@@ -30,7 +30,7 @@ from pegasus.training.signals import StopSignal
 from pegasus.training.stages import Batch, Stage, derived_seeds, epoch_flips, epoch_order
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Adam, Optimizer
 
@@ -94,6 +94,16 @@ def step_inputs(run: Run, stage: Stage) -> tuple[Tensor, Tensor]:
     progress = (run.steps_done - stage.first_epoch * run.steps_per_epoch) / steps
     lr_and_progress = [stage.learning_rate(progress), progress]
     return seeds, device.to_device(lr_and_progress, config.device)
+
+
+def check_gradients(network: nn.Module) -> None:
+    """Raise UserError for a weight without a gradient, as of a layer that is not used."""
+    for name, weight in network.named_parameters():
+        if weight.grad is None:
+            raise UserError(
+                f"{name} has no gradient, since the loss does not depend on it; use it, or "
+                "remove it from __init__"
+            )
 
 
 def clip_divisor(norm: Tensor, max_norm: float | None) -> Tensor | None:
@@ -161,6 +171,7 @@ def train_stage(run: Run, stage: Stage, optimizers: list, workers: Workers, stop
         stage.network.zero_grad()
         loss, sums = stage.loss(batch.part(workers.share(len(rows))))
         loss.backward()
+        check_gradients(stage.network)
         workers.sum_(sums)
         workers.sum_gradients(parameters)
         norm = get_total_norm([p.grad for p in parameters])

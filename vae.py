@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 SIZES = (32, 48, 64, 96)  # pixels of a picture's side
-# of the convolutional network, at 16 x 16 and at 8 x 8; multiples of 16, as flow_prior.py says
+# of the convolutional network, at 16 x 16 and at 8 x 8; others than multiples of 16, or below 64,
+# are trained by Adam instead of Muon and without the fast convolutions
 CHANNELS = (64, 64)
 
 

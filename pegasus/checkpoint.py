@@ -145,8 +145,8 @@ def explain_mismatch(path: Path | None) -> Iterator[None]:
         if path is None or cli.out_of_memory(error) or device_failed:
             raise
         reason = cli.brief(error)
-        advice = "train again, or use that version"
-        message = f"{path}: a checkpoint of another version ({reason}); {advice}"
+        advice = "use the code that made it, or train in another --run"
+        message = f"{path}: a checkpoint of another network or version ({reason}); {advice}"
         raise UserError(message) from None
 
 

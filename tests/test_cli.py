@@ -246,7 +246,7 @@ def test_a_full_gpu_is_told_in_one_sentence(complaint):
 
     sentence = complaint(main)
     assert "the GPU's memory is full (CUDA out of memory" in sentence
-    assert "another version" not in sentence
+    assert "another network or version" not in sentence
 
 
 def test_full_memory_is_told_in_one_sentence(complaint):

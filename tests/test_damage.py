@@ -107,7 +107,7 @@ DAMAGE = {
     ),
     "other architecture": (
         damaged(other_architecture),
-        "another version (Error(s) in loading state_dict",
+        "another network or version (Error(s) in loading state_dict",
     ),
     "nan": (damaged(nan_bias), "model/encoder.1.bias holds NaN"),
     "infinite moment": (
@@ -117,7 +117,7 @@ DAMAGE = {
     "pickle": (evil_pickle, "would run code"),
     "no configuration": (
         damaged(lambda s: s.pop("config")),
-        "another version ('config')",
+        "another network or version ('config')",
     ),
 }
 
@@ -182,7 +182,7 @@ def test_what_resume_refuses(whole, batches, tmp_path, fails, damage):  # noqa: 
     run = Path(shutil.copytree(whole, tmp_path / "run"))
     change, words = NOT_RESUMED[damage]
     damaged(change)(run / "last.pt")
-    start = f"{run}/last.pt: a checkpoint of another version"
+    start = f"{run}/last.pt: a checkpoint of another network or version"
     fails(train.main, command(run, batches, 5), start, words)
 
 
@@ -223,7 +223,7 @@ def test_what_sample_refuses(whole, tmp_path, fails, damage):  # noqa: F811
     last = Path(shutil.copy(whole / "last.pt", tmp_path))
     change, words = NOT_DRAWN_FROM[damage]
     damaged(change)(last)
-    start = f"{last}: a checkpoint of another version"
+    start = f"{last}: a checkpoint of another network or version"
     fails(sample.main, [last, tmp_path / "out.png"], start, words)
 
 

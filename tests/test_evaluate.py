@@ -215,7 +215,7 @@ def test_another_version_is_refused(last, tmp_path, complaint):
     del state["data"]["folder"]
     checkpoint.save(tmp_path / "misfit.pt", state)
     said = complaint(evaluate.main, tmp_path / "misfit.pt")
-    assert "another version ('folder')" in said
+    assert "another network or version ('folder')" in said
 
 
 def test_one_class_has_no_pegasus(batches, tmp_path, capsys):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import reparam
 import train
+import vae
 from pegasus import checkpoint, device
 from pegasus.data import cifar10, datasets, synthetic
 from pegasus.drawing import sampler
@@ -201,6 +202,7 @@ def test_a_run_that_nobody_reads_saves_and_stops(batches, tmp_path):
 
 PLAIN = f"""
 import train
+import vae
 from pegasus import cli
 from pegasus.training import accelerate
 {SMALL}
@@ -427,6 +429,18 @@ def test_adam_goes_on_from_before_its_first_step():
     assert not optimizer.state
     step(network, optimizer, 0)
     assert moments(optimizer)[0]["step"] == 1
+
+
+def test_a_weight_without_a_gradient_is_named(batches, tmp_path, monkeypatch, complaint):
+    def build(latent: tuple, size: int) -> tuple[nn.Module, nn.Module]:
+        encoder, decoder = vae.build_mlp(latent, size)
+        idle = nn.Identity()
+        idle.register_parameter("weight", nn.Parameter(torch.zeros(1)))
+        return encoder, decoder.append(idle)
+
+    monkeypatch.setitem(vae.NETWORKS, "mlp", build)
+    argv = ("--run", tmp_path / "run", "--data", batches, "--arch", "mlp", "--epochs", 1)
+    assert "decoder.4.weight has no gradient" in complaint(train.main, *argv)
 
 
 def test_moments_of_another_network_are_refused():

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-# of the network, at 8 x 8 and at 4 x 4; others than multiples of 16, or below 64, are trained
-# by Adam instead of Muon and without the fast convolutions
+# of the network, at 8 x 8 and at 4 x 4; which numbers to take: as in vae.py
 CHANNELS = (96, 160)
 CONDITION = 128  # numbers that time and class become
 DROPPED = 0.15  # share of rows whose class is hidden in training
