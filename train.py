@@ -30,7 +30,7 @@ from pegasus.training.signals import StopSignal
 from pegasus.training.stages import Batch, Stage, derived_seeds, epoch_flips, epoch_order
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Adam, Optimizer
 
@@ -96,9 +96,9 @@ def step_inputs(run: Run, stage: Stage) -> tuple[Tensor, Tensor]:
     return seeds, device.to_device(lr_and_progress, config.device)
 
 
-def check_gradients(network: nn.Module) -> None:
+def check_gradients(weights: dict[str, Tensor]) -> None:
     """Raise UserError for a weight without a gradient, as of a layer that is not used."""
-    for name, weight in network.named_parameters():
+    for name, weight in weights.items():
         if weight.grad is None:
             raise UserError(
                 f"{name} has no gradient, since the loss does not depend on it; use it, or "
@@ -162,7 +162,8 @@ def finish_epoch(run: Run, stage: Stage, display: Progress) -> None:
 
 def train_stage(run: Run, stage: Stage, optimizers: list, workers: Workers, stop: StopSignal):
     """Train a stage to its end, or until a signal: the training loop."""
-    parameters = list(stage.network.parameters())
+    weights = dict(stage.network.named_parameters())
+    parameters = list(weights.values())
 
     # On a GPU captured as a CUDA graph: it reads tensors only, and calls no .item().
     def step(rows: Tensor, mirrored: Tensor | None, seeds: Tensor, lr_and_progress: Tensor):
@@ -171,7 +172,7 @@ def train_stage(run: Run, stage: Stage, optimizers: list, workers: Workers, stop
         stage.network.zero_grad()
         loss, sums = stage.loss(batch.part(workers.share(len(rows))))
         loss.backward()
-        check_gradients(stage.network)
+        check_gradients(weights)
         workers.sum_(sums)
         workers.sum_gradients(parameters)
         norm = get_total_norm([p.grad for p in parameters])

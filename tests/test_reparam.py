@@ -175,7 +175,7 @@ def meta(*shape: int) -> torch.Tensor:
     ("seed", None, TypeError, "got NoneType, wanted an int"),
     ("seed", numpy.array(1), TypeError, "got numpy.ndarray, wanted an int"),
     ("seed", True, TypeError, "got bool, wanted an int"),
-    ("seed", 2**63, ValueError, "got 9223372036854775808, wanted -2"),
+    ("seed", 2**63, ValueError, r"got 9223372036854775808, wanted -2\^63 to 2\^63 - 1"),
     ("row_offset", 1.5, TypeError, "got float, wanted an int"),
     ("row_offset", -1, ValueError, "got -1, wanted 0 to"),
     ("row_offset", 2**63 - 2, ValueError, "got 9223372036854775806, wanted 0 to"),

@@ -202,7 +202,6 @@ def test_a_run_that_nobody_reads_saves_and_stops(batches, tmp_path):
 
 PLAIN = f"""
 import train
-import vae
 from pegasus import cli
 from pegasus.training import accelerate
 {SMALL}
